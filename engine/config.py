@@ -1,0 +1,42 @@
+"""What a worker needs to know to start: values only, handed from the spec through the controller to the process."""
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from ..messages.ids import Epoch, WorkerId
+
+
+class LoadFormat(StrEnum):
+    AUTO = "auto"              # safetensors of the folder
+    DUMMY = "dummy"            # seeded random weights of the real shape
+
+
+class EngineConfig(Struct, frozen=True):
+    """One model replica. Equal on all workers of a deployment, but for the memory."""
+
+    model_path: str                       # a local Hugging Face folder
+    load_format: LoadFormat = LoadFormat.AUTO
+    dtype: str = "auto"                   # "auto": the folder's own; "float32" on the CPU
+    device: str = "cpu"                   # "cpu" or "cuda"
+    block_size: int = 16                  # tokens of one KV block
+    num_blocks: int | None = None         # None: as many as kv_memory_bytes holds
+    kv_memory_bytes: int = 256 << 20
+    max_model_len: int | None = None      # None: the model's own limit
+    max_step_tokens: int = 512            # token budget of one step: what chunks prefill
+    max_sequences: int = 64               # that take part in one step
+    layer_group: int = 1                  # layers whose pages leave together
+    prefix_cache: bool = True
+
+
+class WorkerConfig(Struct, frozen=True):
+    """One life of one worker."""
+
+    cluster: str                          # the deployment's name
+    worker_id: WorkerId
+    epoch: Epoch
+    engine: EngineConfig
+    host: str = "127.0.0.1"               # interface for messages
+    num_threads: int = 1                  # torch CPU threads
+    heartbeat_s: float = 0.05             # between load reports
+    handoff_timeout_s: float = 30.0       # without progress on one side until that side gives the handoff up

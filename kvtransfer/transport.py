@@ -1,0 +1,96 @@
+"""One-sided page writes with counting: the one interface of all transports, in the manner of RDMA WRITE with immediate.
+
+    receiver: register(pool) ──► MemoryDescriptor ──────────────────────────► writer: connect(descriptor) ──► Peer
+    receiver: reset(imm)                                                       writer: write_pages(peer, src, dst, imm) …
+    receiver: num_landed(imm) == announced?   ◄═══ pages, then the count ════  writer: stop(peer, imm) when cancelled
+
+No order among writes is assumed; a count never runs ahead of its pages. Nothing calls back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..messages.ids import Imm
+from ..messages.membership import MemoryDescriptor
+from .layout import KVLayout
+
+NUM_IMMS = 4096
+"""Counters of one pool: how many handoffs into it can be in flight."""
+
+
+@dataclass(frozen=True)
+class KVPool:
+    """One rank's KV memory, in the layout's shape."""
+
+    layout: KVLayout
+    tensor: torch.Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.tensor.shape[0])
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A remote pool that this process can write into."""
+
+    descriptor: MemoryDescriptor
+
+
+@dataclass(frozen=True)
+class TransferStats:
+    """Since start, of one transport's writes."""
+
+    num_pages: int = 0
+    num_bytes: int = 0
+    busy_s: float = 0.0
+    num_failures: int = 0
+
+
+class Transport(Protocol):
+    name: str
+
+    def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
+        """This process's own pool, in memory that peers can reach. Raises ClusterError with the sizes if there is no room."""
+        ...
+
+    def register(self, pool: KVPool) -> MemoryDescriptor:
+        """Makes the pool reachable."""
+        ...
+
+    def connect(self, descriptor: MemoryDescriptor) -> Peer:
+        """Raises PeerGone, LayoutMismatch (page sizes differ)."""
+        ...
+
+    def disconnect(self, peer: Peer) -> None:
+        """Unmaps; waits for writes under way. Unknown peers are ignored."""
+        ...
+
+    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+        """Starts copying local pages to remote ones and counting them at the receiver. Returns at once; the sources must stay
+        as they are until the receiver has confirmed, or `stop` has returned. Raises PeerGone."""
+        ...
+
+    def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
+        """Drops what has not been written for `imm`; True once no write for it is under way any more."""
+        ...
+
+    def busy_s(self, imm: Imm) -> float:
+        """Time spent so far on writes for `imm` since its last `stop`."""
+        ...
+
+    def num_landed(self, imm: Imm) -> int:
+        """Pages that arrived here for `imm` since its last reset."""
+        ...
+
+    def reset(self, imm: Imm) -> None: ...
+
+    @property
+    def stats(self) -> TransferStats: ...
+
+    def close(self) -> None:
+        """Frees the pool; peers' writes land nowhere from now on."""
+        ...

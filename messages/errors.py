@@ -1,0 +1,108 @@
+"""Everything that a caller, a peer or the network can cause. Our own broken invariants are `assert`s instead.
+
+DiptychError
+├── SpecError                 the YAML spec is wrong; the text names the key's path
+├── ModelError                the model folder cannot be served
+│   ├── UnsupportedModel
+│   └── WeightMismatch
+├── RequestError              the caller's mistake: HTTP 400
+│   └── ContextOverflow
+├── CapacityError             it could be served, but not here or now
+│   ├── PoolTooSmall
+│   └── Refused               by the router or a worker: HTTP 429 or 503
+├── WireError                 a frame that is not ours
+│   ├── Malformed
+│   └── TooLarge
+├── HandoffError
+│   ├── TicketRefused
+│   ├── IllegalTransition
+│   └── HandoffTimeout
+├── TransferError
+│   ├── LayoutMismatch
+│   └── PeerGone
+└── ClusterError              Ray, ports, disks, processes
+"""
+
+
+class DiptychError(Exception):
+    """Root of the tree; its text is for a person and holds the numbers."""
+
+
+class SpecError(DiptychError):
+    pass
+
+
+class ModelError(DiptychError):
+    pass
+
+
+class UnsupportedModel(ModelError):
+    pass
+
+
+class WeightMismatch(ModelError):
+    pass
+
+
+class RequestError(DiptychError):
+    pass
+
+
+class ContextOverflow(RequestError):
+    pass
+
+
+class CapacityError(DiptychError):
+    pass
+
+
+class PoolTooSmall(CapacityError):
+    pass
+
+
+class Refused(CapacityError):
+    pass
+
+
+class WireError(DiptychError):
+    pass
+
+
+class Malformed(WireError):
+    pass
+
+
+class TooLarge(WireError):
+    pass
+
+
+class HandoffError(DiptychError):
+    pass
+
+
+class TicketRefused(HandoffError):
+    pass
+
+
+class IllegalTransition(HandoffError):
+    pass
+
+
+class HandoffTimeout(HandoffError):
+    pass
+
+
+class TransferError(DiptychError):
+    pass
+
+
+class LayoutMismatch(TransferError):
+    pass
+
+
+class PeerGone(TransferError):
+    pass
+
+
+class ClusterError(DiptychError):
+    pass

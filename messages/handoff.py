@@ -1,0 +1,95 @@
+"""The KV handoff between a prefill worker (the writer) and a decode worker (the receiver).
+
+    writer                                      receiver
+      │ ── KVOffer ───────────────────────────►  │  ticket, layout and prefix cache checked
+      │ ◄─────────────── KVAccept / KVWait / KVRefuse
+      │ ══ pages, one-sided ═══════════════════► │  the receiver's CPU does nothing
+      │ ── KVLanded ──────────────────────────►  │  expected == counted? then commit
+      │ ◄──────────────────────────── KVCommitted│  the writer frees its own blocks
+      │                                          │
+      │ ◄─ KVCancel ── at any point, either way ─► KVCancel
+      │ ── KVDrained ─────────────────────────►  │  the writer has stopped: only now may reserved blocks be reused
+
+Every message carries the ticket. One that is stale, unknown, consumed or forged changes nothing and is answered with KVRefuse.
+"""
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from .ids import BlockHash, BlockId, Epoch, Imm, RequestId, WorkerId
+from .requests import GenerateRequest, TokenDelta, WorkerRef
+
+
+class Ticket(Struct, frozen=True, array_like=True):
+    """Names one handoff. Two are equal only if they are the same one; `decode_epoch` fences a restarted receiver."""
+
+    decode_id: WorkerId
+    decode_epoch: Epoch
+    request_id: RequestId
+    nonce: int
+
+
+class RefuseReason(StrEnum):
+    STALE_EPOCH = "stale_epoch"
+    UNKNOWN_TICKET = "unknown_ticket"
+    CONSUMED_TICKET = "consumed_ticket"
+    LAYOUT = "layout"
+    TOO_LARGE = "too_large"                   # would not fit into an empty pool
+    DRAINING = "draining"
+    TIMEOUT = "timeout"
+    ABORTED = "aborted"
+    PAGE_COUNT = "page_count"                 # more pages counted than announced
+    MALFORMED = "malformed"                   # block ids, counts or tokens that cannot be
+
+
+class KVOffer(Struct, frozen=True, tag=True):
+    ticket: Ticket
+    writer: WorkerRef
+    layout_hash: str
+    request: GenerateRequest                  # all that the receiver needs to continue the sequence
+    block_hashes: tuple[BlockHash, ...]       # of the full blocks of request.token_ids
+    num_blocks: int                           # blocks that hold request.token_ids
+
+
+class KVAccept(Struct, frozen=True, tag=True):
+    ticket: Ticket
+    num_cached_blocks: int                    # leading blocks that need not be sent
+    block_ids: tuple[BlockId, ...]            # the receiver's blocks for the rest, in order
+    imm: Imm
+
+
+class KVWait(Struct, frozen=True, tag=True):
+    """No memory now; KVAccept or KVRefuse follows. The writer keeps the KV meanwhile."""
+
+    ticket: Ticket
+
+
+class KVRefuse(Struct, frozen=True, tag=True):
+    ticket: Ticket
+    reason: RefuseReason
+    message: str
+
+
+class KVLanded(Struct, frozen=True, tag=True):
+    """All pages are on their way, `num_pages` of them; with what the receiver needs to continue."""
+
+    ticket: Ticket
+    num_pages: int
+    first: TokenDelta                         # token 0 of this attempt, as sent to the gateway
+    transfer_s: float                         # busy time of the writer's transport
+
+
+class KVCommitted(Struct, frozen=True, tag=True):
+    ticket: Ticket
+
+
+class KVCancel(Struct, frozen=True, tag=True):
+    ticket: Ticket
+    reason: RefuseReason
+
+
+class KVDrained(Struct, frozen=True, tag=True):
+    """The writer will not touch this ticket's blocks again."""
+
+    ticket: Ticket

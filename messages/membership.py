@@ -1,0 +1,48 @@
+"""Who lives, as the controller tells every member on each change."""
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from .ids import Address, Epoch, WorkerId
+from .requests import WorkerRef
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class MemoryDescriptor(Struct, frozen=True):
+    """How a peer reaches a worker's KV pool over one transport."""
+
+    transport: str                            # "shm", "fake"
+    host: str                                 # machine identity: shared memory needs an equal one
+    location: bytes                           # the transport's own: a segment's name, a handle, a remote key
+    num_blocks: int
+    page_bytes: int
+    num_imms: int                             # counters behind the pool
+
+
+class Member(Struct, frozen=True):
+    """A worker as the controller sees it."""
+
+    ref: WorkerRef
+    role: Role
+    layout_hash: str
+    block_size: int                           # tokens
+    num_blocks: int
+    max_model_len: int                        # tokens, prompt and output together
+    descriptors: tuple[MemoryDescriptor, ...] = ()
+    draining: bool = False                    # finishes what it has, takes nothing new
+
+
+class Membership(Struct, frozen=True, tag=True):
+    """A full snapshot. A worker's life that is absent here is confirmed dead: its process no longer exists."""
+
+    version: int
+    workers: tuple[Member, ...]
+    gateways: tuple[Address, ...]
+
+    def lives(self, worker_id: WorkerId, epoch: Epoch) -> bool:
+        return any(m.ref.worker_id == worker_id and m.ref.epoch == epoch for m in self.workers)
