@@ -1,0 +1,55 @@
+"""The operations a model is made of. `models/` sees this protocol alone, so that a device's kernels are a constructor argument.
+
+KV pool, everywhere: `[num_blocks, num_layers, 2, kv_heads, block_size, head_dim]`, K at index 0 and V at 1 of the third dimension.
+A slot is `block_id * block_size + offset`: one token's place in the pool, the same for all layers.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Paging:
+    """Which query rows belong to which of B sequences, and where each sequence's keys and values lie."""
+
+    query_starts: Tensor      # [B+1] int32: rows query_starts[i] to query_starts[i+1] are sequence i's newest tokens
+    context_lens: Tensor      # [B] int32: tokens in the KV cache, those of this step included
+    block_tables: Tensor      # [B, max_blocks] int32: padding is 0 and is never used
+
+
+class Ops(Protocol):
+    """Results have the input's dtype. Arguments are left as they were, except where an operation says that it may overwrite them."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in fp32 inside. x [..., n], weight [n] → [..., n]."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`s = x + residual` → (rms_norm(s), s), all [T, n]. May overwrite x and residual."""
+        ...
+
+    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embedding, Hugging Face's half-rotation: dimension j turns with dimension j + head_dim / 2.
+
+        q [T, heads, head_dim], k [T, kv_heads, head_dim], positions [T] int64, cos_sin [max_position, head_dim] fp32 with the
+        cosines in the first half of the last dimension and the sines in the second. May overwrite q and k.
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """`silu(gate) * up` with gate_up = [gate | up]: [T, 2n] → [T, n]."""
+        ...
+
+    def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Stores k, v [T, kv_heads, head_dim] of one layer at slots [T] int64, which are distinct."""
+        ...
+
+    def paged_attention(self, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None) -> Tensor:
+        """Causal attention of q [T, heads, head_dim] over the paged KV → [T, heads, head_dim].
+
+        The last query row of a sequence sits at position context_len - 1. Query head h reads KV head h // (heads / kv_heads).
+        With a window, a query at position p sees the keys at positions p - window + 1 to p.
+        """
+        ...

@@ -1,0 +1,61 @@
+"""The one dense decoder: Llama, Mistral, Qwen2 and Qwen3 are its configurations.
+
+    embedding → layers × (norm → attention → + → norm → gated MLP → +) → norm → lm_head
+
+The residual addition before each norm is fused into it (`add_rms_norm`), so a layer hands the next one its input already normed.
+Inference only; the device's kernels come in as `Ops`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.ops import Ops
+from .batch import ForwardBatch
+from .config import ModelConfig
+from .rope import rope_table
+from .weights import LayerWeights, ModelWeights
+
+
+class Transformer:
+    """A model on its device. Its methods change nothing but the KV pool that they are given."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights[Tensor], ops: Ops) -> None:
+        self.config = config
+        self._weights = weights
+        self._ops = ops
+        self._cos_sin = rope_table(config.rope, config.head_dim, config.max_position_embeddings).to(weights.embedding.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv_pool: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:
+        """Writes the batch's KV into the pool → logits [R, vocab] fp32 of `batch.logit_rows`.
+
+        kv_pool: [num_blocks, num_layers, 2, kv_heads, block_size, head_dim]. `on_layer(i)` is called when layer i has finished and its KV
+        is in the pool (on a GPU: when that work has been queued), so that its pages can leave while later layers compute.
+        """
+        weights, ops, eps = self._weights, self._ops, self.config.rms_norm_eps
+        next_norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
+        residual = F.embedding(batch.token_ids, weights.embedding)
+        normed = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
+        for i, layer in enumerate(weights.layers):
+            attended = self._attention(i, layer, normed, batch, kv_pool)
+            normed, residual = ops.add_rms_norm(attended, residual, layer.mlp_norm, eps)
+            gated = ops.silu_mul(F.linear(normed, layer.gate_up, layer.gate_up_bias))
+            normed, residual = ops.add_rms_norm(F.linear(gated, layer.down, layer.down_bias), residual, next_norms[i], eps)
+            if on_layer is not None:
+                on_layer(i)
+        head = weights.embedding if weights.lm_head is None else weights.lm_head
+        return F.linear(normed[batch.logit_rows], head).float()
+
+    def _attention(self, index: int, layer: LayerWeights[Tensor], normed: Tensor, batch: ForwardBatch, kv_pool: Tensor) -> Tensor:
+        config, ops = self.config, self._ops
+        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(normed.shape[0], -1, config.head_dim)
+        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)     # [T, heads, head_dim]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = ops.rms_norm(q, layer.q_norm, config.rms_norm_eps), ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
+        q, k = ops.rope(q, k, batch.positions, self._cos_sin)
+        ops.write_kv(kv_pool, index, k, v, batch.slots)
+        out = ops.paged_attention(q, kv_pool, index, batch.paging, config.head_dim**-0.5, config.windows[index])
+        return F.linear(out.flatten(1), layer.out, layer.out_bias)

@@ -1,0 +1,134 @@
+"""Every family equals Hugging Face's own code on the same random weights, fp32: in one pass, and in chunks over a shuffled paged pool."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from diptych.kernels.reference import ReferenceOps
+from diptych.models.batch import ForwardBatch
+from diptych.models.config import ModelConfig
+from diptych.models.loader import load_weights
+from diptych.models.transformer import Transformer
+
+torch.set_num_threads(1)
+
+NUM_TOKENS = 43
+TOLERANCE = 1e-4
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "llama-3-heads-on-1": Case("Llama", 3, 1, 8),
+    "llama-mha-tied": Case("Llama", 4, 4, 6, {"tie_word_embeddings": True}),
+    "llama3-rope": Case("Llama", 6, 3, 16, {"rope_parameters": LLAMA3}),
+    "llama-linear-rope": Case("Llama", 6, 2, 8, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    "llama-biases": Case("Llama", 5, 1, 8, {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": Case("Llama", 3, 3, 14),
+    "mistral-window": Case("Mistral", 6, 3, 8, {"sliding_window": 7}),
+    "mistral-no-window": Case("Mistral", 3, 1, 12, {"sliding_window": None}),
+    "qwen2-bias": Case("Qwen2", 6, 2, 8),
+    "qwen2-tied-upper-layers-windowed": Case(
+        "Qwen2", 4, 2, 8, {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    ),
+    "qwen3-own-head-dim": Case("Qwen3", 3, 1, 24),
+    "qwen3-tied-bias": Case("Qwen3", 6, 3, 8, {"tie_word_embeddings": True, "attention_bias": True}),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: Transformer
+    token_ids: Tensor         # [NUM_TOKENS] int64
+    expected: Tensor          # [NUM_TOKENS, vocab] fp32, from transformers
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp("model")
+    oracle = save_random_model(CASES[request.param], folder)
+    token_ids = torch.randint(0, 97, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = oracle(token_ids[None]).logits[0]
+    config = ModelConfig.from_folder(folder)
+    weights = load_weights(folder, config, torch.float32, torch.device("cpu"))
+    return Loaded(Transformer(config, weights, ReferenceOps()), token_ids, expected)
+
+
+def save_random_model(case: Case, folder: Path) -> Any:
+    hidden = case.heads * 8       # so that head_dim is sometimes hidden / heads and sometimes not
+    sizes = {"vocab_size": 97, "hidden_size": hidden, "intermediate_size": 44, "num_hidden_layers": 3, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads}
+    if case.family != "Qwen2":
+        heads["head_dim"] = case.head_dim
+    config = getattr(transformers, f"{case.family}Config")(**sizes, **heads, **case.options)
+    torch.manual_seed(7)
+    oracle = getattr(transformers, f"{case.family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():     # biases and norms too: Hugging Face's zeros and ones would hide a mistake
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    oracle.save_pretrained(folder)
+    return oracle
+
+
+def new_pool(config: ModelConfig, num_blocks: int, block_size: int) -> Tensor:
+    """Full of NaN, so that whatever is read without having been written shows."""
+    return torch.full((num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim), torch.nan)
+
+
+def one_chunk(token_ids: Tensor, table: Tensor, begin: int, end: int, block_size: int) -> ForwardBatch:
+    """Tokens begin to end of one sequence, logits of all of them."""
+    positions = torch.arange(begin, end)
+    return ForwardBatch(
+        token_ids=token_ids[begin:end],
+        positions=positions,
+        slots=table[positions // block_size].long() * block_size + positions % block_size,
+        query_starts=torch.tensor([0, end - begin], dtype=torch.int32),
+        context_lens=torch.tensor([end], dtype=torch.int32),
+        block_tables=table[None],
+        logit_rows=torch.arange(end - begin),
+    )
+
+
+def shuffled_table(num_blocks: int, seed: int = 0) -> Tensor:
+    return torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).int()
+
+
+def test_whole_prompt(loaded: Loaded) -> None:
+    pool = new_pool(loaded.model.config, 4, 16)
+    logits = loaded.model.forward(one_chunk(loaded.token_ids, shuffled_table(4), 0, NUM_TOKENS, 16), pool)
+    torch.testing.assert_close(logits, loaded.expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(("block_size", "chunk"), [(1, 5), (3, 1), (4, 7), (64, 16)])
+def test_chunked_prefill_then_decode(loaded: Loaded, block_size: int, chunk: int) -> None:
+    num_blocks = -(-NUM_TOKENS // block_size)
+    pool, table = new_pool(loaded.model.config, num_blocks, block_size), shuffled_table(num_blocks)
+    prefilled = NUM_TOKENS - 6
+    bounds = [*range(0, prefilled, chunk), *range(prefilled, NUM_TOKENS + 1)]
+    parts = [
+        loaded.model.forward(one_chunk(loaded.token_ids, table, begin, end, block_size), pool)
+        for begin, end in pairwise(bounds)
+    ]
+    torch.testing.assert_close(torch.cat(parts), loaded.expected, atol=TOLERANCE, rtol=0)
