@@ -39,5 +39,6 @@ class KVLayout:
     @property
     def hash(self) -> str:
         """Equal exactly if pages can be copied as they are."""
-        fields = (PROTOCOL_VERSION, self.model, str(self.dtype), self.num_layers, self.num_kv_heads, self.head_dim, self.block_size, self.tp_size)
+        shape = (self.num_layers, self.num_kv_heads, self.head_dim, self.block_size, self.tp_size)
+        fields = (PROTOCOL_VERSION, self.model, str(self.dtype), *shape)
         return hashlib.blake2b(repr(fields).encode(), digest_size=16).hexdigest()

@@ -47,11 +47,14 @@ class TransferStats:
     num_pages: int = 0
     num_bytes: int = 0
     busy_s: float = 0.0
-    num_failures: int = 0
+
+    def plus(self, num_pages: int, num_bytes: int, busy_s: float) -> "TransferStats":
+        return TransferStats(self.num_pages + num_pages, self.num_bytes + num_bytes, self.busy_s + busy_s)
 
 
 class Transport(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
         """This process's own pool, in memory that peers can reach. Raises ClusterError with the sizes if there is no room."""
@@ -78,8 +81,8 @@ class Transport(Protocol):
         """Drops what has not been written for `imm`; True once no write for it is under way any more."""
         ...
 
-    def busy_s(self, imm: Imm) -> float:
-        """Time spent so far on writes for `imm` since its last `stop`."""
+    def busy_s(self, peer: Peer, imm: Imm) -> float:
+        """Time spent so far on writes for `imm`, since it was last stopped."""
         ...
 
     def num_landed(self, imm: Imm) -> int:

@@ -1,0 +1,113 @@
+"""Transport for tests and the simulator: pools are tensors of one process, and writes wait in flight until somebody lands them.
+
+The fabric's owner decides when and in which order writes land; a killed writer's writes may land or be lost. Pages and their count
+land as one, as on the real ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..messages.errors import LayoutMismatch, PeerGone
+from ..messages.ids import Imm
+from ..messages.membership import MemoryDescriptor
+from .layout import KVLayout
+from .transport import NUM_IMMS, KVPool, Peer, TransferStats
+
+
+@dataclass(frozen=True)
+class Write:
+    """Pages in flight; what they hold was read when they left."""
+
+    writer: bytes
+    target: bytes
+    pages: torch.Tensor
+    dst_pages: tuple[int, ...]
+    imm: Imm
+
+
+@dataclass
+class FakeFabric:
+    pools: dict[bytes, KVPool] = field(default_factory=dict)
+    counters: dict[bytes, list[int]] = field(default_factory=dict)
+    in_flight: list[Write] = field(default_factory=list)
+
+    def transport(self, name: str) -> "FakeTransport":
+        return FakeTransport(self, name.encode())
+
+    def land(self, index: int = 0) -> None:
+        """One write arrives; into a dead peer's memory it goes nowhere."""
+        write = self.in_flight.pop(index)
+        pool = self.pools.get(write.target)
+        if pool is not None:
+            as_pages(pool)[list(write.dst_pages)] = write.pages
+            self.counters[write.target][write.imm] += len(write.dst_pages)
+
+    def land_all(self) -> None:
+        while self.in_flight:
+            self.land()
+
+    def kill(self, name: bytes) -> None:
+        """The process is gone: its memory, and what it had not written yet."""
+        self.pools.pop(name, None)
+        self.in_flight = [write for write in self.in_flight if write.writer != name]
+
+
+def as_pages(pool: KVPool) -> torch.Tensor:
+    """[num_pages, elements of a page]."""
+    return pool.tensor.view(pool.num_blocks * pool.layout.num_layers, -1)
+
+
+@dataclass
+class FakeTransport:
+    fabric: FakeFabric
+    location: bytes
+    name: str = "fake"
+    pool: KVPool | None = None
+    stats: TransferStats = field(default_factory=TransferStats)
+
+    def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
+        self.pool = KVPool(layout, torch.zeros(layout.shape(num_blocks), dtype=layout.dtype))
+        return self.pool
+
+    def register(self, pool: KVPool) -> MemoryDescriptor:
+        self.fabric.pools[self.location] = pool
+        self.fabric.counters[self.location] = [0] * NUM_IMMS
+        return MemoryDescriptor(self.name, "fake", self.location, pool.num_blocks, pool.layout.page_bytes, NUM_IMMS)
+
+    def connect(self, descriptor: MemoryDescriptor) -> Peer:
+        assert self.pool is not None
+        if descriptor.page_bytes != self.pool.layout.page_bytes:
+            raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {self.pool.layout.page_bytes} here")
+        if descriptor.location not in self.fabric.pools:
+            raise PeerGone(f"{descriptor.location.decode()} is gone")
+        return Peer(descriptor)
+
+    def disconnect(self, peer: Peer) -> None:
+        self.fabric.in_flight = [w for w in self.fabric.in_flight if (w.writer, w.target) != (self.location, peer.descriptor.location)]
+
+    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+        assert self.pool is not None
+        if peer.descriptor.location not in self.fabric.pools:
+            raise PeerGone(f"{peer.descriptor.location.decode()} is gone")
+        pages = as_pages(self.pool)[list(src_pages)].clone()
+        self.fabric.in_flight.append(Write(self.location, peer.descriptor.location, pages, tuple(dst_pages), imm))
+
+    def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
+        """What is in flight cannot be called back: like a NIC, it must land first."""
+        return not any(
+            w.writer == self.location and w.target == peer.descriptor.location and w.imm == imm for w in self.fabric.in_flight
+        )
+
+    def busy_s(self, peer: Peer, imm: Imm) -> float:
+        return 0.0
+
+    def num_landed(self, imm: Imm) -> int:
+        return self.fabric.counters[self.location][imm]
+
+    def reset(self, imm: Imm) -> None:
+        self.fabric.counters[self.location][imm] = 0
+
+    def close(self) -> None:
+        self.fabric.kill(self.location)

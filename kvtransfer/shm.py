@@ -1,0 +1,252 @@
+"""Transport for CPU workers of one host: pools live in POSIX shared memory, and the writer copies into the peer's.
+
+    /dev/shm/diptych-CLUSTER-WORKER-EPOCH  =  NUM_IMMS counters (uint64)  |  pool
+
+One thread per process copies, in order, while the engine's thread computes. A count is raised after its pages have been copied; a
+counter has one writer at a time, so a plain store will do. The owner holds a lock on its segment as long as it lives: a segment
+whose lock is free belongs to a dead process, and the next worker to start removes it.
+"""
+
+import fcntl
+import mmap
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
+from ..messages.ids import Epoch, Imm, WorkerId
+from ..messages.membership import MemoryDescriptor
+from .layout import KVLayout
+from .transport import NUM_IMMS, KVPool, Peer, TransferStats
+
+SHM = Path("/dev/shm")
+HEADER_BYTES = NUM_IMMS * 8
+PREFIX = "diptych-"
+
+
+def host_identity() -> str:
+    """Equal for processes that share /dev/shm."""
+    status = SHM.stat()
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    boot = boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
+    return f"{boot}:{status.st_dev}:{status.st_ino}"
+
+
+def sweep_orphans(cluster: str) -> list[str]:
+    """Removes the cluster's segments whose owners are dead; returns their names."""
+    removed = []
+    for path in SHM.glob(f"{PREFIX}{cluster}-*"):
+        try:
+            with path.open("rb") as segment:
+                fcntl.flock(segment, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+                removed.append(path.name)
+        except (BlockingIOError, FileNotFoundError):
+            continue
+    return removed
+
+
+@dataclass
+class _Mapping:
+    """A segment in this process's memory."""
+
+    memory: mmap.mmap
+    page_bytes: int
+
+    def __post_init__(self) -> None:
+        self.counters = np.frombuffer(self.memory, np.uint64, NUM_IMMS)
+        self.pages = np.frombuffer(self.memory, np.uint8, offset=HEADER_BYTES).reshape(-1, self.page_bytes)
+
+    def close(self) -> None:
+        del self.counters, self.pages
+        self.memory.close()
+
+
+@dataclass(frozen=True)
+class _Job:
+    location: bytes
+    src_pages: Sequence[int]
+    dst_pages: Sequence[int]
+    imm: Imm
+
+    @property
+    def key(self) -> tuple[bytes, Imm]:
+        return self.location, self.imm
+
+
+@dataclass
+class _Queue:
+    """Jobs for the copying thread; every field is guarded by `changed`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    jobs: deque[_Job] = field(default_factory=deque)
+    running: _Job | None = None
+    busy_s: dict[tuple[bytes, Imm], float] = field(default_factory=dict)
+    closed: bool = False
+
+
+class ShmTransport:
+    name = "shm"
+
+    def __init__(self, cluster: str, worker_id: WorkerId, epoch: Epoch) -> None:
+        self._cluster = cluster
+        self._path = SHM / f"{PREFIX}{cluster}-{worker_id}-{epoch}"
+        self._fd: int | None = None
+        self._own: _Mapping | None = None
+        self._peers: dict[bytes, _Mapping] = {}
+        self._queue = _Queue()
+        self._stats = TransferStats()
+        self._thread = threading.Thread(target=self._copy_all, name="shm-writer", daemon=True)
+        self._thread.start()
+
+    # the receiver's side
+
+    def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
+        sweep_orphans(self._cluster)
+        pool_bytes = num_blocks * layout.block_bytes
+        memory = self._create(HEADER_BYTES + pool_bytes)
+        self._own = _Mapping(memory, layout.page_bytes)
+        tensor = torch.frombuffer(memory, dtype=layout.dtype, offset=HEADER_BYTES).view(layout.shape(num_blocks))
+        return KVPool(layout, tensor)
+
+    def _create(self, size: int) -> mmap.mmap:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            os.posix_fallocate(self._fd, 0, size)     # now, or a page fault later would be a SIGBUS
+        except OSError as error:
+            free = os.statvfs(SHM).f_bavail * os.statvfs(SHM).f_frsize
+            self.close()
+            raise ClusterError(f"{self._path}: {size} bytes of shared memory wanted, {free} free: {error.strerror}") from None
+        return mmap.mmap(self._fd, size)
+
+    def register(self, pool: KVPool) -> MemoryDescriptor:
+        return MemoryDescriptor(
+            transport=self.name,
+            host=host_identity(),
+            location=self._path.name.encode(),
+            num_blocks=pool.num_blocks,
+            page_bytes=pool.layout.page_bytes,
+            num_imms=NUM_IMMS,
+        )
+
+    def num_landed(self, imm: Imm) -> int:
+        assert self._own is not None
+        return int(self._own.counters[imm])
+
+    def reset(self, imm: Imm) -> None:
+        assert self._own is not None
+        self._own.counters[imm] = 0
+
+    # the writer's side
+
+    def connect(self, descriptor: MemoryDescriptor) -> Peer:
+        assert self._own is not None
+        if descriptor.page_bytes != self._own.page_bytes:
+            raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {self._own.page_bytes} here")
+        if descriptor.location not in self._peers:
+            self._peers[descriptor.location] = self._map(descriptor)
+        return Peer(descriptor)
+
+    def _map(self, descriptor: MemoryDescriptor) -> _Mapping:
+        path = SHM / descriptor.location.decode()
+        if not path.name.startswith(PREFIX) or path.parent != SHM:
+            raise PeerGone(f"{descriptor.location!r} is no segment of ours")
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise PeerGone(f"{path}: {error.strerror}") from None
+        try:
+            memory = mmap.mmap(fd, 0)
+        finally:
+            os.close(fd)
+        return _Mapping(memory, descriptor.page_bytes)
+
+    def disconnect(self, peer: Peer) -> None:
+        location = peer.descriptor.location
+        with self._queue.changed:
+            self._queue.jobs = deque(job for job in self._queue.jobs if job.location != location)
+            self._queue.changed.wait_for(lambda: self._queue.running is None or self._queue.running.location != location)
+            mapping = self._peers.pop(location, None)
+        if mapping is not None:
+            mapping.close()
+
+    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+        location = peer.descriptor.location
+        if location not in self._peers:
+            raise PeerGone(f"{location.decode()} is not connected")
+        num_pages = len(self._peers[location].pages)
+        if len(src_pages) != len(dst_pages) or not all(0 <= page < num_pages for page in dst_pages) or not 0 <= imm < NUM_IMMS:
+            wanted = f"{len(src_pages)} pages to {len(dst_pages)} places, imm {imm}"
+            raise TransferError(f"{wanted}: outside of {num_pages} pages and {NUM_IMMS} counters")
+        with self._queue.changed:
+            self._queue.jobs.append(_Job(location, src_pages, dst_pages, imm))
+            self._queue.changed.notify_all()
+
+    def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
+        key = (peer.descriptor.location, imm)
+        with self._queue.changed:
+            self._queue.jobs = deque(job for job in self._queue.jobs if job.key != key)
+            stopped = self._queue.changed.wait_for(lambda: self._queue.running is None or self._queue.running.key != key, timeout_s)
+            if stopped:
+                self._queue.busy_s.pop(key, None)
+            return stopped
+
+    def busy_s(self, peer: Peer, imm: Imm) -> float:
+        with self._queue.changed:
+            return self._queue.busy_s.get((peer.descriptor.location, imm), 0.0)
+
+    @property
+    def stats(self) -> TransferStats:
+        return self._stats
+
+    def close(self) -> None:
+        with self._queue.changed:
+            self._queue.closed = True
+            self._queue.changed.notify_all()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    # the copying thread
+
+    def _copy_all(self) -> None:
+        for job in self._jobs():
+            started = time.perf_counter()
+            self._copy(job)
+            self._account(job, time.perf_counter() - started)
+
+    def _jobs(self) -> Iterator[_Job]:
+        queue = self._queue
+        while True:
+            with queue.changed:
+                queue.running = None
+                queue.changed.notify_all()
+                queue.changed.wait_for(lambda: bool(queue.jobs) or queue.closed)
+                if queue.closed:
+                    return
+                queue.running = queue.jobs.popleft()
+            yield queue.running
+
+    def _copy(self, job: _Job) -> None:
+        assert self._own is not None
+        source, target = self._own.pages, self._peers[job.location]
+        for src, dst in zip(job.src_pages, job.dst_pages, strict=True):
+            target.pages[dst] = source[src]
+        target.counters[job.imm] += np.uint64(len(job.dst_pages))
+
+    def _account(self, job: _Job, seconds: float) -> None:
+        num_pages = len(job.dst_pages)
+        with self._queue.changed:
+            self._queue.busy_s[job.key] = self._queue.busy_s.get(job.key, 0.0) + seconds
+            self._stats = self._stats.plus(num_pages, num_pages * self._peers[job.location].page_bytes, seconds)
