@@ -6,6 +6,7 @@ Names, shapes and storage types are checked from the headers before any tensor m
 or unexpected ends it there, with its name and both shapes.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Iterable
@@ -66,7 +67,7 @@ def _invent_piece(piece: Piece, dtype: torch.dtype, device: torch.device) -> Ten
     if len(piece.shape) == 1 and piece.name.endswith("norm.weight"):
         return torch.ones(piece.shape, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(piece.name.encode()))
-    return torch.randn(piece.shape, dtype=dtype, device=device, generator=generator) * piece.shape[-1] ** -0.5
+    return torch.randn(piece.shape, dtype=dtype, device=device, generator=generator) / math.sqrt(piece.shape[-1])
 
 
 class _Checkpoint:

@@ -52,7 +52,8 @@ class Transformer:
     def _attention(self, index: int, layer: LayerWeights[Tensor], normed: Tensor, batch: ForwardBatch, kv_pool: Tensor) -> Tensor:
         config, ops = self.config, self._ops
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(normed.shape[0], -1, config.head_dim)
-        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)     # [T, heads, head_dim]
+        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        q, k, v = torch.split(qkv, heads, dim=1)                                # each [T, its heads, head_dim]
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = ops.rms_norm(q, layer.q_norm, config.rms_norm_eps), ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
         q, k = ops.rope(q, k, batch.positions, self._cos_sin)
