@@ -1,6 +1,6 @@
 """Every family equals Hugging Face's own code on the same random weights, fp32: in one pass, and in chunks over a shuffled paged pool."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -132,3 +132,51 @@ def test_chunked_prefill_then_decode(loaded: Loaded, block_size: int, chunk: int
         for begin, end in pairwise(bounds)
     ]
     torch.testing.assert_close(torch.cat(parts), loaded.expected, atol=TOLERANCE, rtol=0)
+
+
+def test_chunks_and_decodes_in_one_batch(loaded: Loaded) -> None:
+    """Three sequences, each a prefix of the tokens, in one step: a decode, a chunk with earlier context, a whole prompt."""
+    block_size, earlier, lengths = 4, (20, 9, 0), (1, 6, 5)
+    tables = [table.int() for table in shuffled_table(18).chunk(3)]
+    pool = new_pool(loaded.model.config, 18, block_size)
+    for table, begin in zip(tables, earlier, strict=True):
+        if begin:
+            loaded.model.forward(one_chunk(loaded.token_ids, table, 0, begin, block_size), pool)
+    parts = [
+        one_chunk(loaded.token_ids, table, begin, begin + length, block_size)
+        for table, begin, length in zip(tables, earlier, lengths, strict=True)
+    ]
+    last_rows = torch.tensor(lengths).cumsum(0) - 1
+    together = ForwardBatch(
+        token_ids=torch.cat([part.token_ids for part in parts]),
+        positions=torch.cat([part.positions for part in parts]),
+        slots=torch.cat([part.slots for part in parts]),
+        query_starts=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        context_lens=torch.cat([part.context_lens for part in parts]),
+        block_tables=torch.stack(tables),
+        logit_rows=last_rows,
+    )
+    logits = loaded.model.forward(together, pool)
+    expected = loaded.expected[[begin + length - 1 for begin, length in zip(earlier, lengths, strict=True)]]
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_each_layer_is_announced_once_its_pages_are_final(loaded: Loaded) -> None:
+    pool, table = new_pool(loaded.model.config, 4, 16), shuffled_table(4)
+    seen: list[Tensor] = []
+
+    def copy_pages(layer: int) -> None:
+        assert layer == len(seen)
+        assert bool(pool[:, layer + 1 :].isnan().all())
+        seen.append(pool[:, layer].clone())
+
+    loaded.model.forward(one_chunk(loaded.token_ids, table, 0, NUM_TOKENS, 16), pool, copy_pages)
+    assert len(seen) == loaded.model.config.num_layers
+    torch.testing.assert_close(torch.stack(seen, dim=1), pool, equal_nan=True, atol=0, rtol=0)
+
+
+def test_no_logit_rows_still_writes_the_pool(loaded: Loaded) -> None:
+    pool = new_pool(loaded.model.config, 4, 16)
+    batch = replace(one_chunk(loaded.token_ids, shuffled_table(4), 0, 10, 16), logit_rows=torch.empty(0, dtype=torch.int64))
+    assert loaded.model.forward(batch, pool).shape == (0, loaded.model.config.vocab_size)
+    assert not bool(pool.isnan().all())
