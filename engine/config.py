@@ -1,23 +1,16 @@
 """What a worker needs to know to start: values only, handed from the spec through the controller to the process."""
 
-from enum import StrEnum
-
 from msgspec import Struct
 
 from ..messages.ids import Epoch, WorkerId
-
-
-class LoadFormat(StrEnum):
-    AUTO = "auto"              # safetensors of the folder
-    DUMMY = "dummy"            # seeded random weights of the real shape
 
 
 class EngineConfig(Struct, frozen=True):
     """One model replica. Equal on all workers of a deployment, but for the memory."""
 
     model_path: str                       # a local Hugging Face folder
-    load_format: LoadFormat = LoadFormat.AUTO
-    dtype: str = "auto"                   # "auto": the folder's own; "float32" on the CPU
+    load_format: str = "safetensors"      # or "dummy": seeded random weights of the real shape
+    dtype: str = "auto"                   # "auto": the folder's own on a GPU, float32 on the CPU
     device: str = "cpu"                   # "cpu" or "cuda"
     block_size: int = 16                  # tokens of one KV block
     num_blocks: int | None = None         # None: as many as kv_memory_bytes holds

@@ -77,7 +77,6 @@ class KVLanded(Struct, frozen=True, tag=True):
     ticket: Ticket
     num_pages: int
     first: TokenDelta                         # token 0 of this attempt, as sent to the gateway
-    transfer_s: float                         # busy time of the writer's transport
 
 
 class KVCommitted(Struct, frozen=True, tag=True):

@@ -148,14 +148,14 @@ class Abort(Struct, frozen=True, tag=True):
 
 
 class RequestSpan(Struct, frozen=True, tag=True):
-    """How a handed-off request went, sent by its decode worker once the KV is committed; for metrics and the demo's table."""
+    """How a handoff went, sent by its prefill worker once the decode worker has committed the KV; for metrics and the demo's table."""
 
     request_id: RequestId
-    worker: WorkerRef
-    prefill_id: WorkerId
+    worker: WorkerRef                         # the prefill worker
+    decode_id: WorkerId
     transport: str
     num_pages: int
     num_bytes: int
     num_skipped_blocks: int                   # prefix blocks the decode worker already had
     transfer_s: float                         # busy time of the writer's transport for this request
-    handoff_s: float                          # offer received to commit
+    handoff_s: float                          # offer to commit, the prompt's computation included

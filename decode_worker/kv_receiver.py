@@ -1,0 +1,268 @@
+"""The receiver's side of all handoffs of one decode worker: admission, counting, commit.
+
+    KVOffer ──► checked ──► blocks reserved ──► KVAccept ──► pages counted ──► KVLanded: announced = counted? ──► commit, KVCommitted
+                   │ no memory: KVWait, first come first served
+    any abort, deadline or cancel: CANCELLING; the reserved blocks stay reserved until KVDrained, or until the writer is confirmed dead
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..engine.engine import Engine
+from ..kvtransfer.session import HandoffState, Session
+from ..kvtransfer.transport import NUM_IMMS, KVPool, Transport
+from ..messages.handoff import (
+    KVAccept,
+    KVCancel,
+    KVCommitted,
+    KVDrained,
+    KVLanded,
+    KVOffer,
+    KVRefuse,
+    KVWait,
+    RefuseReason,
+    Ticket,
+)
+from ..messages.ids import BlockId, Imm, RequestId
+from ..messages.membership import Membership
+from ..messages.post import Post
+from ..messages.requests import FailureKind, GenerateRequest, TokenDelta, WorkerRef
+
+MAX_REMEMBERED_TICKETS = 65_536
+
+ReceiverMessage = KVOffer | KVLanded | KVDrained
+
+
+@dataclass(eq=False)
+class Incoming:
+    session: Session
+    offer: KVOffer
+    offered_at: float
+    blocks: list[BlockId] = field(default_factory=list)      # all of the prompt's, cached prefix first; held
+    num_cached: int = 0
+    imm: Imm | None = None
+    num_seen: int = 0                                        # pages counted when last looked
+    landed: KVLanded | None = None
+
+    @property
+    def ticket(self) -> Ticket:
+        return self.session.ticket
+
+    @property
+    def request(self) -> GenerateRequest:
+        return self.offer.request
+
+
+class KVReceiver:
+    """`on_failure(request, kind, text)` is called for a handoff that this side gives up."""
+
+    def __init__(
+        self,
+        me: WorkerRef,
+        post: Post,
+        transport: Transport,
+        pool: KVPool,
+        engine: Engine,
+        timeout_s: float,
+        on_failure: Callable[[GenerateRequest, FailureKind, str], None],
+    ) -> None:
+        self._me = me
+        self._post = post
+        self._transport = transport
+        self._layout = pool.layout
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._on_failure = on_failure
+        self._handoffs: dict[RequestId, Incoming] = {}       # in order of arrival
+        self._imms = [Imm(i) for i in range(NUM_IMMS)]
+        self._consumed: OrderedDict[Ticket, None] = OrderedDict()
+        self.draining = False
+
+    def __len__(self) -> int:
+        return len(self._handoffs)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Announced pages are still to be counted."""
+        return any(h.landed is not None for h in self._handoffs.values())
+
+    @property
+    def num_reserved_blocks(self) -> int:
+        return sum(len(h.blocks) for h in self._handoffs.values())
+
+    # what the writer tells
+
+    def receive(self, message: ReceiverMessage, now: float) -> None:
+        match message:
+            case KVOffer():
+                self._offered(message, now)
+            case KVLanded():
+                self._announced(message, now)
+            case KVDrained():
+                self._drained(message)
+
+    def _offered(self, offer: KVOffer, now: float) -> None:
+        known = self._handoffs.get(offer.ticket.request_id)
+        if known is not None and known.ticket == offer.ticket:
+            return                                           # doubled on the way
+        refusal = self._why_refused(offer)
+        if refusal is not None:
+            self._refuse(offer.writer, offer.ticket, *refusal)
+            return
+        handoff = Incoming(Session(offer.ticket, now + offer.request.timeout_s), offer, now)
+        self._handoffs[offer.ticket.request_id] = handoff
+        if not self._reserve_next(now, handoff):
+            self._post.send(offer.writer.address, KVWait(offer.ticket))
+
+    def _why_refused(self, offer: KVOffer) -> tuple[RefuseReason, str] | None:
+        ticket, num_tokens, block_size = offer.ticket, len(offer.request.token_ids), self._layout.block_size
+        if (ticket.decode_id, ticket.decode_epoch) != (self._me.worker_id, self._me.epoch):
+            mine = f"{self._me.worker_id} epoch {self._me.epoch}"
+            return RefuseReason.STALE_EPOCH, f"for {ticket.decode_id} epoch {ticket.decode_epoch}, this is {mine}"
+        if ticket in self._consumed or ticket.request_id in self._handoffs or self._engine.find(ticket.request_id) is not None:
+            return RefuseReason.CONSUMED_TICKET, f"{ticket.request_id} was here before"
+        if offer.layout_hash != self._layout.hash:
+            return RefuseReason.LAYOUT, f"pages of layout {offer.layout_hash}, this pool has {self._layout.hash}"
+        if not 0 < num_tokens <= self._engine.limits.max_model_len:
+            return RefuseReason.TOO_LARGE, f"{num_tokens} tokens; this worker takes 1 to {self._engine.limits.max_model_len}"
+        if offer.num_blocks != -(-num_tokens // block_size) or len(offer.block_hashes) != num_tokens // block_size:
+            text = f"{num_tokens} tokens with {offer.num_blocks} blocks, {len(offer.block_hashes)} hashes"
+            return RefuseReason.MALFORMED, text
+        if self.draining:
+            return RefuseReason.DRAINING, f"{self._me.worker_id} is draining"
+        return None
+
+    def _announced(self, landed: KVLanded, now: float) -> None:
+        handoff = self._handoffs.get(landed.ticket.request_id)
+        if handoff is None or handoff.ticket != landed.ticket:
+            return                                           # stale, consumed or forged; who sent it has a deadline
+        if handoff.landed is not None or handoff.session.state not in (HandoffState.RESERVED, HandoffState.MOVING):
+            return
+        wrong = self._what_is_wrong(landed, handoff)
+        if wrong is not None:
+            self._cancel(handoff, RefuseReason.PAGE_COUNT, FailureKind.INTERNAL, wrong)
+            return
+        handoff.landed = landed
+        handoff.session.deadline = now + self._timeout_s
+        self._count(handoff, now)
+
+    def _what_is_wrong(self, landed: KVLanded, handoff: Incoming) -> str | None:
+        num_pages = (len(handoff.blocks) - handoff.num_cached) * self._layout.num_layers
+        if landed.num_pages != num_pages:
+            return f"{landed.num_pages} pages announced, {num_pages} reserved"
+        if len(landed.first.token_ids) != 1 or landed.first.finish is not None:
+            return f"{len(landed.first.token_ids)} first tokens, finish {landed.first.finish}"
+        return None
+
+    def _drained(self, message: KVDrained) -> None:
+        handoff = self._handoffs.get(message.ticket.request_id)
+        if handoff is None or handoff.ticket != message.ticket:
+            return
+        if handoff.session.live:                             # the writer gave up, and tells the gateway itself
+            handoff.session.move(HandoffState.CANCELLING)
+        self._end(handoff, HandoffState.CANCELLED)
+
+    # what the worker's loop tells
+
+    def tick(self, now: float) -> None:
+        for handoff in list(self._handoffs.values()):
+            if handoff.session.state in (HandoffState.RESERVED, HandoffState.MOVING):
+                self._count(handoff, now)
+            if handoff.session.live and now >= handoff.session.deadline:
+                text = f"{handoff.offer.writer.worker_id}: no progress in {handoff.session.state.name} after {handoff.num_seen} pages"
+                self._cancel(handoff, RefuseReason.TIMEOUT, FailureKind.TIMEOUT, text)
+        self._reserve_next(now)
+
+    def abort(self, request_id: RequestId) -> None:
+        handoff = self._handoffs.get(request_id)
+        if handoff is not None and handoff.session.live:
+            self._cancel(handoff, RefuseReason.ABORTED, None, "aborted")
+
+    def writers_gone(self, gone: list[WorkerRef], membership: Membership, now: float) -> None:
+        """`gone` are confirmed dead. So is a writer that is not listed although its handoff is older than any listing takes."""
+        for handoff in list(self._handoffs.values()):
+            writer = handoff.offer.writer
+            unlisted = not membership.lives(writer.worker_id, writer.epoch) and now >= handoff.offered_at + self._timeout_s
+            if writer in gone or unlisted:
+                self._writer_died(handoff, now)
+
+    def _writer_died(self, handoff: Incoming, now: float) -> None:
+        if handoff.session.state in (HandoffState.RESERVED, HandoffState.MOVING):
+            self._count(handoff, now)                        # all may have arrived before it died
+        if handoff.session.ended:
+            return
+        if handoff.session.live:
+            writer = handoff.offer.writer
+            self._on_failure(handoff.request, FailureKind.PEER_LOST, f"{writer.worker_id} epoch {writer.epoch} has died")
+        self._end(handoff, HandoffState.FAILED)
+
+    # doing
+
+    def _reserve_next(self, now: float, wanted: Incoming | None = None) -> bool:
+        """Reserves for those that wait, oldest first, until one does not fit; True if `wanted` got its blocks."""
+        for handoff in [h for h in self._handoffs.values() if h.session.state is HandoffState.OFFERED]:
+            if not self._reserve(handoff, now):
+                return False
+            if handoff is wanted:
+                return True
+        return False
+
+    def _reserve(self, handoff: Incoming, now: float) -> bool:
+        scheduler, pool = self._engine.scheduler, self._engine.pool
+        num_live = sum(h.imm is not None for h in self._handoffs.values()) + len(scheduler.running)
+        prefix = pool.match(handoff.offer.block_hashes)
+        num_new = handoff.offer.num_blocks - len(prefix)
+        # One block for each that runs: a handoff that lands only to preempt, or to be preempted, was moved for nothing.
+        if not self._imms or num_live >= self._engine.limits.max_sequences or (num_live and num_new + num_live > pool.num_available):
+            return False
+        blocks = pool.take(num_new, prefix)
+        if blocks is None:
+            return False
+        handoff.blocks, handoff.num_cached, handoff.imm = blocks, len(prefix), self._imms.pop()
+        self._transport.reset(handoff.imm)
+        handoff.session.move(HandoffState.RESERVED)
+        handoff.session.deadline = now + self._timeout_s
+        accept = KVAccept(handoff.ticket, handoff.num_cached, tuple(blocks[len(prefix) :]), handoff.imm)
+        self._post.send(handoff.offer.writer.address, accept)
+        return True
+
+    def _count(self, handoff: Incoming, now: float) -> None:
+        assert handoff.imm is not None
+        counted = self._transport.num_landed(handoff.imm)
+        if counted != handoff.num_seen:                      # progress renews the lease
+            handoff.num_seen = counted
+            handoff.session.deadline = now + self._timeout_s
+        if handoff.session.state is HandoffState.RESERVED and (counted or handoff.landed):
+            handoff.session.move(HandoffState.MOVING)
+        if handoff.landed is not None and counted == handoff.landed.num_pages:
+            self._commit(handoff, handoff.landed.first, now)
+        elif handoff.landed is not None and counted > handoff.landed.num_pages:
+            text = f"{counted} pages counted, {handoff.landed.num_pages} announced"
+            self._cancel(handoff, RefuseReason.PAGE_COUNT, FailureKind.INTERNAL, text)
+
+    def _commit(self, handoff: Incoming, first: TokenDelta, now: float) -> None:
+        blocks, handoff.blocks = handoff.blocks, []          # the sequence holds them from here on
+        self._end(handoff, HandoffState.LANDED)
+        self._engine.adopt(handoff.request, first, blocks, now)
+        self._post.send(handoff.offer.writer.address, KVCommitted(handoff.ticket))
+
+    def _cancel(self, handoff: Incoming, reason: RefuseReason, kind: FailureKind | None, text: str) -> None:
+        if kind is not None:
+            self._on_failure(handoff.request, kind, text)
+        handoff.session.move(HandoffState.CANCELLING)
+        handoff.landed = None
+        self._post.send(handoff.offer.writer.address, KVCancel(handoff.ticket, reason))
+
+    def _end(self, handoff: Incoming, state: HandoffState) -> None:
+        handoff.session.move(state)
+        self._engine.pool.release(handoff.blocks)
+        if handoff.imm is not None:
+            self._imms.append(handoff.imm)
+        del self._handoffs[handoff.ticket.request_id]
+        self._consumed[handoff.ticket] = None
+        if len(self._consumed) > MAX_REMEMBERED_TICKETS:
+            self._consumed.popitem(last=False)
+
+    def _refuse(self, writer: WorkerRef, ticket: Ticket, reason: RefuseReason, text: str) -> None:
+        self._post.send(writer.address, KVRefuse(ticket, reason, text))

@@ -1,0 +1,54 @@
+"""The decode role: takes over sequences whose KV a prefill worker writes here, and decodes them.
+
+It also serves whole requests by itself (the local path): their prompts are computed in chunks beside the decodes.
+"""
+
+from ..engine.worker import Worker
+from ..messages.codec import Message
+from ..messages.handoff import KVDrained, KVLanded, KVOffer
+from ..messages.ids import RequestId
+from ..messages.membership import Role
+from ..messages.requests import FailureKind, GenerateRequest, WorkerRef
+from .kv_receiver import KVReceiver
+
+
+class DecodeWorker(Worker):
+    role = Role.DECODE
+
+    def setup(self) -> None:
+        self._receiver = KVReceiver(
+            me=self.ref,
+            post=self.post,
+            transport=self.replica.transport,
+            pool=self.replica.pool,
+            engine=self.engine,
+            timeout_s=self.config.handoff_timeout_s,
+            on_failure=self._handoff_failed,
+        )
+
+    def drain(self) -> None:
+        super().drain()
+        self._receiver.draining = True
+
+    def num_handoffs(self) -> int:
+        return len(self._receiver)
+
+    def receive_handoff(self, message: Message) -> None:
+        if isinstance(message, KVOffer | KVLanded | KVDrained):
+            self._receiver.receive(message, self.clock())
+
+    def tick(self, now: float) -> None:
+        self._receiver.tick(now)
+
+    def abort(self, request_id: RequestId) -> None:
+        self._receiver.abort(request_id)
+        self.finish_if_known(request_id)
+
+    def members_gone(self, gone: list[WorkerRef]) -> None:
+        self._receiver.writers_gone(gone, self.membership, self.clock())
+
+    def idle_wait_s(self) -> float:
+        return 0.0 if self._receiver.is_waiting else super().idle_wait_s()
+
+    def _handoff_failed(self, request: GenerateRequest, kind: FailureKind, text: str) -> None:
+        self.fail(request, kind, text, retryable=True)

@@ -1,0 +1,79 @@
+"""From a WorkerConfig to one model replica with its memory. Fails before anything large is allocated, where it can."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..kernels.reference import ReferenceOps
+from ..kvtransfer.layout import KVLayout
+from ..kvtransfer.shm import ShmTransport
+from ..kvtransfer.transport import KVPool, Transport
+from ..messages.errors import ModelError, PoolTooSmall
+from ..models.config import ModelConfig
+from ..models.loader import LoadFormat, load_weights
+from ..models.transformer import Transformer
+from .config import EngineConfig, WorkerConfig
+from .engine import Engine, EngineLimits
+from .model_runner import TorchRunner
+
+
+@dataclass(frozen=True)
+class Replica:
+    engine: Engine
+    pool: KVPool
+    transport: Transport
+
+
+def build_replica(config: WorkerConfig) -> Replica:
+    """Raises ModelError, PoolTooSmall, ClusterError (no shared memory)."""
+    torch.set_num_threads(config.num_threads)
+    folder, engine = Path(config.engine.model_path), config.engine
+    model_config = ModelConfig.from_folder(folder)
+    dtype, device, load_format = _dtype(engine, model_config), torch.device(engine.device), LoadFormat(engine.load_format)
+    layout = KVLayout(
+        model=fingerprint(folder, load_format),
+        dtype=dtype,
+        num_layers=model_config.num_layers,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_size=engine.block_size,
+    )
+    num_blocks = engine.num_blocks or engine.kv_memory_bytes // layout.block_bytes
+    limits = _limits(engine, model_config, num_blocks)
+    model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ReferenceOps())
+    transport = ShmTransport(config.cluster, config.worker_id, config.epoch)
+    pool = transport.allocate(layout, num_blocks)
+    return Replica(Engine(TorchRunner(model, pool, device), num_blocks, limits), pool, transport)
+
+
+def fingerprint(folder: Path, load_format: LoadFormat) -> str:
+    """Equal for folders with the same config and (by the files' headers and sizes) the same weights."""
+    digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=16)
+    digest.update(load_format.encode())
+    if load_format is LoadFormat.SAFETENSORS:
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as weights:
+                header = weights.read(int.from_bytes(weights.read(8), "little"))
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + header)
+    return digest.hexdigest()
+
+
+def _limits(engine: EngineConfig, model: ModelConfig, num_blocks: int) -> EngineLimits:
+    room = num_blocks * engine.block_size
+    wanted = engine.max_model_len or min(model.max_position_embeddings, room)
+    if wanted > model.max_position_embeddings:
+        raise ModelError(f"max_model_len {wanted} is over the model's {model.max_position_embeddings} positions")
+    if not 0 < wanted <= room:
+        raise PoolTooSmall(f"max_model_len {wanted}: the KV pool of {num_blocks} blocks holds {room} tokens")
+    return EngineLimits(engine.block_size, wanted, engine.max_step_tokens, engine.max_sequences, engine.prefix_cache)
+
+
+def _dtype(engine: EngineConfig, model: ModelConfig) -> torch.dtype:
+    if engine.dtype == "auto":
+        return torch.float32 if engine.device == "cpu" else model.dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if engine.dtype not in known:
+        raise ModelError(f"dtype {engine.dtype!r} is none of auto, {', '.join(known)}")
+    return known[engine.dtype]

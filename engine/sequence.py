@@ -1,0 +1,73 @@
+"""One sequence in an engine: its tokens, how far its KV is computed, and the blocks that hold it.
+
+    WAITING ──► RUNNING ──► FINISHED            computed and decoded here
+       ▲           │  └───► PARKED ──► FINISHED  prompt computed here, decoded elsewhere: blocks are held until released
+       └───────────┘
+      preempted: blocks given back, everything computed again later
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from ..messages.ids import BlockHash, BlockId, RequestId
+from ..messages.requests import GenerateRequest, TokenLogprobs
+from .block_pool import chain_hashes
+
+
+class SequenceState(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    PARKED = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    request: GenerateRequest
+    arrival: int                                 # order of arrival in this engine; also breaks ties
+    deadline: float                              # engine clock: the attempt is given up then
+    ttft_deadline: float                         # engine clock: what urgency goes by; infinite without an objective
+    hands_off: bool                              # park after the first token
+    token_ids: list[int] = field(init=False)     # request.token_ids, then what was sampled here
+    num_computed: int = 0                        # leading tokens whose KV is in `blocks`
+    num_cached: int = 0                          # of those, taken from the prefix cache when the sequence was admitted first
+    blocks: list[BlockId] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
+    num_published: int = 0                       # leading blocks that the prefix cache knows
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)    # of prompt tokens 1, 2, …
+    was_admitted: bool = False
+    state: SequenceState = SequenceState.WAITING
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.token_ids)
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.request_id
+
+    @property
+    def num_outputs(self) -> int:
+        """Over all attempts."""
+        return len(self.token_ids) - self.request.num_prompt_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """All but the newest token are computed, and that one was sampled (here, or where the prompt was computed)."""
+        return self.num_to_compute == 1 and len(self.token_ids) > len(self.request.token_ids)
+
+    @property
+    def urgency(self) -> tuple[float, int]:
+        """Smaller goes first."""
+        return self.ttft_deadline, self.arrival
+
+    def update_hashes(self, block_size: int) -> list[BlockHash]:
+        self.hashes = chain_hashes(self.token_ids, block_size, self.hashes)
+        return self.hashes
+
+    def add_prompt_logprobs(self, start: int, scores: list[TokenLogprobs]) -> None:
+        """Scores of tokens start + 1, …; those known from before a preemption are not taken twice."""
+        self.prompt_logprobs += scores[max(0, len(self.prompt_logprobs) - start) :]

@@ -1,0 +1,272 @@
+"""What both roles share: the loop of a worker's one thread, its books of members, and what it tells gateways.
+
+    turn:  receive ─► commands from other threads ─► expire ─► tick (the role's own) ─► step ─► tokens out ─► heartbeat
+
+A role adds its side of the KV handoff by overriding the five methods at the end. Whatever it raises ends the process: a worker that is
+in doubt about its state does not go on; the gateways route its requests anew and the controller starts another.
+"""
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from typing import ClassVar
+
+from msgspec import Struct
+
+from ..kvtransfer.transport import TransferStats
+from ..messages.codec import Message
+from ..messages.errors import ContextOverflow
+from ..messages.ids import Address, RequestId
+from ..messages.membership import Member, Membership, Role
+from ..messages.post import Post
+from ..messages.requests import Abort, FailureKind, GenerateRequest, LoadReport, LoadUpdate, RequestFailed, WorkerRef
+from .config import WorkerConfig
+from .engine import SequenceStep
+from .outbox import TokenOutbox
+from .replica import Replica, build_replica
+from .scheduler import StepPlan
+from .sequence import Sequence, SequenceState
+
+
+class WorkerStatus(Struct, frozen=True):
+    """For people and metrics; a consistent snapshot as of the last turn."""
+
+    load: LoadReport
+    num_cached_blocks: int
+    num_steps: int
+    num_preempted: int
+    num_tokens_computed: int
+    num_dropped_messages: int
+    num_pages_sent: int
+    num_bytes_sent: int
+    transfer_busy_s: float
+    draining: bool
+
+
+class Worker(ABC):
+    """`run` belongs to one thread; `stop`, `drain`, `update_membership`, `status` and `member` may be called from any other."""
+
+    role: ClassVar[Role]
+
+    def __init__(
+        self, config: WorkerConfig, post: Post, replica: Replica | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.post = post
+        self.clock = clock
+        self.ref = WorkerRef(config.worker_id, config.epoch, post.address)
+        self.replica = replica or build_replica(config)
+        self.engine = self.replica.engine
+        self.membership = Membership(version=-1, workers=(), gateways=())
+        self._outbox = TokenOutbox(self.ref, post)
+        self._commands: deque[Callable[[], None]] = deque()      # appended to by other threads
+        self._stopping = threading.Event()
+        self._draining = False
+        self._next_beat = clock()
+        self._num_steps = self._num_preempted = self._num_tokens = 0
+        self._descriptor = self.replica.transport.register(self.replica.pool)
+        self.setup()
+        self._status = self._snapshot()
+
+    # from any thread
+
+    @property
+    def member(self) -> Member:
+        limits = self.engine.limits
+        return Member(
+            ref=self.ref,
+            role=self.role,
+            layout_hash=self.replica.pool.layout.hash,
+            block_size=limits.block_size,
+            num_blocks=self.replica.pool.num_blocks,
+            max_model_len=limits.max_model_len,
+            descriptors=(self._descriptor,),
+            draining=self._draining,
+        )
+
+    def status(self) -> WorkerStatus:
+        return self._status
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def drain(self) -> None:
+        """Takes nothing new from now on."""
+        self._draining = True
+
+    def update_membership(self, membership: Membership) -> None:
+        self._commands.append(lambda: self._accept_membership(membership))
+
+    def run(self) -> None:
+        """Until `stop`."""
+        patience_s = 0.0
+        while not self._stopping.is_set():
+            patience_s = 0.0 if self.turn(patience_s) else self.idle_wait_s()
+
+    def close(self) -> None:
+        self.replica.transport.close()
+
+    # the loop's thread
+
+    def turn(self, timeout_s: float) -> bool:
+        """One pass; True if anything was computed."""
+        for message in self.post.receive(timeout_s):
+            self._receive(message)
+        while self._commands:
+            self._commands.popleft()()
+        now = self.clock()
+        self._expire(now)
+        self.tick(now)
+        progressed = self.engine.has_work and self._step()
+        self._beat(self.clock())
+        return progressed
+
+    def fail(self, request: GenerateRequest, kind: FailureKind, message: str, retryable: bool) -> None:
+        self.post.send(request.gateway, RequestFailed(request.request_id, kind, message, retryable, self.ref))
+
+    def load(self) -> LoadReport:
+        scheduler, pool = self.engine.scheduler, self.engine.pool
+        unfinished = [s for s in (*scheduler.waiting, *scheduler.running) if not s.is_decoding]
+        return LoadReport(
+            worker=self.ref,
+            num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=sum(s.num_to_compute for s in unfinished),
+            num_running=len(scheduler.running),
+            num_reserved=self.num_handoffs(),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_available,
+            block_size=self.engine.limits.block_size,
+        )
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case GenerateRequest():
+                self._accept(message)
+            case Abort():
+                self.abort(message.request_id)
+            case _:
+                self.receive_handoff(message)
+
+    def _accept(self, request: GenerateRequest) -> None:
+        if self.engine.find(request.request_id) is not None:
+            return                                            # doubled on the way
+        first = request.route.first
+        if (first.worker_id, first.epoch) != (self.ref.worker_id, self.ref.epoch):
+            text = f"meant for {first.worker_id} epoch {first.epoch}, this is {self.ref.worker_id} epoch {self.ref.epoch}"
+            self.fail(request, FailureKind.REFUSED, text, retryable=True)
+        elif self._draining:
+            self.fail(request, FailureKind.REFUSED, f"{self.ref.worker_id} is draining", retryable=True)
+        else:
+            try:
+                self.engine.add(request, self.clock(), hands_off=self.hands_off(request))
+            except ContextOverflow as error:
+                self.fail(request, FailureKind.INVALID, str(error), retryable=False)
+
+    def _step(self) -> bool:
+        plan = self.engine.plan()
+        self._num_preempted += len(plan.preempted)
+        if not plan.chunks:
+            return False
+        self.before_step(plan)
+        steps = self.engine.execute(plan, self.on_layer(plan))
+        self._num_steps += 1
+        self._num_tokens += sum(chunk.count for chunk in plan.chunks)
+        for step in steps:
+            if step.delta is not None:
+                self._outbox.add(step.sequence.request.gateway, step.delta)
+        self._outbox.flush(self.load())
+        self.after_step(steps)
+        return True
+
+    def _expire(self, now: float) -> None:
+        for sequence in [s for s in self.engine.sequences if now >= s.deadline]:
+            self.abort(sequence.id)
+            text = f"no end within {sequence.request.timeout_s:g} s on {self.ref.worker_id}"
+            self.fail(sequence.request, FailureKind.TIMEOUT, text, retryable=True)
+
+    def _beat(self, now: float) -> None:
+        if now < self._next_beat:
+            return
+        self._next_beat = now + self.config.heartbeat_s
+        self._status = self._snapshot()
+        for gateway in self.membership.gateways:
+            self.post.send(gateway, LoadUpdate(self._status.load))
+
+    def _accept_membership(self, new: Membership) -> None:
+        """Lives and gateways that were listed once and are no longer have ended. An older snapshot than the last is ignored."""
+        if new.version <= self.membership.version:
+            return
+        old, self.membership = self.membership, new
+        gone = [m.ref for m in old.workers if not new.lives(m.ref.worker_id, m.ref.epoch)]
+        self.members_gone(gone)
+        for ref in gone:
+            self.post.forget(ref.address)
+        for gateway in set(old.gateways) - set(new.gateways):
+            self._forget_gateway(gateway)
+
+    def _forget_gateway(self, gateway: Address) -> None:
+        self.post.forget(gateway)
+        for sequence in [s for s in self.engine.sequences if s.request.gateway == gateway]:
+            self.abort(sequence.id)
+
+    def _snapshot(self) -> WorkerStatus:
+        transfer: TransferStats = self.replica.transport.stats
+        return WorkerStatus(
+            load=self.load(),
+            num_cached_blocks=self.engine.pool.num_cached,
+            num_steps=self._num_steps,
+            num_preempted=self._num_preempted,
+            num_tokens_computed=self._num_tokens,
+            num_dropped_messages=self.post.num_dropped,
+            num_pages_sent=transfer.num_pages,
+            num_bytes_sent=transfer.num_bytes,
+            transfer_busy_s=transfer.busy_s,
+            draining=self._draining,
+        )
+
+    def finish_if_known(self, request_id: RequestId) -> Sequence | None:
+        sequence = self.engine.find(request_id)
+        if sequence is not None and sequence.state is not SequenceState.FINISHED:
+            self.engine.finish(sequence)
+        return sequence
+
+    # a role's own
+
+    def hands_off(self, request: GenerateRequest) -> bool:
+        """Whether the request leaves this worker after its first token."""
+        return False
+
+    def before_step(self, plan: StepPlan) -> None:
+        return None
+
+    def on_layer(self, plan: StepPlan) -> Callable[[int], None] | None:
+        return None
+
+    def after_step(self, steps: list[SequenceStep]) -> None:
+        return None
+
+    def idle_wait_s(self) -> float:
+        """How long the loop may sleep when nothing was computed: short while somebody else's memory is waited for."""
+        return 0.001 if self.engine.has_work else self.config.heartbeat_s
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Makes the role's side of the handoff; everything above exists."""
+        ...
+
+    @abstractmethod
+    def num_handoffs(self) -> int: ...
+
+    @abstractmethod
+    def receive_handoff(self, message: Message) -> None: ...
+
+    @abstractmethod
+    def tick(self, now: float) -> None: ...
+
+    @abstractmethod
+    def abort(self, request_id: RequestId) -> None: ...
+
+    @abstractmethod
+    def members_gone(self, gone: list[WorkerRef]) -> None: ...

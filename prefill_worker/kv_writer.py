@@ -1,0 +1,303 @@
+"""The writer's side of all handoffs of one prefill worker.
+
+    offer ──► KVAccept ──► pages leave while later layers and chunks compute ──► first token ──► KVLanded ──► KVCommitted: blocks freed
+                │ (late: what is ready leaves at once)
+    any refusal, cancel, deadline or death: stop writing, say KVDrained, free the blocks, tell the gateway
+
+A handoff's own blocks may be freed before its last write has stopped: then the receiver gets wrong bytes, into blocks that it has
+given up and will not reuse before KVDrained.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..engine.scheduler import Chunk, StepPlan
+from ..engine.sequence import Sequence
+from ..kvtransfer.plan import PagePlan
+from ..kvtransfer.session import HandoffState, Session
+from ..kvtransfer.transport import KVPool, Peer, Transport
+from ..messages.errors import TransferError
+from ..messages.handoff import (
+    KVAccept,
+    KVCancel,
+    KVCommitted,
+    KVDrained,
+    KVLanded,
+    KVOffer,
+    KVRefuse,
+    KVWait,
+    RefuseReason,
+    Ticket,
+)
+from ..messages.ids import RequestId, new_nonce
+from ..messages.membership import Member, Membership
+from ..messages.post import Post
+from ..messages.requests import FailureKind, RequestSpan, TokenDelta, WorkerRef
+
+WriterMessage = KVAccept | KVWait | KVRefuse | KVCommitted | KVCancel
+
+
+@dataclass(frozen=True)
+class Failure:
+    kind: FailureKind
+    message: str
+    retryable: bool = True
+
+
+@dataclass(eq=False)
+class Outgoing:
+    session: Session
+    sequence: Sequence
+    decode: WorkerRef
+    offered_at: float
+    accept: KVAccept | None = None          # kept until the peer is connected
+    plan: PagePlan | None = None
+    peer: Peer | None = None
+    num_ready: int = 0                      # leading blocks that are complete in all layers
+    first: TokenDelta | None = None
+    announced: bool = False                 # KVLanded is out
+
+    @property
+    def ticket(self) -> Ticket:
+        return self.session.ticket
+
+
+class KVWriter:
+    """`on_end(sequence, failure)` is called once per handoff; failure None means committed, or ended on purpose."""
+
+    def __init__(
+        self,
+        me: WorkerRef,
+        post: Post,
+        transport: Transport,
+        pool: KVPool,
+        timeout_s: float,
+        layer_group: int,
+        on_end: Callable[[Sequence, Failure | None], None],
+    ) -> None:
+        self._me = me
+        self._post = post
+        self._transport = transport
+        self._layout = pool.layout
+        self._timeout_s = timeout_s
+        self._layer_group = layer_group
+        self._on_end = on_end
+        self._handoffs: dict[RequestId, Outgoing] = {}
+        self._members: dict[WorkerRef, Member] = {}
+        self._peers: dict[WorkerRef, Peer] = {}
+
+    def __len__(self) -> int:
+        return len(self._handoffs)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Something of the transport's is to be polled for."""
+        return any(h.session.state is HandoffState.CANCELLING for h in self._handoffs.values())
+
+    # what the worker's loop tells
+
+    def offer(self, sequence: Sequence, now: float) -> None:
+        decode = sequence.request.route.decode
+        ticket = Ticket(decode.worker_id, decode.epoch, sequence.id, new_nonce())
+        self._handoffs[sequence.id] = Outgoing(Session(ticket, now + self._timeout_s), sequence, decode, now)
+        num_full = len(sequence.request.token_ids) // self._layout.block_size
+        offer = KVOffer(
+            ticket=ticket,
+            writer=self._me,
+            layout_hash=self._layout.hash,
+            request=sequence.request,
+            block_hashes=tuple(sequence.hashes[:num_full]),
+            num_blocks=len(sequence.blocks),
+        )
+        self._post.send(decode.address, offer)
+
+    def layer_finished(self, plan: StepPlan, layer: int) -> None:
+        """Layer `layer` of the step under way is in the pool: a finished group of layers leaves."""
+        first = layer - layer % self._layer_group
+        if layer + 1 == first + self._layer_group or layer + 1 == self._layout.num_layers:
+            for chunk in plan.chunks:
+                handoff = self._handoffs.get(chunk.sequence.id)
+                if handoff is not None:
+                    self._write(handoff, range(first, layer + 1), self._num_ready_after(chunk))
+
+    def chunk_finished(self, chunk: Chunk, delta: TokenDelta | None, now: float) -> None:
+        handoff = self._handoffs.get(chunk.sequence.id)
+        if handoff is None:
+            return
+        handoff.num_ready = self._num_ready_after(chunk)
+        handoff.first = delta
+        if delta is not None and delta.finish is not None:
+            self._give_up(handoff, None, now)              # the first token was the last: nobody needs the KV
+        else:
+            self._push(handoff, now)
+
+    def tick(self, now: float) -> None:
+        for handoff in list(self._handoffs.values()):
+            if handoff.session.state is HandoffState.CANCELLING:
+                self._try_drain(handoff)
+            elif now >= handoff.session.deadline:
+                failure = Failure(FailureKind.TIMEOUT, f"{handoff.decode.worker_id} did not answer in {handoff.session.state.name}")
+                self._give_up(handoff, failure, now)
+            elif handoff.accept is not None and handoff.plan is None:
+                self._connect(handoff, now)
+
+    def abort(self, request_id: RequestId, now: float) -> None:
+        handoff = self._handoffs.get(request_id)
+        if handoff is not None and handoff.session.live:
+            self._give_up(handoff, None, now)
+
+    def update_membership(self, membership: Membership, gone: list[WorkerRef]) -> None:
+        self._members = {member.ref: member for member in membership.workers}
+        for handoff in [h for h in self._handoffs.values() if h.decode in gone]:
+            live = handoff.session.live
+            failure = Failure(FailureKind.PEER_LOST, f"{handoff.decode.worker_id} epoch {handoff.decode.epoch} has died")
+            self._end(handoff, HandoffState.FAILED, failure if live else None)
+        for ref in set(self._peers) - set(self._members):
+            self._transport.disconnect(self._peers.pop(ref))
+
+    # what the receiver tells
+
+    def receive(self, message: WriterMessage, now: float) -> None:
+        handoff = self._handoffs.get(message.ticket.request_id)
+        if handoff is None or handoff.ticket != message.ticket:
+            self._answer_stranger(message)
+            return
+        match message:
+            case KVAccept() if handoff.session.state is HandoffState.OFFERED and handoff.accept is None:
+                self._accepted(handoff, message, now)
+            case KVWait() if handoff.session.state is HandoffState.OFFERED:
+                handoff.session.deadline = handoff.sequence.deadline
+            case KVRefuse() if message.reason is not RefuseReason.CONSUMED_TICKET and handoff.session.live:
+                self._refused(handoff, message, now)
+            case KVCommitted() if handoff.session.state is HandoffState.MOVING and handoff.announced:
+                self._committed(handoff, now)
+            case KVCancel() if handoff.session.live:
+                aborted = message.reason is RefuseReason.ABORTED
+                text = f"{handoff.decode.worker_id} gave the handoff up: {message.reason}"
+                self._give_up(handoff, None if aborted else Failure(FailureKind.PEER_LOST, text), now)
+            case _:
+                pass                                      # doubled or late: nothing changes
+
+    def _answer_stranger(self, message: WriterMessage) -> None:
+        """For a ticket that is not (or no longer) ours nothing will ever be written: the receiver may let go."""
+        if isinstance(message, KVAccept | KVWait | KVCancel):
+            for ref in self._members:
+                if (ref.worker_id, ref.epoch) == (message.ticket.decode_id, message.ticket.decode_epoch):
+                    self._post.send(ref.address, KVDrained(message.ticket))
+
+    def _accepted(self, handoff: Outgoing, accept: KVAccept, now: float) -> None:
+        wrong = _what_is_wrong(accept, handoff)
+        if wrong:
+            self._give_up(handoff, Failure(FailureKind.INTERNAL, f"{handoff.decode.worker_id} accepted with {wrong}"), now)
+            return
+        handoff.accept = accept
+        handoff.session.move(HandoffState.RESERVED)
+        handoff.session.deadline = handoff.sequence.deadline
+        self._connect(handoff, now)
+
+    def _refused(self, handoff: Outgoing, refusal: KVRefuse, now: float) -> None:
+        text = f"{handoff.decode.worker_id} refused: {refusal.reason}: {refusal.message}"
+        retryable = refusal.reason not in (RefuseReason.TOO_LARGE, RefuseReason.LAYOUT)
+        kind = FailureKind.REFUSED if retryable else FailureKind.INVALID
+        self._give_up(handoff, Failure(kind, text, retryable), now)
+
+    def _committed(self, handoff: Outgoing, now: float) -> None:
+        assert handoff.plan is not None and handoff.peer is not None and handoff.accept is not None
+        request = handoff.sequence.request
+        span = RequestSpan(
+            request_id=request.request_id,
+            worker=self._me,
+            decode_id=handoff.decode.worker_id,
+            transport=self._transport.name,
+            num_pages=handoff.plan.num_pages,
+            num_bytes=handoff.plan.num_pages * self._layout.page_bytes,
+            num_skipped_blocks=handoff.plan.num_skipped,
+            transfer_s=self._transport.busy_s(handoff.peer, handoff.accept.imm),
+            handoff_s=now - handoff.offered_at,
+        )
+        self._transport.stop(handoff.peer, handoff.accept.imm, 0.0)
+        self._post.send(request.gateway, span)
+        self._end(handoff, HandoffState.LANDED, None)
+
+    # doing
+
+    def _connect(self, handoff: Outgoing, now: float) -> None:
+        """The receiver's memory is known from the membership, which may still be on its way here."""
+        member = self._members.get(handoff.decode)
+        if member is None:
+            return
+        try:
+            if handoff.decode not in self._peers:
+                descriptor = next(d for d in member.descriptors if d.transport == self._transport.name)
+                self._peers[handoff.decode] = self._transport.connect(descriptor)
+        except (TransferError, StopIteration) as error:
+            self._give_up(handoff, Failure(FailureKind.PEER_LOST, f"cannot reach {member.ref.worker_id}: {error!r}"), now)
+            return
+        assert handoff.accept is not None
+        handoff.peer = self._peers[handoff.decode]
+        handoff.plan = PagePlan(
+            self._layout.num_layers, list(handoff.sequence.blocks), handoff.accept.block_ids, handoff.accept.num_cached_blocks
+        )
+        self._push(handoff, now)
+
+    def _push(self, handoff: Outgoing, now: float) -> None:
+        """All that is ready leaves; with the first token there, all has left and is announced."""
+        if handoff.plan is None or not handoff.session.live:
+            return
+        try:
+            self._write(handoff, range(self._layout.num_layers), handoff.num_ready)
+        except TransferError as error:
+            self._give_up(handoff, Failure(FailureKind.PEER_LOST, str(error)), now)
+            return
+        if handoff.first is not None and handoff.plan.finished and not handoff.announced:
+            self._announce(handoff, handoff.first, handoff.plan.num_pages, now)
+
+    def _announce(self, handoff: Outgoing, first: TokenDelta, num_pages: int, now: float) -> None:
+        if handoff.session.state is HandoffState.RESERVED:
+            handoff.session.move(HandoffState.MOVING)      # the receiver had every block
+        handoff.announced = True
+        handoff.session.deadline = now + self._timeout_s
+        self._post.send(handoff.decode.address, KVLanded(handoff.ticket, num_pages, first))
+
+    def _write(self, handoff: Outgoing, layers: range, num_ready: int) -> None:
+        if handoff.plan is None or handoff.peer is None or handoff.accept is None or not handoff.session.live:
+            return
+        writes = handoff.plan.take(layers, num_ready)
+        if writes.src:
+            if handoff.session.state is HandoffState.RESERVED:
+                handoff.session.move(HandoffState.MOVING)
+            self._transport.write_pages(handoff.peer, writes.src, writes.dst, handoff.accept.imm)
+
+    def _give_up(self, handoff: Outgoing, failure: Failure | None, now: float) -> None:
+        handoff.session.move(HandoffState.CANCELLING)
+        self._on_end(handoff.sequence, failure)
+        self._try_drain(handoff)
+
+    def _try_drain(self, handoff: Outgoing) -> None:
+        if handoff.peer is not None and handoff.accept is not None:
+            if not self._transport.stop(handoff.peer, handoff.accept.imm, 0.0):
+                return
+        self._post.send(handoff.decode.address, KVDrained(handoff.ticket))
+        handoff.session.move(HandoffState.CANCELLED)
+        del self._handoffs[handoff.sequence.id]
+
+    def _end(self, handoff: Outgoing, state: HandoffState, failure: Failure | None) -> None:
+        told = handoff.session.state is HandoffState.CANCELLING
+        handoff.session.move(state)
+        del self._handoffs[handoff.sequence.id]
+        if not told:
+            self._on_end(handoff.sequence, failure)
+
+    def _num_ready_after(self, chunk: Chunk) -> int:
+        if chunk.end == len(chunk.sequence.request.token_ids):
+            return len(chunk.sequence.blocks)
+        return chunk.end // self._layout.block_size
+
+
+def _what_is_wrong(accept: KVAccept, handoff: Outgoing) -> str | None:
+    num_blocks = len(handoff.sequence.blocks)
+    if accept.num_cached_blocks + len(accept.block_ids) != num_blocks or accept.num_cached_blocks < 0:
+        return f"{accept.num_cached_blocks} cached + {len(accept.block_ids)} blocks for {num_blocks}"
+    if len(set(accept.block_ids)) != len(accept.block_ids) or min(accept.block_ids, default=0) < 0:
+        return "repeated or negative block ids"
+    return None
