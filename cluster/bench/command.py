@@ -1,0 +1,202 @@
+"""`diptych bench`: a group whose default is `serve`, the load generator.
+
+    diptych bench [serve] --url URL [--trace FILE] [--rate R | --rates R,R | --goodput] [--json FILE] [--png FILE]
+
+Exit codes: 0 all well; 1 requests failed, or --goodput found no rate that reaches the target; 2 bad options, trace or lengths;
+3 the endpoint cannot be used; 130 interrupted (the partial report is printed). With --goodput only failures at the answer's
+rate count: what fails beyond it is what the search looks for.
+"""
+
+import asyncio
+import contextlib
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+import uvloop
+from rich.console import Console
+from typer.core import TyperGroup
+
+from .client import Address, HttpClient
+from .display import ProgressWatcher, print_result
+from .errors import BenchError, EndpointError, WorkloadError
+from .generator import Arrivals, Lengths, Recipe, SharedPrefix, generate
+from .goodput import SearchPlan
+from .plot import plot_attainment
+from .report import Objective
+from .session import BenchPlan, BenchResult, Load, measure
+from .traces import read_trace
+from .workload import Workload
+from .writer import PromptMode, PromptSource
+
+EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+class DefaultsToServe(TyperGroup):
+    """`bench --url …` means `bench serve --url …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=DefaultsToServe, no_args_is_help=True, help="Measure what an endpoint can do.")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure what an endpoint can do."""      # its presence keeps `serve` a sub-command while it is the only one
+
+
+endpoint_option = partial(typer.Option, rich_help_panel="Endpoint")
+workload_option = partial(typer.Option, rich_help_panel="Workload")
+generator_option = partial(typer.Option, rich_help_panel="Generator, without --trace")
+load_option = partial(typer.Option, rich_help_panel="Load")
+objective_option = partial(typer.Option, rich_help_panel="Objective")
+prompt_option = partial(typer.Option, rich_help_panel="Prompts")
+report_option = partial(typer.Option, rich_help_panel="Report")
+
+
+@app.command()
+def serve(
+    url: Annotated[str, endpoint_option(help="of the server: http(s)://host:port")],
+    model: Annotated[str | None, endpoint_option(help="default: the first that /v1/models lists")] = None,
+    api_key: Annotated[str | None, endpoint_option(envvar="OPENAI_API_KEY")] = None,
+    deadline_s: Annotated[float, endpoint_option(min=0.001, help="of each request")] = 120.0,
+    trace: Annotated[Path | None, workload_option(help="Azure CSV, BurstGPT CSV or Mooncake JSONL")] = None,
+    first_s: Annotated[float | None, workload_option(min=0, help="only the first seconds, before scaling to a rate")] = None,
+    requests: Annotated[int | None, workload_option(min=1, help="at most; default: the whole trace; generated: 200, or 2000")] = None,
+    max_context: Annotated[int | None, workload_option(min=2, help="cut prompt + output to this many tokens")] = None,
+    scale_lengths: Annotated[bool, workload_option("--scale-lengths", help="shrink all lengths in proportion instead of cutting")] = False,
+    seed: Annotated[int, workload_option(min=0)] = 0,
+    arrivals: Annotated[Arrivals, generator_option()] = Arrivals.POISSON,
+    cv: Annotated[float, generator_option(help="coefficient of variation of the gaps, for gamma and weibull")] = 1.0,
+    prompt_mean: Annotated[float, generator_option(help="tokens")] = 512.0,
+    prompt_sigma: Annotated[float, generator_option(help="of the logarithm; 0: fixed")] = 0.0,
+    prompt_max: Annotated[int | None, generator_option()] = None,
+    output_mean: Annotated[float, generator_option(help="tokens")] = 128.0,
+    output_sigma: Annotated[float, generator_option(help="of the logarithm; 0: fixed")] = 0.0,
+    output_max: Annotated[int | None, generator_option()] = None,
+    prefix_tokens: Annotated[int, generator_option(min=0, help="put before every prompt, shared")] = 0,
+    prefix_groups: Annotated[int, generator_option(min=1, help="how many such prefixes")] = 1,
+    rate: Annotated[float | None, load_option(help="requests/s; default: the trace's own, else 1")] = None,
+    rates: Annotated[str | None, load_option(help="one after another: 1,2,4")] = None,
+    goodput: Annotated[bool, load_option("--goodput", help="search the highest rate that reaches --target, from --rate on")] = False,
+    target: Annotated[float, load_option(help="attainment")] = 0.9,
+    half_width: Annotated[float, load_option(help="of the attainment's interval, at which a close probe is decided")] = 0.03,
+    resolution: Annotated[float, load_option(help="of the rate found, relative")] = 0.05,
+    probe_s: Annotated[float, load_option(min=0, help="shortest probe")] = 20.0,
+    ttft_ms: Annotated[float | None, objective_option(min=0)] = None,
+    tpot_ms: Annotated[float | None, objective_option(min=0)] = None,
+    gpus: Annotated[int, objective_option(min=1, help="that serve, for goodput per GPU")] = 1,
+    mode: Annotated[PromptMode, prompt_option()] = PromptMode.TOKEN_IDS,
+    vocab_size: Annotated[int | None, prompt_option(min=1, help="default: from /v1/models, else of --tokenizer")] = None,
+    tokenizer: Annotated[Path | None, prompt_option(help="folder with tokenizer.json, for text and chat")] = None,
+    json: Annotated[str | None, report_option(help="file, or - for the standard output")] = None,
+    png: Annotated[Path | None, report_option(help="attainment over rate")] = None,
+) -> None:
+    """Send a workload to any OpenAI-compatible server; report latencies, attainment and goodput."""
+    console = Console(stderr=json == "-")
+    with _exit_codes():
+        lengths = Lengths(prompt_mean, prompt_sigma, prompt_max), Lengths(output_mean, output_sigma, output_max)
+        prefix = SharedPrefix(prefix_tokens, prefix_groups) if prefix_tokens else None
+        recipe = Recipe(requests or (2000 if goodput else 200), *lengths, arrivals, cv, prefix, seed)
+        workload = _narrow(read_trace(trace) if trace else generate(recipe), first_s, requests)
+        if max_context is not None:
+            workload = workload.fit_context(max_context, scale=scale_lengths)
+        elif scale_lengths:
+            raise WorkloadError("--scale-lengths needs --max-context, the context to scale to")
+        search = SearchPlan(rate or 1.0, len(workload), target, half_width, resolution, min_probe_s=probe_s) if goodput else None
+        load = Load(_rates(rate, rates, recorded=trace is not None), search)
+        objective, prompts = Objective(ttft_ms, tpot_ms), PromptSource(mode, vocab_size, tokenizer, seed)
+        plan = BenchPlan(Address.parse(url, api_key), workload, load, objective, prompts, model, deadline_s, gpus)
+        result = _measure(plan)
+        print_result(console, result)
+        _write(result, json, png, target)
+    raise typer.Exit(_exit_code(result))
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except BenchError as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(EXIT_UNREACHABLE if isinstance(error, EndpointError) else EXIT_USAGE) from error
+
+
+def _narrow(workload: Workload, first_s: float | None, requests: int | None) -> Workload:
+    within = workload if first_s is None else workload.first_seconds(first_s)
+    return within if requests is None else within.first(requests)
+
+
+def _rates(rate: float | None, rates: str | None, *, recorded: bool) -> tuple[float | None, ...]:
+    if rates is None:
+        return (rate if rate is not None or recorded else 1.0,)
+    if rate is not None:
+        raise WorkloadError("give --rate or --rates, not both")
+    try:
+        return tuple(float(text) for text in rates.split(","))
+    except ValueError as error:
+        raise WorkloadError(f"--rates {rates!r}: numbers with commas between are wanted, such as 1,2,4") from error
+
+
+def _measure(plan: BenchPlan) -> BenchResult:
+    _allow_many_connections()
+    watcher = ProgressWatcher(Console(stderr=True))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, watcher.progress:
+        return runner.run(_interruptible(plan, watcher))
+
+
+async def _interruptible(plan: BenchPlan, watcher: ProgressWatcher) -> BenchResult:
+    """The first Ctrl-C ends the load with a partial report, the second ends the program."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+
+    def interrupt() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    client = HttpClient(plan.address)
+    try:
+        return await measure(plan, client, watcher)
+    finally:
+        client.close()
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+def _allow_many_connections() -> None:
+    """One connection a request under way: the usual soft limit of 1024 files would be met."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _write(result: BenchResult, json: str | None, png: Path | None, target: float) -> None:
+    encoded = msgspec.json.format(msgspec.json.encode(result)) + b"\n"
+    try:
+        if json == "-":
+            sys.stdout.buffer.write(encoded)
+        elif json is not None:
+            Path(json).write_bytes(encoded)
+        if png is not None:
+            found = result.goodput.search.rate if result.goodput is not None else None
+            plot_attainment(png, result.runs, title=f"{result.model}, {result.workload.source}", target=target, goodput=found)
+    except OSError as error:
+        raise BenchError(f"the report cannot be written: {error}") from error
+
+
+def _exit_code(result: BenchResult) -> int:
+    if result.interrupted:
+        return EXIT_INTERRUPTED
+    if result.goodput is None:
+        return EXIT_FAILED if any(run.failed for run in result.runs) else 0
+    answer = result.goodput.search.rate
+    return EXIT_FAILED if answer == 0 or any(run.failed for run in result.runs if run.rate_asked == answer) else 0
