@@ -77,7 +77,8 @@ def test_a_released_stream_never_changes() -> None:
 def test_batch_mates_do_not_change_a_draw(order: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed % 1000)
     logits = torch.randn(6, 50, generator=generator) * 3
-    variety = ({}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.0}, {"min_p": 0.1}, {"repetition_penalty": 1.4})
+    variety: list[dict[str, Any]]
+    variety = [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.0}, {"min_p": 0.1}, {"repetition_penalty": 1.4}]
     rows = [row(seed=seed + i, prompt=(1, 2), output=(3,) * i, logprobs=2, **options) for i, options in enumerate(variety)]
     together = sample(logits[order], [rows[i] for i in order])
     assert together == [sample_one(logits[i], rows[i]) for i in order]
@@ -176,7 +177,7 @@ def test_logit_bias_comes_before_the_penalties() -> None:
 
 def test_min_tokens_masks_stop_tokens_until_enough_are_out() -> None:
     logits = torch.tensor([5.0, 4.0, 1.0])
-    options = {"min_tokens": 2, "stop_token_ids": (0, 1)}
+    options: dict[str, Any] = {"min_tokens": 2, "stop_token_ids": (0, 1)}
     assert [greedy(logits, output=(2,) * n, **options) for n in range(4)] == [2, 2, 0, 0]
     assert set(drawn(logits, output=(2,), **options)) == {2}
 
@@ -192,7 +193,7 @@ def test_rows_without_changes_are_not_touched_by_those_with() -> None:
 # Log-probabilities
 
 def test_logprobs_are_the_raw_models() -> None:
-    options = {"temperature": 0.3, "top_k": 1, "logit_bias": {1: 50.0}, "logprobs": 2}
+    options: dict[str, Any] = {"temperature": 0.3, "top_k": 1, "logit_bias": {1: 50.0}, "logprobs": 2}
     sampled = sample_one(LADDER, row(**options))
     assert sampled.token_id == 1
     assert sampled.logprob == pytest.approx(math.log(0.05), abs=1e-6)

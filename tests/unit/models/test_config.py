@@ -72,7 +72,7 @@ def test_absent_keys_mean_what_hugging_face_says(tmp_path: Path) -> None:
 
 
 def test_biases_follow_the_family(tmp_path: Path) -> None:
-    flags = {"attention_bias": True, "mlp_bias": True}
+    flags: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
     biases = {
         name: (config.qkv_bias, config.out_bias, config.mlp_bias)
         for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
