@@ -77,6 +77,7 @@ class KVReceiver:
         self._handoffs: dict[RequestId, Incoming] = {}       # in order of arrival
         self._imms = [Imm(i) for i in range(NUM_IMMS)]
         self._consumed: OrderedDict[Ticket, None] = OrderedDict()
+        self._membership = Membership(version=-1, workers=(), gateways=())
         self.draining = False
 
     def __len__(self) -> int:
@@ -120,8 +121,10 @@ class KVReceiver:
         if (ticket.decode_id, ticket.decode_epoch) != (self._me.worker_id, self._me.epoch):
             mine = f"{self._me.worker_id} epoch {self._me.epoch}"
             return RefuseReason.STALE_EPOCH, f"for {ticket.decode_id} epoch {ticket.decode_epoch}, this is {mine}"
-        if ticket in self._consumed or ticket.request_id in self._handoffs or self._engine.find(ticket.request_id) is not None:
-            return RefuseReason.CONSUMED_TICKET, f"{ticket.request_id} was here before"
+        if ticket in self._consumed:
+            return RefuseReason.CONSUMED_TICKET, f"the handoff of {ticket.request_id} has ended here"
+        if ticket.request_id in self._handoffs or self._engine.find(ticket.request_id) is not None:
+            return RefuseReason.MALFORMED, f"{ticket.request_id} is here already, under another ticket"
         if offer.layout_hash != self._layout.hash:
             return RefuseReason.LAYOUT, f"pages of layout {offer.layout_hash}, this pool has {self._layout.hash}"
         if not 0 < num_tokens <= self._engine.limits.max_model_len:
@@ -136,7 +139,10 @@ class KVReceiver:
     def _announced(self, landed: KVLanded, now: float) -> None:
         handoff = self._handoffs.get(landed.ticket.request_id)
         if handoff is None or handoff.ticket != landed.ticket:
-            return                                           # stale, consumed or forged; who sent it has a deadline
+            consumed = landed.ticket in self._consumed
+            reason = RefuseReason.CONSUMED_TICKET if consumed else RefuseReason.UNKNOWN_TICKET
+            self._refuse(landed.writer, landed.ticket, reason, f"no handoff of {landed.ticket.request_id} is under way here")
+            return
         if handoff.landed is not None or handoff.session.state not in (HandoffState.RESERVED, HandoffState.MOVING):
             return
         wrong = self._what_is_wrong(landed, handoff)
@@ -169,7 +175,9 @@ class KVReceiver:
         for handoff in list(self._handoffs.values()):
             if handoff.session.state in (HandoffState.RESERVED, HandoffState.MOVING):
                 self._count(handoff, now)
-            if handoff.session.live and now >= handoff.session.deadline:
+            if handoff.session.state is HandoffState.CANCELLING and self._is_unlisted(handoff, now):
+                self._writer_died(handoff, now)
+            elif handoff.session.live and now >= handoff.session.deadline:
                 text = f"{handoff.offer.writer.worker_id}: no progress in {handoff.session.state.name} after {handoff.num_seen} pages"
                 self._cancel(handoff, RefuseReason.TIMEOUT, FailureKind.TIMEOUT, text)
         self._reserve_next(now)
@@ -179,13 +187,16 @@ class KVReceiver:
         if handoff is not None and handoff.session.live:
             self._cancel(handoff, RefuseReason.ABORTED, None, "aborted")
 
-    def writers_gone(self, gone: list[WorkerRef], membership: Membership, now: float) -> None:
-        """`gone` are confirmed dead. So is a writer that is not listed although its handoff is older than any listing takes."""
-        for handoff in list(self._handoffs.values()):
-            writer = handoff.offer.writer
-            unlisted = not membership.lives(writer.worker_id, writer.epoch) and now >= handoff.offered_at + self._timeout_s
-            if writer in gone or unlisted:
-                self._writer_died(handoff, now)
+    def update_membership(self, membership: Membership, gone: list[WorkerRef], now: float) -> None:
+        """`gone` are confirmed dead."""
+        self._membership = membership
+        for handoff in [h for h in self._handoffs.values() if h.offer.writer in gone]:
+            self._writer_died(handoff, now)
+
+    def _is_unlisted(self, handoff: Incoming, now: float) -> bool:
+        """The writer died before its listing came here: it is not listed although any listing would have arrived by now."""
+        writer, known = handoff.offer.writer, self._membership.version >= 0
+        return known and now >= handoff.offered_at + self._timeout_s and not self._membership.lives(writer.worker_id, writer.epoch)
 
     def _writer_died(self, handoff: Incoming, now: float) -> None:
         if handoff.session.state in (HandoffState.RESERVED, HandoffState.MOVING):

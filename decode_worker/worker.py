@@ -44,8 +44,8 @@ class DecodeWorker(Worker):
         self._receiver.abort(request_id)
         self.finish_if_known(request_id)
 
-    def members_gone(self, gone: list[WorkerRef]) -> None:
-        self._receiver.writers_gone(gone, self.membership, self.clock())
+    def members_changed(self, gone: list[WorkerRef]) -> None:
+        self._receiver.update_membership(self.membership, gone, self.clock())
 
     def idle_wait_s(self) -> float:
         return 0.0 if self._receiver.is_waiting else super().idle_wait_s()

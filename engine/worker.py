@@ -200,7 +200,7 @@ class Worker(ABC):
             return
         old, self.membership = self.membership, new
         gone = [m.ref for m in old.workers if not new.lives(m.ref.worker_id, m.ref.epoch)]
-        self.members_gone(gone)
+        self.members_changed(gone)
         for ref in gone:
             self.post.forget(ref.address)
         for gateway in set(old.gateways) - set(new.gateways):
@@ -269,4 +269,4 @@ class Worker(ABC):
     def abort(self, request_id: RequestId) -> None: ...
 
     @abstractmethod
-    def members_gone(self, gone: list[WorkerRef]) -> None: ...
+    def members_changed(self, gone: list[WorkerRef]) -> None: ...

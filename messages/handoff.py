@@ -75,6 +75,7 @@ class KVLanded(Struct, frozen=True, tag=True):
     """All pages are on their way, `num_pages` of them; with what the receiver needs to continue."""
 
     ticket: Ticket
+    writer: WorkerRef
     num_pages: int
     first: TokenDelta                         # token 0 of this attempt, as sent to the gateway
 

@@ -56,6 +56,7 @@ class Outgoing:
     num_ready: int = 0                      # leading blocks that are complete in all layers
     first: TokenDelta | None = None
     announced: bool = False                 # KVLanded is out
+    broken: str | None = None               # a write failed in the middle of a step; dealt with after it
 
     @property
     def ticket(self) -> Ticket:
@@ -202,7 +203,9 @@ class KVWriter:
         self._give_up(handoff, Failure(kind, text, retryable), now)
 
     def _committed(self, handoff: Outgoing, now: float) -> None:
-        assert handoff.plan is not None and handoff.peer is not None and handoff.accept is not None
+        assert handoff.plan is not None
+        assert handoff.peer is not None
+        assert handoff.accept is not None
         request = handoff.sequence.request
         span = RequestSpan(
             request_id=request.request_id,
@@ -244,10 +247,9 @@ class KVWriter:
         """All that is ready leaves; with the first token there, all has left and is announced."""
         if handoff.plan is None or not handoff.session.live:
             return
-        try:
-            self._write(handoff, range(self._layout.num_layers), handoff.num_ready)
-        except TransferError as error:
-            self._give_up(handoff, Failure(FailureKind.PEER_LOST, str(error)), now)
+        self._write(handoff, range(self._layout.num_layers), handoff.num_ready)
+        if handoff.broken is not None:
+            self._give_up(handoff, Failure(FailureKind.PEER_LOST, handoff.broken), now)
             return
         if handoff.first is not None and handoff.plan.finished and not handoff.announced:
             self._announce(handoff, handoff.first, handoff.plan.num_pages, now)
@@ -257,16 +259,21 @@ class KVWriter:
             handoff.session.move(HandoffState.MOVING)      # the receiver had every block
         handoff.announced = True
         handoff.session.deadline = now + self._timeout_s
-        self._post.send(handoff.decode.address, KVLanded(handoff.ticket, num_pages, first))
+        self._post.send(handoff.decode.address, KVLanded(handoff.ticket, self._me, num_pages, first))
 
     def _write(self, handoff: Outgoing, layers: range, num_ready: int) -> None:
+        """Starts what is due; a failure is only noted, since the engine may be in the middle of a step."""
         if handoff.plan is None or handoff.peer is None or handoff.accept is None or not handoff.session.live:
             return
         writes = handoff.plan.take(layers, num_ready)
-        if writes.src:
-            if handoff.session.state is HandoffState.RESERVED:
-                handoff.session.move(HandoffState.MOVING)
+        if not writes.src or handoff.broken is not None:
+            return
+        if handoff.session.state is HandoffState.RESERVED:
+            handoff.session.move(HandoffState.MOVING)
+        try:
             self._transport.write_pages(handoff.peer, writes.src, writes.dst, handoff.accept.imm)
+        except TransferError as error:
+            handoff.broken = str(error)
 
     def _give_up(self, handoff: Outgoing, failure: Failure | None, now: float) -> None:
         handoff.session.move(HandoffState.CANCELLING)
@@ -274,9 +281,8 @@ class KVWriter:
         self._try_drain(handoff)
 
     def _try_drain(self, handoff: Outgoing) -> None:
-        if handoff.peer is not None and handoff.accept is not None:
-            if not self._transport.stop(handoff.peer, handoff.accept.imm, 0.0):
-                return
+        if handoff.peer is not None and handoff.accept is not None and not self._transport.stop(handoff.peer, handoff.accept.imm, 0.0):
+            return
         self._post.send(handoff.decode.address, KVDrained(handoff.ticket))
         handoff.session.move(HandoffState.CANCELLED)
         del self._handoffs[handoff.sequence.id]

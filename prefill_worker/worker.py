@@ -57,7 +57,7 @@ class PrefillWorker(Worker):
         self._writer.abort(request_id, self.clock())
         self.finish_if_known(request_id)
 
-    def members_gone(self, gone: list[WorkerRef]) -> None:
+    def members_changed(self, gone: list[WorkerRef]) -> None:
         self._writer.update_membership(self.membership, gone)
 
     def idle_wait_s(self) -> float:

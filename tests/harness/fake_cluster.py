@@ -1,0 +1,200 @@
+"""Real prefill and decode workers on a fake network, fabric and clock; the test decides what is delivered, landed and when.
+
+The model is `FakeRunner`: each of its tokens depends on all KV that it reads, so a wrong page anywhere shows as a wrong token.
+"""
+
+from dataclasses import dataclass, field
+
+from diptych.decode_worker.worker import DecodeWorker
+from diptych.engine.config import EngineConfig, WorkerConfig
+from diptych.engine.engine import Engine, EngineLimits
+from diptych.engine.fake_runner import FakeRunner, fake_layout, next_token
+from diptych.engine.replica import Replica
+from diptych.engine.worker import Worker
+from diptych.kvtransfer.fake import FakeFabric
+from diptych.messages.fake_post import FakeNetwork, FakePost
+from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
+from diptych.messages.membership import Membership, Role
+from diptych.messages.requests import (
+    Abort,
+    FinishReason,
+    GenerateRequest,
+    RequestFailed,
+    RequestSpan,
+    Route,
+    SamplingParams,
+    StepTokens,
+)
+from diptych.prefill_worker.worker import PrefillWorker
+
+BLOCK_SIZE = 4
+TIMEOUT_S = 10.0
+
+
+@dataclass
+class Answer:
+    """What a client of the fake gateway has seen of one request."""
+
+    request: GenerateRequest
+    tokens: dict[int, int] = field(default_factory=dict)
+    finish: FinishReason | None = None
+    finish_index: int | None = None
+    failure: RequestFailed | None = None
+    aborted: bool = False
+    lost: bool = False                     # its worker was killed
+
+    @property
+    def ended(self) -> bool:
+        return self.complete or self.failure is not None or self.aborted or self.lost
+
+    @property
+    def complete(self) -> bool:
+        return self.finish_index is not None and all(i in self.tokens for i in range(self.finish_index + 1))
+
+
+class FakeCluster:
+    def __init__(self, num_prefill: int = 1, num_decode: int = 1, num_blocks: int = 16, max_step_tokens: int = 8) -> None:
+        self.now = 1000.0
+        self.network = FakeNetwork()
+        self.fabric = FakeFabric()
+        self.gateway: FakePost = self.network.post("gateway")
+        self.num_blocks = num_blocks
+        self.max_step_tokens = max_step_tokens
+        self.workers: dict[WorkerId, Worker] = {}
+        self.answers: dict[RequestId, Answer] = {}
+        self.num_spans = 0
+        self._epoch = 0
+        self._version = 0
+        self._num_requests = 0
+        for role, count in ((Role.PREFILL, num_prefill), (Role.DECODE, num_decode)):
+            for i in range(count):
+                self.start(role, WorkerId(f"{role}-{i}"))
+        self.publish()
+
+    def start(self, role: Role, worker_id: WorkerId) -> None:
+        self._epoch += 1
+        name = f"{worker_id}.{self._epoch}"
+        transport = self.fabric.transport(name)
+        pool = transport.allocate(fake_layout(BLOCK_SIZE), self.num_blocks)
+        limits = EngineLimits(BLOCK_SIZE, self.num_blocks * BLOCK_SIZE, self.max_step_tokens, max_sequences=4)
+        replica = Replica(Engine(FakeRunner(pool), self.num_blocks, limits), pool, transport)
+        config = WorkerConfig("fake", worker_id, Epoch(self._epoch), EngineConfig("none"), handoff_timeout_s=TIMEOUT_S)
+        make = PrefillWorker if role is Role.PREFILL else DecodeWorker
+        self.workers[worker_id] = make(config, self.network.post(name), replica, clock=lambda: self.now)
+
+    def publish(self) -> None:
+        """All members learn who lives, at once: membership does not travel on the faulty network."""
+        self._version += 1
+        members = tuple(worker.member for worker in self.workers.values())
+        membership = Membership(self._version, members, (self.gateway.address,))
+        for worker in self.workers.values():
+            worker.update_membership(membership)
+
+    def kill(self, worker_id: WorkerId) -> None:
+        worker = self.workers.pop(worker_id)
+        self.network.kill(worker.post.address)
+        self.fabric.kill(worker.replica.transport.location)
+        for answer in self.answers.values():
+            route = answer.request.route
+            if not answer.ended and worker.ref in (route.prefill, route.decode):
+                answer.lost = True
+                self._send_aborts(answer.request)
+
+    def restart(self, worker_id: WorkerId) -> None:
+        self.start(Role(worker_id.split("-")[0]), worker_id)
+        self.publish()
+
+    # the gateway
+
+    def submit(self, prompt: list[int], max_tokens: int, prefill: str | None = "prefill-0", decode: str = "decode-0") -> Answer:
+        self._num_requests += 1
+        route = Route(self.workers[WorkerId(decode)].ref, self.workers[WorkerId(prefill)].ref if prefill else None)
+        request = GenerateRequest(
+            request_id=RequestId(f"r{self._num_requests}"),
+            gateway=self.gateway.address,
+            token_ids=tuple(prompt),
+            sampling=SamplingParams(max_tokens=max_tokens, seed=1, temperature=0.0),
+            route=route,
+            timeout_s=100.0,
+        )
+        self.answers[request.request_id] = answer = Answer(request)
+        self.gateway.send(route.first.address, request)
+        return answer
+
+    def abort(self, answer: Answer) -> None:
+        answer.aborted = True
+        self._send_aborts(answer.request)
+
+    def _send_aborts(self, request: GenerateRequest) -> None:
+        for ref in (request.route.prefill, request.route.decode):
+            if ref is not None:
+                self.gateway.send(ref.address, Abort(request.request_id))
+
+    def read_gateway(self) -> None:
+        for message in self.gateway.receive(0):
+            match message:
+                case StepTokens():
+                    for delta in message.deltas:
+                        self._take(delta.request_id, delta.index, delta.token_ids, delta.finish)
+                case RequestFailed():
+                    answer = self.answers[message.request_id]
+                    if not answer.ended:
+                        answer.failure = message
+                        self._send_aborts(answer.request)
+                case RequestSpan():
+                    self.num_spans += 1
+
+    def _take(self, request_id: RequestId, index: int, token_ids: tuple[int, ...], finish: FinishReason | None) -> None:
+        answer = self.answers[request_id]
+        for offset, token_id in enumerate(token_ids):
+            assert answer.tokens.setdefault(index + offset, token_id) == token_id, f"{request_id}: two tokens at {index + offset}"
+        if finish is not None:
+            answer.finish, answer.finish_index = finish, index + len(token_ids) - 1
+        self.check(answer)
+
+    def check(self, answer: Answer) -> None:
+        """Every token that was delivered is the one a single correct engine would have sampled."""
+        known = list(answer.request.token_ids)
+        for index in sorted(answer.tokens):
+            if index != len(known) - len(answer.request.token_ids):
+                return                                       # a gap: what follows is checked once it is filled
+            assert answer.tokens[index] == next_token(known), f"{answer.request.request_id}: wrong token {index}"
+            known.append(answer.tokens[index])
+
+    # driving
+
+    def turn(self, worker_id: WorkerId | None = None) -> None:
+        for worker in [self.workers[worker_id]] if worker_id else list(self.workers.values()):
+            worker.turn(0.0)
+        self.read_gateway()
+
+    def settle(self, num_rounds: int = 400) -> None:
+        """No more faults: everything is delivered and time goes on until nothing is left to do."""
+        for _ in range(num_rounds):
+            self.network.deliver_all()
+            self.fabric.land_all()
+            self.turn()
+            self.now += 0.01
+            if not self.network.in_flight and not self.fabric.in_flight and self.idle:
+                return
+
+    @property
+    def idle(self) -> bool:
+        return not any(worker.engine.sequences or worker.num_handoffs() for worker in self.workers.values())
+
+    def give_up_unanswered(self) -> None:
+        """What a gateway does with a request that makes no progress: its tokens may have been lost on the way."""
+        for answer in self.answers.values():
+            if not answer.ended:
+                self.abort(answer)
+
+    def assert_nothing_leaked(self) -> None:
+        for worker_id, worker in self.workers.items():
+            pool = worker.engine.pool
+            assert pool.num_free + pool.num_cached == pool.num_blocks, f"{worker_id}: {pool.num_held} of {pool.num_blocks} blocks leaked"
+            assert worker.num_handoffs() == 0, f"{worker_id}: {worker.num_handoffs()} handoffs left"
+            assert not worker.engine.sequences, f"{worker_id}: {len(worker.engine.sequences)} sequences left"
+
+
+def addresses(cluster: FakeCluster) -> list[Address]:
+    return [worker.post.address for worker in cluster.workers.values()]
