@@ -52,7 +52,8 @@ class Words:
         self._tokenizer, self._source = tokenizer, source
         self._num_special = len(tokenizer.encode("").ids)           # what the server will add, such as a BOS token
         candidates = (" " + token[1:] for token in sorted(tokenizer.get_vocab()) if _WORD.match(token))
-        self._words = list(islice((word for word in candidates if self._count(word * 3) == 3), MAX_WORDS))
+        whole = (word for word in candidates if self._count(word * 6) - self._count(word * 3) == 3)
+        self._words = list(islice(whole, MAX_WORDS))
         if len(self._words) < 2:
             raise PromptError(f"{source}: {len(self._words)} words that are one token each, too few to make texts of")
 

@@ -8,6 +8,7 @@ A chunk's time is that of the socket read which brought it. All times are second
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import msgspec
 
@@ -111,7 +112,7 @@ class Usage(msgspec.Struct):
 class StreamEvent(msgspec.Struct):
     choices: list[Choice] = []
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None                   # any JSON
 
 
 _decode_event = msgspec.json.Decoder(StreamEvent).decode
@@ -169,7 +170,7 @@ class StreamTally:
 
     def _count(self, event: StreamEvent, now_s: float) -> None:
         if event.error is not None:
-            self._failure = self._failure or (Outcome.STREAM_ERROR, bytes(event.error).decode(errors="replace")[:MAX_ERROR_BYTES])
+            self._failure = self._failure or (Outcome.STREAM_ERROR, msgspec.json.encode(event.error).decode()[:MAX_ERROR_BYTES])
             return
         if event.choices:
             choice = event.choices[0]

@@ -70,7 +70,7 @@ class Attainment(msgspec.Struct, frozen=True):
         share, spread = met / total, Z_95**2 / total
         middle = (share + spread / 2) / (1 + spread)
         half_width = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-        return cls(met, total, share, max(0.0, middle - half_width), min(1.0, middle + half_width))
+        return cls(met, total, share, max(0.0, min(share, middle - half_width)), min(1.0, max(share, middle + half_width)))
 
 
 class Report(msgspec.Struct, frozen=True):

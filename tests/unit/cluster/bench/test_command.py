@@ -1,0 +1,158 @@
+"""The command as a user has it: options in, exit code, table, JSON and PNG out."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from diptych.cluster.bench.command import app
+
+FAST = ["--output-mean", "3", "--prompt-mean", "8", "--ttft-ms", "1000", "--tpot-ms", "500"]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def queue_of(behaviour, service_s: float):
+    """One server, one request at a time: TTFT grows once requests come faster than 1/service_s."""
+    free_at_s = 0.0
+
+    def behave(index: int):
+        nonlocal free_at_s
+        now_s = time.monotonic()
+        free_at_s = max(now_s, free_at_s) + service_s
+        return behaviour(ttft_s=free_at_s - now_s)
+
+    return behave
+
+
+def test_one_run_of_a_trace(stub, tmp_path: Path) -> None:
+    trace, report = tmp_path / "azure.csv", tmp_path / "report.json"
+    rows = "".join(f"2023-11-16 18:15:{second:02}.5,{100 * second + 1},4\n" for second in range(20))
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+    result = invoke("--url", stub.url, "--trace", trace, "--rate", 50, "--max-context", 64, "--scale-lengths", "--json", report, *FAST[4:])
+    assert result.exit_code == 0, result.output
+    assert "TTFT ≤ 1000 ms & TPOT ≤ 500 ms" in result.output
+    content = json.loads(report.read_text())
+    (run,) = content["runs"]
+    assert (run["ok"], run["wrong_length"], run["wrong_prompt_length"]) == (20, 0, 0)
+    assert run["rate_asked"] == 50
+    assert run["attainment"]["share"] == 1.0
+    assert content["workload"]["source"] == "azure.csv"
+    assert max(len(body["prompt"]) + body["max_tokens"] for body in stub.bodies) <= 64
+
+
+def test_serve_is_the_default_and_json_alone_goes_to_the_standard_output(stub) -> None:
+    result = invoke("serve", "--url", stub.url, "--requests", 5, "--rate", 100, "--json", "-", *FAST)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["runs"][0]["ok"] == 5
+    assert "serve" in invoke("--help").stdout
+
+
+def test_sweep_with_a_picture_and_new_prompts_at_each_rate(stub, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    result = invoke("--url", stub.url, "--requests", 5, "--rates", "50,100", "--json", "-", "--png", picture, *FAST)
+    assert result.exit_code == 0, result.output
+    assert [run["rate_asked"] for run in json.loads(result.stdout)["runs"]] == [50, 100]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    prompts = {tuple(body["prompt"]) for body in stub.bodies}
+    assert len(prompts) == 10
+
+
+def test_goodput_of_a_server_with_a_queue(stub, behaviour, tmp_path: Path) -> None:
+    stub.behave = queue_of(behaviour, 0.01)
+    search = ["--goodput", "--rate", 40, "--requests", 60, "--probe-s", 1, "--resolution", 0.5, "--gpus", 2]
+    result = invoke("--url", stub.url, *search, "--json", "-", "--png", tmp_path / "a.png", "--output-mean", 1, "--ttft-ms", 100)
+    assert result.exit_code == 0, result.output
+    goodput = json.loads(result.stdout)["goodput"]
+    assert goodput["search"]["phase"] == "found"
+    assert 10 <= goodput["search"]["rate"] <= 150                   # 100/s is all that 10 ms a request can give for long
+    assert goodput["per_gpu"] == goodput["search"]["rate"] / 2
+    assert (tmp_path / "a.png").exists()
+    assert "requests/s/GPU" in result.stderr
+
+
+def test_failed_requests_give_1(stub, behaviour) -> None:
+    stub.behave = lambda index: behaviour(status=500) if index == 2 else behaviour()
+    result = invoke("--url", stub.url, "--requests", 5, "--rate", 100, *FAST)
+    assert result.exit_code == 1
+    assert "4 ok, 1 http_error" in result.output
+    assert "said no" in result.output
+
+
+def test_answers_of_another_length_are_told(stub, behaviour) -> None:
+    stub.behave = lambda index: behaviour(tokens=2)
+    assert "5 answers of another length" in invoke("--url", stub.url, "--requests", 5, "--rate", 100, *FAST).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--goodput"], "needs an objective"),
+        (["--goodput", "--rates", "1,2", "--ttft-ms", "1"], "takes no --rates"),
+        (["--rates", "1;2"], "numbers with commas"),
+        (["--rates", "1", "--rate", "1"], "not both"),
+        (["--rate", "0"], "rate must be > 0"),
+        (["--rate", "nan"], "rate must be > 0"),
+        (["--scale-lengths"], "needs --max-context"),
+        (["--prompt-mean", "5000"], "give --max-context 4096"),
+        (["--trace", "absent.csv"], "cannot be read"),
+        (["--arrivals", "uniform"], "uniform"),
+        (["--mode", "chat"], "need --tokenizer"),
+        (["--prefix-tokens", "-1"], "prefix-tokens"),
+    ],
+)
+def test_bad_usage_gives_2(stub, arguments: list[str], message: str) -> None:
+    result = invoke("--url", stub.url, "--requests", 5, *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not stub.bodies, "load was sent"
+
+
+def test_an_unusable_endpoint_gives_3(stub) -> None:
+    stub.models_status = 500
+    assert invoke("--url", stub.url).exit_code == 3
+    assert invoke("--url", "nowhere").exit_code == 3
+
+
+def test_an_unwritable_report_is_told(stub, tmp_path: Path) -> None:
+    result = invoke("--url", stub.url, "--requests", 2, "--rate", 100, "--json", tmp_path / "absent" / "a.json", *FAST)
+    assert result.exit_code == 2
+    assert "the report cannot be written" in result.output
+
+
+def test_ctrl_c_prints_the_partial_report(stub, behaviour) -> None:
+    stub.behave = lambda index: behaviour() if index < 3 else behaviour(hang_after=1)
+
+    def press_ctrl_c() -> None:
+        deadline_s = time.monotonic() + 20
+        while len(stub.bodies) < 5 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    result = invoke("--url", stub.url, "--requests", 20, "--rate", 5, "--json", "-", *FAST)
+    thread.join()
+    assert result.exit_code == 130, result.output
+    (run,) = json.loads(result.stdout)["runs"]
+    assert run["interrupted"]
+    assert run["planned"] == 20
+    assert run["outcomes"]["ok"] == 3
+    assert run["outcomes"]["cancelled"] >= 2
+    assert "interrupted after" in result.stderr
+
+
+def test_it_hangs_as_a_group_under_another_application(stub) -> None:
+    outer = typer.Typer()
+    outer.command("other")(lambda: None)
+    outer.add_typer(app, name="bench")
+    result = CliRunner().invoke(outer, ["bench", "--url", stub.url, "--requests", "2", "--rate", "100", *FAST])
+    assert result.exit_code == 0, result.output
