@@ -1,0 +1,96 @@
+"""A job's generations, joined into one answer.
+
+    Job ──► one Generation and one Choice per index ──► dispatcher
+    dispatcher ── wake(index) ──► wait() returns ──► take(): the pieces of all choices that have something new
+"""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from .choice import Choice, Piece
+from .detokenizer import Vocabulary
+from .dialects import PromptTokensDetails, Usage
+from .dispatch import Dispatcher
+from .errors import SlowClient
+from .generation import Generation, GenerationState, Prompt
+from .jobs import Job
+
+
+class Answer:
+    def __init__(self, job: Job, dispatcher: Dispatcher, vocabulary: Vocabulary, arrived_at: float, deadline: float) -> None:
+        self._job = job
+        self._dispatcher = dispatcher
+        self._woken: dict[int, None] = {}
+        self._event = asyncio.Event()
+        self._on_slow: Callable[[], None] | None = None
+        self._choices = [Choice(job, job.prompt_of(index), vocabulary) for index in range(job.num_choices)]
+        self._cached_tokens = [0] * job.num_choices
+        self._generations = [
+            Generation(
+                prompt=Prompt(f"{job.response_id}-{index}", job.prompt_of(index).token_ids, job.sampling_of(index), deadline),
+                wake=partial(self._wake, index),
+                arrived_at=arrived_at,
+            )
+            for index in range(job.num_choices)
+        ]
+
+    def start(self) -> None:
+        for generation in self._generations:
+            self._dispatcher.start(generation)
+
+    def abort(self) -> None:
+        """Everywhere; without effect on what has ended."""
+        for generation in self._generations:
+            self._dispatcher.abort(generation)
+
+    @property
+    def done(self) -> bool:
+        return all(choice.finish is not None for choice in self._choices)
+
+    @property
+    def aborted(self) -> bool:
+        return any(generation.state is GenerationState.ABORTED for generation in self._generations)
+
+    def on_slow(self, call: Callable[[], None]) -> None:
+        """`call` is made when tokens pile up because the client does not read: a write may be waiting for it."""
+        self._on_slow = call
+
+    async def wait(self) -> None:
+        """Until something is there to take. The dispatcher ends every generation by its deadline, so this returns."""
+        await self._event.wait()
+        self._event.clear()
+
+    def take(self) -> list[tuple[int, Piece]]:
+        """What is new, by choice. Raises the error of a choice that failed: then there is no answer."""
+        woken, self._woken = self._woken, {}
+        return [(index, self._advance(index)) for index in woken]
+
+    def usage(self) -> Usage:
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self._job.prompts)
+        completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        cached = sum(self._cached_tokens[:: self._job.n])             # of each prompt's first choice: the others may find it there
+        return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached))
+
+    def _advance(self, index: int) -> Piece:
+        generation, choice = self._generations[index], self._choices[index]
+        error = generation.error
+        if error is not None:
+            raise error
+        deltas = generation.take()
+        if deltas and deltas[0].index == 0:
+            self._cached_tokens[index] = deltas[0].num_cached_tokens
+        piece = choice.push(deltas)
+        if choice.stopped_by_text:
+            self._dispatcher.finish(generation)
+        return piece
+
+    def _wake(self, index: int) -> None:
+        self._woken[index] = None
+        self._event.set()
+        if self._on_slow is not None and isinstance(self._generations[index].error, SlowClient):
+            self._on_slow()
+
+
+def join(pieces: list[Piece]) -> Piece:
+    return Piece("".join(piece.text for piece in pieces), tuple(token for piece in pieces for token in piece.tokens), pieces[-1].finish)

@@ -1,0 +1,185 @@
+"""The HTTP side of a gateway, free of any server: an Exchange comes in, is routed, authenticated, parsed and answered.
+
+    POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /v1/models/{id}      (API key, if any is set)
+    GET /health   GET /ready   GET /metrics                                                      (open)
+
+A caller's mistake is a 4xx in OpenAI's shape; only a fault of ours is a 500, logged with its trace.
+"""
+
+import hmac
+import logging
+import math
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from ...messages.errors import DiptychError
+from .answer import Answer
+from .bodies import ChatBody, CompletionBody, parse, refuse_unsupported
+from .chat import ChatDialect
+from .completions import CompletionDialect
+from .core import Core
+from .dialects import Dialect
+from .errors import BadRequest, ErrorText, HttpError, to_http
+from .exchange import ClientGone, Exchange, Headers
+from .jobs import Job, JobMaker
+from .responder import JSON, respond
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
+_MODEL_PREFIX = "/v1/models/"
+OUR_FAULT = HttpError(500, ErrorText("a fault of the gateway; its log has the trace", "server_error", code="internal"))
+
+
+class Call(NamedTuple):
+    """What a handler gets."""
+
+    exchange: Exchange
+    headers: Headers                          # of every answer to this request
+    arrived_at: float
+
+
+class Endpoint(NamedTuple):
+    method: str
+    handle: Callable[[Call], Awaitable[None]]
+    public: bool = False                      # no API key needed
+
+
+class App:
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._jobs = JobMaker(core.model, core.config.model_name)
+        self._keys = [key.encode() for key in core.config.api_keys]
+        self._endpoints = {
+            "/v1/completions": Endpoint("POST", self._completions),
+            "/v1/chat/completions": Endpoint("POST", self._chat),
+            "/v1/models": Endpoint("GET", self._models),
+            "/health": Endpoint("GET", self._health, public=True),
+            "/ready": Endpoint("GET", self._ready, public=True),
+            "/metrics": Endpoint("GET", self._metrics, public=True),
+        }
+        self._one_model = Endpoint("GET", self._model)
+
+    async def handle(self, exchange: Exchange) -> None:
+        call = Call(exchange, (("x-request-id", _request_id(exchange)),), self._core.clock())
+        name, endpoint = self._find(exchange.path)
+        try:
+            self._check(call.exchange, endpoint)
+            assert endpoint is not None
+            await endpoint.handle(call)
+        except ClientGone:
+            return
+        except DiptychError as error:
+            await self._refuse(call, to_http(error))
+        except Exception:
+            logger.exception("%s %s failed", exchange.method, exchange.path)
+            if exchange.status is not None:
+                raise                         # the server cuts the connection: the client must not take this for an end
+            await self._refuse(call, OUR_FAULT)
+        finally:
+            if exchange.status is not None:
+                self._core.metrics.responded(name, exchange.status)
+
+    def _find(self, path: str) -> tuple[str, Endpoint | None]:
+        """With the name under which it is counted: clients' paths are not ours to count."""
+        if path in self._endpoints:
+            return path, self._endpoints[path]
+        if path.startswith(_MODEL_PREFIX) and path != _MODEL_PREFIX:
+            return _MODEL_PREFIX, self._one_model
+        return "other", None
+
+    def _check(self, exchange: Exchange, endpoint: Endpoint | None) -> None:
+        """Raises BadRequest."""
+        if (endpoint is None or not endpoint.public) and self._keys and not self._authorized(exchange.header("authorization")):
+            raise BadRequest("no valid API key in the Authorization header (Bearer …)", code="invalid_api_key", status=401)
+        if endpoint is None:
+            raise BadRequest(f"unknown path {exchange.path}", code="not_found", status=404)
+        if exchange.method != endpoint.method:
+            raise BadRequest(f"{exchange.path} takes {endpoint.method}, not {exchange.method}", code="method_not_allowed", status=405)
+
+    def _authorized(self, header: str | None) -> bool:
+        """In a time that does not tell which key is nearly right."""
+        scheme, _, given = (header or "").partition(" ")
+        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+    async def _completions(self, call: Call) -> None:
+        body = parse(await call.exchange.read(self._core.config.limits.max_body_bytes), CompletionBody)
+        self._check_body(body)
+        job = await self._jobs.completion(body, self._core.max_model_len)
+        await self._answer(call, job, CompletionDialect(job, body.model, self._core.model.vocabulary))
+
+    async def _chat(self, call: Call) -> None:
+        body = parse(await call.exchange.read(self._core.config.limits.max_body_bytes), ChatBody)
+        self._check_body(body)
+        job = await self._jobs.chat(body, self._core.max_model_len)
+        await self._answer(call, job, ChatDialect(job, body.model, self._core.model.vocabulary))
+
+    def _check_body(self, body: CompletionBody | ChatBody) -> None:
+        self._check_model(body.model)
+        refuse_unsupported(body)
+
+    def _check_model(self, name: str) -> None:
+        served = self._core.config.model_name
+        if name != served:
+            text = f"the model {name!r} does not exist; this endpoint serves {served!r}"
+            raise BadRequest(text, param="model", code="model_not_found", status=404)
+
+    async def _answer(self, call: Call, job: Job, dialect: Dialect) -> None:
+        timeout_s = self._core.config.limits.request_timeout_s
+        answer = Answer(job, self._core.dispatcher, self._core.model.vocabulary, call.arrived_at, call.arrived_at + timeout_s)
+        await respond(call.exchange, answer, dialect, job, call.headers, timeout_s)
+
+    async def _models(self, call: Call) -> None:
+        await _send_json(call, 200, {"object": "list", "data": [self._model_entry()]})
+
+    async def _model(self, call: Call) -> None:
+        self._check_model(call.exchange.path.removeprefix(_MODEL_PREFIX))
+        await _send_json(call, 200, self._model_entry())
+
+    def _model_entry(self) -> dict[str, str | int]:
+        return {
+            "id": self._core.config.model_name,
+            "object": "model",
+            "created": self._core.created,
+            "owned_by": "diptych",
+            "max_model_len": self._core.max_model_len,
+        }
+
+    async def _health(self, call: Call) -> None:
+        await _send_json(call, 200, {"status": "ok"})
+
+    async def _ready(self, call: Call) -> None:
+        reason = self._core.why_not_ready()
+        if reason is None:
+            await _send_json(call, 200, {"status": "ready"})
+        else:
+            await _send_json(call, 503, {"status": "not ready", "reason": reason})
+
+    async def _metrics(self, call: Call) -> None:
+        await call.exchange.respond(200, (("content-type", CONTENT_TYPE_LATEST), *call.headers), self._core.metrics.render())
+
+    async def _refuse(self, call: Call, error: HttpError) -> None:
+        headers = call.headers
+        if error.retry_after_s is not None:
+            headers += (("retry-after", str(math.ceil(error.retry_after_s))),)
+        if error.status == 401:
+            headers += (("www-authenticate", "Bearer"),)
+        if error.status == 405 and (endpoint := self._find(call.exchange.path)[1]) is not None:
+            headers += (("allow", endpoint.method),)
+        await call.exchange.respond(error.status, (JSON, *headers), error.body)
+
+
+def _request_id(exchange: Exchange) -> str:
+    """The client's own, if it is one that may stand in a header."""
+    given = exchange.header("x-request-id")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+
+
+async def _send_json(call: Call, status: int, body: dict[str, Any]) -> None:
+    await call.exchange.respond(status, (JSON, *call.headers), msgspec.json.encode(body))

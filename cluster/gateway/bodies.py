@@ -1,0 +1,149 @@
+"""What a client may send, by pydantic. Unknown fields are ignored, as OpenAI does; a wrong type or a number out of range is a 400 that
+names the field; what would change the answer but is not built (tools, JSON mode, suffix) is refused, never dropped."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import ErrorDetails
+
+from .errors import BadRequest
+
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+MAX_N = 128
+
+Body = TypeVar("Body", bound="_Common")
+
+Token = Annotated[int, Field(ge=0)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Stops = Annotated[list[Text], Field(max_length=MAX_STOPS)]
+
+
+def _one_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _bias(value: Any) -> Any:
+    """JSON has no integer keys."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(key): bias for key, bias in value.items()}
+    except ValueError:
+        raise ValueError(f"keys must be token ids, got {', '.join(map(repr, list(value)[:3]))}") from None
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Model):
+    include_usage: bool | None = None
+
+
+class _Common(_Model):
+    model: str
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stop: Annotated[Stops, BeforeValidator(_one_as_list)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    logit_bias: Annotated[dict[Token, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool = False
+    stop_token_ids: list[Token] | None = None
+    include_stop_str_in_output: bool = False
+
+
+class CompletionBody(_Common):
+    prompt: str | list[str] | list[Token] | list[list[Token]]
+    suffix: str | None = None
+    best_of: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+    add_special_tokens: bool = True
+
+
+class TextPart(_Model):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """Further fields (name, tool_calls, …) are the template's to read."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+
+
+class ChatBody(_Common):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    add_special_tokens: bool = False
+
+
+def parse(body: bytes, into: type[Body]) -> Body:
+    """Raises BadRequest."""
+    try:
+        return into.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    raise _bad_request(first)
+
+
+def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
+    """Raises BadRequest for what is known, valid and not built, and for fields that contradict each other."""
+    if body.stream_options is not None and not body.stream:
+        raise BadRequest("stream_options is only allowed when stream is true", param="stream_options")
+    if isinstance(body, CompletionBody):
+        if body.suffix:
+            raise BadRequest("suffix is not supported: the model does not fill in the middle", param="suffix")
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise BadRequest(f"best_of {body.best_of} is not supported unless it equals n ({body.n or 1})", param="best_of")
+        return
+    if body.response_format is not None and (form := body.response_format.get("type")) != "text":
+        raise BadRequest(f"response_format of type {form!r} is not supported, only 'text'", param="response_format")
+    if (body.tools or body.functions) and body.tool_choice != "none":
+        raise BadRequest("tools are not supported; tool_choice 'none' ignores them", param="tools" if body.tools else "functions")
+    if body.top_logprobs and not body.logprobs:
+        raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+
+
+def _bad_request(error: ErrorDetails) -> BadRequest:
+    if error["type"] == "json_invalid":
+        return BadRequest(f"the body is not valid JSON: {error['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json")
+    fields = [str(part) for part in error["loc"]]
+    if not fields:
+        return BadRequest(f"the body must be a JSON object: {error['msg']}")
+    if error["type"] == "missing":
+        return BadRequest(f"{'.'.join(fields)} is required", param=fields[0])
+    if fields[0] == "prompt":                 # of the four types, pydantic would name the first
+        return BadRequest("prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids", param="prompt")
+    return BadRequest(f"{_path(error['loc'])}: {error['msg']}", param=fields[0])
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """`messages[0].content`, without the names of types that pydantic puts between."""
+    path = str(loc[0])
+    for part in loc[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part in ChatMessage.model_fields or part in TextPart.model_fields or part in StreamOptions.model_fields:
+            path += f".{part}"
+    return path

@@ -1,0 +1,78 @@
+"""The JSON of /v1/completions."""
+
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from .choice import Piece, TextToken
+from .detokenizer import Vocabulary
+from .dialects import Usage, finite
+from .jobs import Job
+
+
+class _Logprobs(Struct):
+    """`top_logprobs` holds the chosen token beside the most likely ones, by text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class _Choice(Struct):
+    index: int
+    text: str
+    logprobs: _Logprobs | None
+    finish_reason: str | None
+
+
+class _Completion(Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[_Choice]
+    usage: Usage | UnsetType | None = UNSET
+    object: str = "text_completion"
+
+
+class CompletionDialect:
+    def __init__(self, job: Job, model_name: str, vocabulary: Vocabulary) -> None:
+        self._job = job
+        self._model_name = model_name
+        self._vocabulary = vocabulary
+        self._no_usage_yet: UnsetType | None = None if job.include_usage else UNSET
+
+    def chunk(self, index: int, piece: Piece, *, first: bool) -> bytes:
+        return self._encode([self._choice(index, piece)], self._no_usage_yet)
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        return self._encode([], usage)
+
+    def whole(self, pieces: Sequence[Piece], usage: Usage) -> bytes:
+        return self._encode([self._choice(index, piece) for index, piece in enumerate(pieces)], usage)
+
+    def _encode(self, choices: list[_Choice], usage: Usage | UnsetType | None) -> bytes:
+        return msgspec.json.encode(_Completion(self._job.response_id, self._job.created, self._model_name, choices, usage))
+
+    def _choice(self, index: int, piece: Piece) -> _Choice:
+        logprobs = None if self._job.sampling.logprobs is None else self._logprobs(piece.tokens)
+        return _Choice(index, piece.text, logprobs, piece.finish)
+
+    def _logprobs(self, tokens: Sequence[TextToken]) -> _Logprobs:
+        return _Logprobs(
+            tokens=[self._text(token.token_id) for token in tokens],
+            token_logprobs=[None if token.logprobs is None else finite(token.logprobs.logprob) for token in tokens],
+            top_logprobs=[self._top(token) for token in tokens],
+            text_offset=[token.offset for token in tokens],
+        )
+
+    def _top(self, token: TextToken) -> dict[str, float] | None:
+        if token.logprobs is None:
+            return None
+        top = {self._text(token_id): finite(logprob) for token_id, logprob in reversed(token.logprobs.top)}      # of equal texts the best
+        top.setdefault(self._text(token.token_id), finite(token.logprobs.logprob))
+        return dict(sorted(top.items(), key=lambda each: -each[1]))
+
+    def _text(self, token_id: int) -> str:
+        return self._vocabulary.raw_bytes(token_id).decode(errors="replace")

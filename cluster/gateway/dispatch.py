@@ -1,0 +1,275 @@
+"""Generations out to workers, their tokens back in order, and again elsewhere when a worker is lost.
+
+No I/O but the Post, no clock but `clock`.
+
+    start ──► policy.choose ──Route──► GenerateRequest to route.first
+                │ Queue                   │ StepTokens   → in order, once, to the generation
+                ▼                         │ RequestFailed, worker dead or silent, no progress
+              tried again at each watch ◄─┘   → Abort to the old route, next attempt: prompt + outputs so far
+
+`handle` takes messages as they come; `watch` is called a few times a second and holds every deadline.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from ...messages.codec import Message
+from ...messages.errors import DiptychError, Malformed, TooLarge
+from ...messages.ids import RequestId
+from ...messages.membership import Membership
+from ...messages.post import Post
+from ...messages.requests import (
+    Abort,
+    FailureKind,
+    LoadUpdate,
+    RequestFailed,
+    RequestSpan,
+    Route,
+    StepTokens,
+    TokenDelta,
+    WorkerRef,
+)
+from ..router.load_view import LoadView
+from ..router.policy import Policy, Queue, Refuse
+from .config import Limits
+from .errors import GenerationFailed, NoRoute, Overloaded, SlowClient
+from .generation import Attempt, Generation, GenerationState
+
+FIRST_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 1.0
+
+
+class Observer(Protocol):
+    """Who counts."""
+
+    def ended(self, generation: Generation) -> None: ...
+    def retried(self, reason: str) -> None: ...
+    def span(self, span: RequestSpan) -> None: ...
+
+
+class Dispatcher:
+    def __init__(self, post: Post, policy: Policy, loads: LoadView, limits: Limits, observer: Observer, clock: Callable[[], float]) -> None:
+        self._post = post
+        self._policy = policy
+        self._loads = loads
+        self._limits = limits
+        self._observer = observer
+        self._clock = clock
+        self._running: dict[RequestId, Generation] = {}
+        self._queued: dict[Generation, None] = {}             # in order of arrival
+        self._peers: set[WorkerRef] = set()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queued)
+
+    def start(self, generation: Generation) -> None:
+        """It is refused at once, through its `error`, when the gateway is full."""
+        if self.num_running + self.num_queued >= self._limits.max_live_choices:
+            limit = self._limits.max_live_choices
+            self._end(generation, GenerationState.REFUSED, Overloaded(f"this gateway serves {limit} choices already", retry_after_s=1.0))
+            return
+        self._enqueue(generation, not_before=self._clock())
+        self._route(generation)
+
+    def finish(self, generation: Generation) -> None:
+        """The client has all it wanted before the workers think so: a stop string."""
+        if not generation.ended:
+            self._leave_workers(generation)
+            self._end(generation, GenerationState.FINISHED)
+
+    def abort(self, generation: Generation) -> None:
+        if not generation.ended:
+            self._leave_workers(generation)
+            self._end(generation, GenerationState.ABORTED)
+
+    def update_membership(self, membership: Membership) -> None:
+        """What ran on a life that is gone is routed anew at once."""
+        if not self._loads.set_membership(membership, self._clock()):
+            return
+        known, self._peers = self._peers, {member.ref for member in membership.workers}
+        for address in {ref.address for ref in known} - {ref.address for ref in self._peers}:
+            self._post.forget(address)
+        self.watch()
+
+    def handle(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            match message:
+                case StepTokens():
+                    self._on_tokens(message)
+                case LoadUpdate():
+                    self._loads.heard(message.load.worker, message.load, self._clock())
+                case RequestSpan():
+                    self._on_span(message)
+                case RequestFailed():
+                    self._on_failed(message)
+                case _:
+                    pass                      # a handoff's message is not for a gateway; the codec let it through as ours
+
+    def watch(self) -> None:
+        now = self._clock()
+        for generation in list(self._running.values()):
+            self._watch_running(generation, now)
+        for generation in list(self._queued):
+            self._watch_queued(generation, now)
+
+    def _watch_running(self, generation: Generation, now: float) -> None:
+        attempt = generation.attempt
+        if generation.ended or attempt is None:
+            return
+        dead = [ref.worker_id for ref in attempt.workers if not self._loads.lives(ref, now)]
+        if now >= generation.prompt.deadline:
+            self._fail(generation, FailureKind.TIMEOUT, self._deadline_text(generation))
+        elif dead:
+            self._retry(generation, "worker_lost", FailureKind.PEER_LOST, f"{' and '.join(dead)} died or fell silent", backoff=False)
+        elif now - attempt.progress_at > self._limits.stall_timeout_s:
+            stalled = f"no token for {self._limits.stall_timeout_s:g} s"
+            self._retry(generation, "stalled", FailureKind.TIMEOUT, stalled, backoff=False)
+
+    def _watch_queued(self, generation: Generation, now: float) -> None:
+        if now >= generation.prompt.deadline:
+            self._fail(generation, FailureKind.TIMEOUT, self._deadline_text(generation))
+        elif now >= generation.not_before:
+            self._route(generation)
+
+    def _route(self, generation: Generation) -> None:
+        now = self._clock()
+        decision = self._policy.choose(generation.routing_request(), self._loads.view(now), now)
+        match decision:
+            case Route():
+                self._send(generation, decision, now)
+            case Queue() if now - generation.queued_at >= self._limits.queue_timeout_s:
+                self._give_up(generation, NoRoute(f"{decision.reason}; waited {self._limits.queue_timeout_s:g} s"))
+            case Refuse() if generation.num_attempts == 0:
+                self._give_up(generation, Overloaded(decision.reason, decision.retry_after_s))
+            case Queue() | Refuse():
+                pass                          # it stays queued until a deadline
+
+    def _send(self, generation: Generation, route: Route, now: float) -> None:
+        del self._queued[generation]
+        request = generation.start_attempt(route, self._post.address, now)
+        self._running[request.request_id] = generation
+        self._loads.sent(request.request_id, route, len(request.token_ids), now)
+        try:
+            self._post.send(route.first.address, request)
+        except TooLarge as error:
+            self._fail(generation, FailureKind.INVALID, str(error))
+
+    def _on_tokens(self, message: StepTokens) -> None:
+        now = self._clock()
+        self._loads.heard(message.worker, message.load, now)
+        for delta in message.deltas:
+            generation = self._running.get(delta.request_id)
+            if generation is None or generation.attempt is None:
+                self._send_abort(message.worker, delta.request_id)            # an earlier one may have been lost
+            elif message.worker in (generation.attempt.route.prefill, generation.attempt.route.decode):
+                self._on_delta(generation, generation.attempt, delta, message.worker, now)
+
+    def _on_delta(self, generation: Generation, attempt: Attempt, delta: TokenDelta, worker: WorkerRef, now: float) -> None:
+        try:
+            _check_logprobs(generation, delta)
+            ready = attempt.order.push(delta)
+        except Malformed as error:
+            self._retry(generation, "malformed", FailureKind.INTERNAL, str(error), backoff=True)
+            return
+        if worker == attempt.route.decode:
+            self._arrived(attempt)
+        if not ready:
+            return
+        attempt.progress_at = now
+        generation.deliver(ready, now)
+        if ready[-1].finish is not None:
+            self._drop_attempt(generation)
+            self._end(generation, GenerationState.FINISHED)
+        elif generation.num_fresh_tokens > self._limits.max_buffered_tokens:
+            self._leave_workers(generation)
+            limit = self._limits.max_buffered_tokens
+            self._end(generation, GenerationState.FAILED, SlowClient(f"the client has left more than {limit} tokens unread"))
+        else:
+            generation.wake()
+
+    def _on_span(self, span: RequestSpan) -> None:
+        self._observer.span(span)
+        generation = self._running.get(span.request_id)
+        if generation is not None and generation.attempt is not None:
+            self._arrived(generation.attempt)
+
+    def _arrived(self, attempt: Attempt) -> None:
+        attempt.handed_over = True
+        self._loads.arrived(attempt.request_id, attempt.route)
+
+    def _on_failed(self, message: RequestFailed) -> None:
+        generation = self._running.get(message.request_id)
+        if generation is None or generation.attempt is None or message.worker not in generation.attempt.workers:
+            return                            # of an attempt that is over, or of a prefill worker that no longer matters
+        text = f"{message.worker.worker_id}: {message.message}"
+        if message.retryable:
+            self._retry(generation, message.kind, message.kind, text, backoff=True)
+        else:
+            self._fail(generation, message.kind, text)
+
+    def _retry(self, generation: Generation, reason: str, kind: FailureKind, text: str, *, backoff: bool) -> None:
+        assert generation.attempt is not None
+        generation.last_failure = text
+        generation.avoid |= set(generation.attempt.workers)
+        self._leave_workers(generation)
+        if generation.num_attempts >= self._limits.max_attempts:
+            self._fail(generation, kind, f"attempt {generation.num_attempts} of {self._limits.max_attempts} failed: {text}")
+            return
+        self._observer.retried(reason)
+        generation.move(GenerationState.QUEUED)
+        delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (generation.num_attempts - 1)) if backoff else 0.0
+        self._enqueue(generation, not_before=self._clock() + delay_s)
+        if not backoff:
+            self._route(generation)
+
+    def _enqueue(self, generation: Generation, not_before: float) -> None:
+        generation.queued_at = self._clock()
+        generation.not_before = not_before
+        self._queued[generation] = None
+
+    def _give_up(self, generation: Generation, refusal: DiptychError) -> None:
+        """No route. That is a refusal only if nothing was ever sent."""
+        self._end(generation, GenerationState.REFUSED if generation.num_attempts == 0 else GenerationState.FAILED, refusal)
+
+    def _fail(self, generation: Generation, kind: FailureKind, text: str) -> None:
+        self._leave_workers(generation)
+        self._end(generation, GenerationState.FAILED, GenerationFailed(kind, text))
+
+    def _deadline_text(self, generation: Generation) -> str:
+        attempts = f"{generation.num_attempts} attempts" + (f", the last: {generation.last_failure}" if generation.last_failure else "")
+        return f"no answer within {self._limits.request_timeout_s:g} s ({len(generation.outputs)} tokens out, {attempts})"
+
+    def _leave_workers(self, generation: Generation) -> None:
+        attempt = generation.attempt
+        if attempt is not None:
+            for worker in (attempt.route.prefill, attempt.route.decode):
+                if worker is not None:
+                    self._send_abort(worker, attempt.request_id)
+            self._drop_attempt(generation)
+
+    def _send_abort(self, worker: WorkerRef, request_id: RequestId) -> None:
+        if worker in self._peers:             # nobody knocks at a dead worker's door: the Post would keep it open
+            self._post.send(worker.address, Abort(request_id))
+
+    def _drop_attempt(self, generation: Generation) -> None:
+        if generation.attempt is not None:
+            del self._running[generation.attempt.request_id]
+            self._loads.ended(generation.attempt.request_id, generation.attempt.route)
+            generation.attempt = None
+
+    def _end(self, generation: Generation, state: GenerationState, error: DiptychError | None = None) -> None:
+        self._queued.pop(generation, None)
+        generation.move(state)
+        generation.error = error
+        self._observer.ended(generation)
+        generation.wake()
+
+
+def _check_logprobs(generation: Generation, delta: TokenDelta) -> None:
+    if generation.prompt.sampling.logprobs is not None and len(delta.logprobs) != len(delta.token_ids):
+        raise Malformed(f"{len(delta.logprobs)} log-probabilities for {len(delta.token_ids)} tokens")

@@ -1,0 +1,136 @@
+"""One choice of a client's request, over all attempts to generate it.
+
+    QUEUED ──► RUNNING ──► FINISHED      the last token is out, or the client has all it wanted (a stop string)
+      ▲ │         │
+      │ │         ├──────► ABORTED       the client is gone
+      │ └─────────┤
+      │           ├──────► FAILED        a typed error: deadline, attempts used up, invalid for the workers
+      └───────────┘ (retry)
+    QUEUED before any attempt ──► REFUSED
+
+It ends exactly once, in one of the last four. Tokens wait in `fresh` until the answer takes them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import msgspec
+
+from ...messages.errors import DiptychError
+from ...messages.ids import Address, RequestId
+from ...messages.requests import GenerateRequest, Route, SamplingParams, TokenDelta, WorkerRef
+from ..router.policy import RoutingRequest
+from .ordering import InOrder
+
+
+class GenerationState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+_S = GenerationState
+TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
+    _S.QUEUED: frozenset({_S.RUNNING, _S.FINISHED, _S.ABORTED, _S.REFUSED, _S.FAILED}),
+    _S.RUNNING: frozenset({_S.QUEUED, _S.FINISHED, _S.ABORTED, _S.FAILED}),
+    _S.FINISHED: frozenset(),
+    _S.ABORTED: frozenset(),
+    _S.REFUSED: frozenset(),
+    _S.FAILED: frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked of the workers, the same in every attempt."""
+
+    name: str                                 # unique; request ids of attempts begin with it
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    deadline: float                           # on the dispatcher's clock
+
+
+@dataclass
+class Attempt:
+    request_id: RequestId
+    route: Route
+    order: InOrder
+    progress_at: float                        # last new token, or the start
+    handed_over: bool = False                 # the decode worker has the KV: the prefill worker no longer matters
+
+    @property
+    def workers(self) -> tuple[WorkerRef, ...]:
+        """Whose death ends this attempt."""
+        prefill = self.route.prefill
+        return (self.route.decode,) if prefill is None or self.handed_over else (prefill, self.route.decode)
+
+
+@dataclass(eq=False)
+class Generation:
+    prompt: Prompt
+    wake: Callable[[], None]                  # called when there is something to take, or an end
+    arrived_at: float                         # of the HTTP request
+    state: GenerationState = GenerationState.QUEUED
+    outputs: list[int] = field(default_factory=list)          # in order, over all attempts
+    fresh: list[TokenDelta] = field(default_factory=list)
+    num_fresh_tokens: int = 0
+    attempt: Attempt | None = None
+    num_attempts: int = 0
+    queued_at: float = 0.0
+    not_before: float = 0.0                   # of the next attempt
+    avoid: frozenset[WorkerRef] = frozenset()
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    error: DiptychError | None = None         # of REFUSED and FAILED
+    last_failure: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return not TRANSITIONS[self.state]
+
+    def move(self, to: GenerationState) -> None:
+        assert to in TRANSITIONS[self.state], f"{self.prompt.name}: {self.state} → {to}"
+        self.state = to
+
+    def take(self) -> list[TokenDelta]:
+        """What came since the last call."""
+        taken, self.fresh, self.num_fresh_tokens = self.fresh, [], 0
+        return taken
+
+    def deliver(self, deltas: list[TokenDelta], now: float) -> None:
+        self.first_token_at = now if self.first_token_at is None else self.first_token_at
+        self.last_token_at = now
+        for delta in deltas:
+            self.outputs += delta.token_ids
+            self.num_fresh_tokens += len(delta.token_ids)
+        self.fresh += deltas
+
+    def routing_request(self) -> RoutingRequest:
+        return RoutingRequest(self._token_ids(), self.prompt.sampling.max_tokens - len(self.outputs), self.avoid)
+
+    def start_attempt(self, route: Route, gateway: Address, now: float) -> GenerateRequest:
+        """The next attempt continues after what has been delivered, with the same seed."""
+        self.num_attempts += 1
+        request_id = RequestId(f"{self.prompt.name}-{self.num_attempts}")
+        self.attempt = Attempt(request_id, route, InOrder(len(self.outputs)), progress_at=now)
+        self.move(GenerationState.RUNNING)
+        return GenerateRequest(
+            request_id=request_id,
+            gateway=gateway,
+            token_ids=self._token_ids(),
+            sampling=self._sampling(),
+            route=route,
+            timeout_s=self.prompt.deadline - now,
+            num_prior_outputs=len(self.outputs),
+        )
+
+    def _token_ids(self) -> tuple[int, ...]:
+        return (*self.prompt.token_ids, *self.outputs)
+
+    def _sampling(self) -> SamplingParams:
+        """Prompt logprobs came with the first token: no second time."""
+        return msgspec.structs.replace(self.prompt.sampling, prompt_logprobs=None) if self.outputs else self.prompt.sampling

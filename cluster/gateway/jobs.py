@@ -1,0 +1,173 @@
+"""A parsed body → Job: prompts as tokens, sampling as the workers take it, and how the answer is to look. Raises BadRequest."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from ...messages.requests import SamplingParams
+from .bodies import ChatBody, ChatMessage, CompletionBody
+from .errors import BadRequest
+from .tokenizer import TextModel
+
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_CHOICES = 1024
+SEED_MASK = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class JobPrompt:
+    token_ids: tuple[int, ...]
+    text: str | None                          # as the client sent it; None: it sent tokens
+
+
+@dataclass(frozen=True)
+class Job:
+    response_id: str
+    created: int                              # seconds since 1970
+    prompts: tuple[JobPrompt, ...]
+    n: int                                    # choices per prompt; choice j of prompt i has index i * n + j
+    sampling: SamplingParams                  # of the first choice of each prompt
+    stops: tuple[str, ...]
+    include_stop: bool
+    echo: bool
+    stream: bool
+    include_usage: bool
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.n
+
+    def prompt_of(self, index: int) -> JobPrompt:
+        return self.prompts[index // self.n]
+
+    def sampling_of(self, index: int) -> SamplingParams:
+        return msgspec.structs.replace(self.sampling, seed=(self.sampling.seed + index % self.n) & SEED_MASK)
+
+
+class JobMaker:
+    def __init__(self, model: TextModel, model_name: str) -> None:
+        self._model = model
+        self._model_name = model_name
+
+    async def completion(self, body: CompletionBody, max_model_len: int) -> Job:
+        prompts = [await self._prompt(each, body.add_special_tokens) for each in _separate(body.prompt)]
+        if not prompts:
+            raise BadRequest("the prompt is empty", param="prompt")
+        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        if max_tokens == 0 and not body.echo:
+            raise BadRequest("max_tokens must be at least 1 (0 only with echo)", param="max_tokens")
+        sampling = self._sampling(body, max_tokens, body.logprobs, body.logprobs if body.echo else None)
+        return _job("cmpl", body, prompts, sampling, max_model_len, echo=body.echo)
+
+    async def chat(self, body: ChatBody, max_model_len: int) -> Job:
+        if self._model.template is None:
+            raise BadRequest(f"{self._model_name} has no chat template; use /v1/completions", code="no_chat_template")
+        text = self._model.template.render([_plain(message) for message in body.messages])
+        prompt = await self._prompt(text, body.add_special_tokens)
+        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        if max_tokens == 0:
+            raise BadRequest("max_tokens must be at least 1", param="max_tokens")
+        if max_tokens is None:
+            max_tokens = max(1, max_model_len - len(prompt.token_ids))
+        sampling = self._sampling(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, None)
+        return _job("chatcmpl", body, [prompt], sampling, max_model_len, echo=False)
+
+    async def _prompt(self, prompt: str | list[int], add_special_tokens: bool) -> JobPrompt:
+        if not prompt:
+            raise BadRequest("the prompt is empty", param="prompt")
+        if isinstance(prompt, str):
+            token_ids = await self._model.encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            token_ids = tuple(prompt)
+            self._check_tokens(token_ids, "prompt")
+        if not token_ids:
+            raise BadRequest("the prompt has no tokens", param="prompt")
+        return JobPrompt(token_ids, prompt if isinstance(prompt, str) else None)
+
+    def _check_tokens(self, token_ids: Sequence[int], param: str) -> None:
+        if token_ids and (highest := max(token_ids)) >= self._model.vocab_size:
+            raise BadRequest(f"{param}: token id {highest} is not in the vocabulary of {self._model.vocab_size}", param=param)
+
+    def _sampling(
+        self, body: CompletionBody | ChatBody, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        stop_token_ids, logit_bias = body.stop_token_ids or [], body.logit_bias or {}
+        self._check_tokens(stop_token_ids, "stop_token_ids")
+        self._check_tokens(list(logit_bias), "logit_bias")
+        min_tokens = body.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise BadRequest(f"min_tokens {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")
+        eos = () if body.ignore_eos else self._model.eos_token_ids
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=(secrets.randbits(63) if body.seed is None else body.seed) & SEED_MASK,
+            temperature=_or(body.temperature, 1.0),
+            top_k=max(0, body.top_k or 0),
+            top_p=_or(body.top_p, 1.0),
+            min_p=_or(body.min_p, 0.0),
+            repetition_penalty=_or(body.repetition_penalty, 1.0),
+            presence_penalty=_or(body.presence_penalty, 0.0),
+            frequency_penalty=_or(body.frequency_penalty, 0.0),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            min_tokens=min_tokens,
+            stop_token_ids=tuple(dict.fromkeys((*eos, *stop_token_ids))),
+            ignore_eos=body.ignore_eos,
+            logit_bias=logit_bias,
+        )
+
+
+def _job(
+    prefix: str, body: CompletionBody | ChatBody, prompts: Sequence[JobPrompt], sampling: SamplingParams, max_model_len: int, *, echo: bool
+) -> Job:
+    for prompt in prompts:
+        _check_context(len(prompt.token_ids), sampling.max_tokens, max_model_len)
+    n = body.n or 1
+    if n * len(prompts) > MAX_CHOICES:
+        raise BadRequest(f"{len(prompts)} prompts of {n} choices are more than {MAX_CHOICES} choices in one request", param="n")
+    return Job(
+        response_id=f"{prefix}-{secrets.token_hex(12)}",
+        created=int(time.time()),
+        prompts=tuple(prompts),
+        n=n,
+        sampling=sampling,
+        stops=tuple(body.stop or ()),
+        include_stop=body.include_stop_str_in_output,
+        echo=echo,
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+    )
+
+
+def _check_context(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    if num_prompt_tokens + max_tokens > max_model_len:
+        raise BadRequest(
+            f"the context is {max_model_len} tokens, but {num_prompt_tokens + max_tokens} are asked for: "
+            f"{num_prompt_tokens} of the prompt and {max_tokens} to come (max_tokens)",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+
+
+def _separate(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    token_ids = [each for each in prompt if isinstance(each, int)]
+    return [token_ids] if token_ids else [each for each in prompt if not isinstance(each, int)]
+
+
+def _plain(message: ChatMessage) -> dict[str, object]:
+    """As templates know messages: text content; OpenAI's newer "developer" is "system"."""
+    plain = message.model_dump(exclude_none=True)
+    if isinstance(message.content, list):
+        plain["content"] = "\n".join(part.text for part in message.content)
+    if message.role == "developer":
+        plain["role"] = "system"
+    return plain
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,112 @@
+"""What a gateway counts: for Prometheus on /metrics, and the recent past for GatewayStatus. One registry per gateway."""
+
+import math
+from collections import Counter as Tally
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ...messages.requests import RequestSpan
+from .generation import Generation, GenerationState
+from .status import Quantiles, TransferTotals
+
+NUM_RECENT = 1000
+TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60)
+TPOT_BUCKETS_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1)
+E2E_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The dispatcher's Observer."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.outcomes: Tally[str] = Tally(dict.fromkeys(("finished", "aborted", "refused", "failed"), 0))
+        self.num_retries = 0
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+        self.last_span: RequestSpan | None = None
+        self._transfers: dict[str, TransferTotals] = {}
+        self._recent_ttft: deque[float] = deque(maxlen=NUM_RECENT)
+        self._recent_tpot: deque[float] = deque(maxlen=NUM_RECENT)
+        self._ttft = Histogram("diptych_ttft_seconds", "HTTP request read to first token", buckets=TTFT_BUCKETS_S, registry=registry)
+        self._tpot = Histogram("diptych_tpot_seconds", "Mean time between a choice's tokens", buckets=TPOT_BUCKETS_S, registry=registry)
+        self._e2e = Histogram("diptych_e2e_seconds", "HTTP request read to last token", buckets=E2E_BUCKETS_S, registry=registry)
+        self._choices = Counter("diptych_choices", "Choices by how they ended", ["outcome"], registry=registry)
+        self._responses = Counter("diptych_http_responses", "HTTP answers", ["path", "status"], registry=registry)
+        self._retries = Counter("diptych_retries", "Attempts given up for another", ["reason"], registry=registry)
+        self._prompt_tokens = Counter("diptych_prompt_tokens", "Prompt tokens of finished choices", registry=registry)
+        self._output_tokens = Counter("diptych_output_tokens", "Output tokens of finished choices", registry=registry)
+        self._kv_bytes = Counter("diptych_kv_bytes", "KV written into decode workers", ["transport"], registry=registry)
+        self._kv_busy = Counter("diptych_kv_busy_seconds", "Time the writers' transports were busy", ["transport"], registry=registry)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Read when scraped."""
+        Gauge(f"diptych_{name}", text, registry=self._registry).set_function(read)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def responded(self, path: str, status: int) -> None:
+        self._responses.labels(path, status).inc()
+
+    def retried(self, reason: str) -> None:
+        self.num_retries += 1
+        self._retries.labels(reason).inc()
+
+    def span(self, span: RequestSpan) -> None:
+        self.last_span = span
+        old = self._transfers.get(span.transport) or TransferTotals(span.transport, 0, 0, 0, 0.0)
+        self._transfers[span.transport] = TransferTotals(
+            transport=span.transport,
+            num_handoffs=old.num_handoffs + 1,
+            num_pages=old.num_pages + span.num_pages,
+            num_bytes=old.num_bytes + span.num_bytes,
+            busy_s=old.busy_s + span.transfer_s,
+        )
+        self._kv_bytes.labels(span.transport).inc(span.num_bytes)
+        self._kv_busy.labels(span.transport).inc(span.transfer_s)
+
+    def ended(self, generation: Generation) -> None:
+        self.outcomes[generation.state] += 1
+        self._choices.labels(generation.state).inc()
+        first, last = generation.first_token_at, generation.last_token_at
+        if first is None or last is None:
+            return
+        self._ttft.observe(first - generation.arrived_at)
+        self._recent_ttft.append(first - generation.arrived_at)
+        if generation.state is GenerationState.FINISHED:
+            self._finished(generation, first, last)
+
+    @property
+    def transfers(self) -> tuple[TransferTotals, ...]:
+        return tuple(self._transfers.values())
+
+    @property
+    def ttft(self) -> Quantiles | None:
+        return _quantiles(self._recent_ttft)
+
+    @property
+    def tpot(self) -> Quantiles | None:
+        return _quantiles(self._recent_tpot)
+
+    def _finished(self, generation: Generation, first: float, last: float) -> None:
+        num_prompt, num_output = len(generation.prompt.token_ids), len(generation.outputs)
+        self.num_prompt_tokens += num_prompt
+        self.num_output_tokens += num_output
+        self._prompt_tokens.inc(num_prompt)
+        self._output_tokens.inc(num_output)
+        self._e2e.observe(last - generation.arrived_at)
+        if num_output > 1:
+            tpot_s = (last - first) / (num_output - 1)
+            self._tpot.observe(tpot_s)
+            self._recent_tpot.append(tpot_s)
+
+
+def _quantiles(samples: Iterable[float]) -> Quantiles | None:
+    """Nearest rank."""
+    ordered = sorted(samples)
+    if not ordered:
+        return None
+    return Quantiles(len(ordered), *(ordered[math.ceil(q * len(ordered)) - 1] for q in (0.5, 0.9)))

@@ -1,0 +1,142 @@
+"""A gateway process: one thread, one uvloop, one HTTP server, one Post.
+
+    run() ──► bind ──► loop: ┌ Post readable ──► core.pump      (and every POLL_S, as its edge may be missed)
+                             ├ every WATCH_S ──► core.watch     all deadlines
+                             └ uvicorn ──► App
+    stop() from any thread ──► no new connections ──► open answers end, within grace_s ──► run() returns
+"""
+
+import asyncio
+import math
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import uvicorn
+import uvloop
+
+from ...messages.errors import ClusterError
+from ...messages.membership import Membership
+from ...messages.zmq_post import ZmqPost
+from .app import App
+from .asgi import asgi
+from .config import GatewayConfig
+from .core import Core
+from .status import GatewayStatus
+
+T = TypeVar("T")
+
+POLL_S = 0.02
+WATCH_S = 0.1
+KEEP_ALIVE_S = 75
+BACKLOG = 2048
+LOOP_ANSWER_S = 5.0
+
+
+class Gateway:
+    """The port is bound at once; it listens from `run` on. Raises ClusterError, ModelError, SpecError."""
+
+    def __init__(self, config: GatewayConfig, post: ZmqPost) -> None:
+        self._post = post
+        self._core = Core(config, post)
+        self._socket = _bind(config)
+        self._port: int = self._socket.getsockname()[1]
+        self._server = uvicorn.Server(_uvicorn_config(App(self._core), config.limits.grace_s))
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None   # while it runs
+        self._failure: BaseException | None = None            # of a background task
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    def run(self) -> None:
+        """Blocks until stopped; once only. Raises what broke the loop's own tasks."""
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._run())
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Returns at once; `run` returns when open answers have ended, after `grace_s` at the latest."""
+        self._server.should_exit = True
+
+    def update_membership(self, membership: Membership) -> None:
+        self._on_loop(lambda: self._core.update_membership(membership))
+
+    def status(self) -> GatewayStatus:
+        return self._on_loop(lambda: self._core.status(self._port))
+
+    def _on_loop(self, call: Callable[[], T]) -> T:
+        """`call`'s result, from whatever thread: in the loop while it runs, else here."""
+        with self._lock:
+            if self._loop is None or threading.get_ident() == self._loop_thread:
+                return call()
+            result: Future[T] = Future()
+            self._loop.call_soon_threadsafe(_fulfil, result, call)
+        return result.result(LOOP_ANSWER_S)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._loop, self._loop_thread = loop, threading.get_ident()
+        loop.add_reader(self._post.fileno(), self._core.pump)
+        beats = [asyncio.create_task(self._beat(POLL_S, self._core.pump)), asyncio.create_task(self._beat(WATCH_S, self._core.watch))]
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            for beat in beats:
+                beat.cancel()
+            loop.remove_reader(self._post.fileno())
+            with self._lock:
+                self._loop = None
+
+    async def _beat(self, period_s: float, call: Callable[[], None]) -> None:
+        """A gateway that has lost its heartbeat would hang its clients: it stops, and says why."""
+        try:
+            while True:
+                await asyncio.sleep(period_s)
+                call()
+        except Exception as error:
+            self._failure = error
+            self.stop()
+
+
+def _fulfil(result: "Future[T]", call: Callable[[], T]) -> None:
+    try:
+        result.set_result(call())
+    except Exception as error:
+        result.set_exception(error)
+
+
+def _bind(config: GatewayConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if config.reuse_port:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # accepted sockets inherit it: no 40 ms wait before a token
+        bound.bind((config.host, config.port))
+    except OSError as error:
+        bound.close()
+        raise ClusterError(f"gateway {config.gateway_id} cannot listen on {config.host}:{config.port}: {error.strerror}") from None
+    return bound
+
+
+def _uvicorn_config(app: App, grace_s: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        asgi(app.handle),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(grace_s),
+    )

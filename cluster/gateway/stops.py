@@ -1,0 +1,56 @@
+"""Finds stop strings in a text that comes in pieces. What may be the beginning of one is held back until it is known not to be."""
+
+from collections.abc import Sequence
+
+
+class _Automaton:
+    """Knuth, Morris and Pratt 1977: `state` is how much of `pattern` the text ends with; each character costs constant time on average."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.state = 0
+        self._borders = [0] * len(pattern)
+        length = 0
+        for i in range(1, len(pattern)):
+            length = self._step(length, pattern[i])
+            self._borders[i] = length
+
+    def feed(self, char: str) -> bool:
+        self.state = self._step(self.state, char)
+        return self.state == len(self.pattern)
+
+    def _step(self, length: int, char: str) -> int:
+        while length and self.pattern[length] != char:
+            length = self._borders[length - 1]
+        return length + (self.pattern[length] == char)
+
+
+class StopMatcher:
+    """Used until the first match; then it is over."""
+
+    def __init__(self, stops: Sequence[str], *, include: bool) -> None:
+        self._automata = [_Automaton(stop) for stop in stops]
+        self._include = include
+        self._held = ""
+        self.matched = False
+
+    def feed(self, text: str) -> str:
+        """The text that may go out. The match that ends first counts; of several that end there, the longest."""
+        if not self._automata:
+            return text
+        self._held += text
+        for i, char in enumerate(text):
+            if found := [automaton.pattern for automaton in self._automata if automaton.feed(char)]:
+                self.matched = True
+                end = len(self._held) - len(text) + i + 1
+                return self._held[: end if self._include else end - max(map(len, found))]
+        return self._release(max(automaton.state for automaton in self._automata))
+
+    def end(self) -> str:
+        """The text is over without a match."""
+        return self._release(0)
+
+    def _release(self, num_held: int) -> str:
+        cut = len(self._held) - num_held
+        released, self._held = self._held[:cut], self._held[cut:]
+        return released

@@ -1,0 +1,77 @@
+"""The text side of a model folder: tokenizer.json, tokenizer_config.json, config.json, generation_config.json. No weights, no torch."""
+
+import asyncio
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from tokenizers import Tokenizer
+
+from ...messages.errors import ModelError
+from .chat_template import ChatTemplate, load_template
+from .detokenizer import Vocabulary
+
+S = TypeVar("S")
+
+INLINE_CHARS = 4096
+"""About 1 ms of tokenizing; longer texts leave the event loop."""
+
+
+class _TokenizerFile(msgspec.Struct):
+    decoder: dict[str, Any] | None = None
+    added_tokens: list[dict[str, Any]] = []
+
+
+class _ModelFile(msgspec.Struct):
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+
+class TextModel:
+    """Raises ModelError, UnsupportedModel for a folder it cannot use."""
+
+    def __init__(self, folder: Path) -> None:
+        config = _read(folder / "config.json", _ModelFile)
+        file = _read(folder / "tokenizer.json", _TokenizerFile)
+        settings = folder / "tokenizer_config.json"
+        self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        self.vocabulary = Vocabulary(self._tokenizer, file.decoder, file.added_tokens)
+        self.template: ChatTemplate | None = load_template(folder, _read(settings, dict[str, Any]) if settings.is_file() else {})
+        self.vocab_size: int = config.vocab_size or self._tokenizer.get_vocab_size()
+        self.max_position_embeddings: int | None = config.max_position_embeddings
+        self.eos_token_ids = _eos_token_ids(folder / "generation_config.json", config)
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        if len(text) <= INLINE_CHARS:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)     # releases the GIL
+        return tuple(encoding.ids)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:                # the library raises plain Exception
+        raise ModelError(f"{path}: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _eos_token_ids(generation_config: Path, config: _ModelFile) -> tuple[int, ...]:
+    ids = _read(generation_config, _ModelFile).eos_token_id if generation_config.is_file() else None
+    ids = config.eos_token_id if ids is None else ids
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def _read(path: Path, into: type[S]) -> S:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=into)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise ModelError(f"{path}: {error}") from None

@@ -1,0 +1,117 @@
+"""What this gateway believes of the workers: who lives, and how loaded they are.
+
+    Membership ── who exists ─────────────┐
+    LoadReport ── last known load ────────┼──► view(now) ──► ClusterView
+    sent() ────── what no report shows ───┘
+
+A report is older than what was sent after it. So each request counts, on top of the report, on the worker that
+    receives it:   until a report arrives SETTLE_S after it was sent (by then the worker has read it);
+    decodes it:    until the decode worker is known to have it (`arrived`), for it hears of it only when its prefill begins;
+and nowhere once it ended. While its KV moves a request may count twice on its decode worker; it never counts nowhere.
+"""
+
+from dataclasses import dataclass, field
+
+from ...messages.ids import RequestId
+from ...messages.membership import Member, Membership, Role
+from ...messages.requests import LoadReport, Route, WorkerRef
+from .policy import ClusterView, WorkerLoad
+
+SETTLE_S = 0.05
+
+
+@dataclass(frozen=True)
+class _Sent:
+    at: float
+    num_tokens: int
+    num_blocks: int
+
+
+@dataclass
+class _Worker:
+    member: Member
+    heard_at: float
+    report: LoadReport | None = None
+    sent: dict[RequestId, _Sent] = field(default_factory=dict)          # until the next settled report
+    expected: dict[RequestId, _Sent] = field(default_factory=dict)      # to decode here, being prefilled elsewhere
+
+    def load(self) -> WorkerLoad:
+        report, pending = self.report, [*self.sent.values(), *self.expected.values()]
+        free = report.num_free_blocks if report else self.member.num_blocks
+        return WorkerLoad(
+            ref=self.member.ref,
+            num_requests=(report.num_waiting + report.num_running + report.num_reserved if report else 0) + len(pending),
+            num_waiting_tokens=(report.num_waiting_tokens if report else 0) + sum(each.num_tokens for each in self.sent.values()),
+            num_blocks=self.member.num_blocks,
+            num_free_blocks=free - sum(each.num_blocks for each in pending),
+            block_size=self.member.block_size,
+        )
+
+
+class LoadView:
+    def __init__(self, silent_after_s: float) -> None:
+        self._silent_after_s = silent_after_s
+        self._workers: dict[WorkerRef, _Worker] = {}
+        self._version = -1
+
+    def set_membership(self, membership: Membership, now: float) -> bool:
+        """False if it is no newer than the last. A worker that is new has until `silent_after_s` to be heard of."""
+        if membership.version <= self._version:
+            return False
+        self._version = membership.version
+        known = self._workers
+        self._workers = {}
+        for member in membership.workers:
+            worker = known.get(member.ref) or _Worker(member, heard_at=now)
+            worker.member = member
+            self._workers[member.ref] = worker
+        return True
+
+    def heard(self, ref: WorkerRef, report: LoadReport | None, now: float) -> None:
+        """Any message shows life; a report shows load too. A worker that Membership does not name stays unknown."""
+        worker = self._workers.get(ref)
+        if worker is None:
+            return
+        worker.heard_at = now
+        if report is not None:
+            worker.report = report
+            worker.sent = {request_id: sent for request_id, sent in worker.sent.items() if now - sent.at < SETTLE_S}
+
+    def sent(self, request_id: RequestId, route: Route, num_tokens: int, now: float) -> None:
+        """A request with `num_tokens` to prefill has left for `route`."""
+        if first := self._workers.get(route.first):
+            first.sent[request_id] = _Sent(now, num_tokens, -(-num_tokens // first.member.block_size))
+        decode = self._workers.get(route.decode)
+        if route.prefill is not None and decode is not None:
+            decode.expected[request_id] = _Sent(now, num_tokens, -(-num_tokens // decode.member.block_size))
+
+    def arrived(self, request_id: RequestId, route: Route) -> None:
+        """The decode worker has it: its reports show it from now on."""
+        if worker := self._workers.get(route.decode):
+            worker.expected.pop(request_id, None)
+
+    def ended(self, request_id: RequestId, route: Route) -> None:
+        self.arrived(request_id, route)
+        if worker := self._workers.get(route.first):
+            worker.sent.pop(request_id, None)
+
+    def lives(self, ref: WorkerRef, now: float) -> bool:
+        worker = self._workers.get(ref)
+        return worker is not None and now - worker.heard_at <= self._silent_after_s
+
+    def view(self, now: float) -> ClusterView:
+        """The workers that live and are not draining, in Membership's order."""
+        usable = [worker for worker in self._workers.values() if not worker.member.draining and self.lives(worker.member.ref, now)]
+        return ClusterView(
+            prefill=tuple(worker.load() for worker in usable if worker.member.role is Role.PREFILL),
+            decode=tuple(worker.load() for worker in usable if worker.member.role is Role.DECODE),
+        )
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return tuple(worker.member for worker in self._workers.values())
+
+    @property
+    def reports(self) -> tuple[LoadReport, ...]:
+        """The last one of each worker that has sent any."""
+        return tuple(worker.report for worker in self._workers.values() if worker.report is not None)

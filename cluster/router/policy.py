@@ -1,0 +1,58 @@
+"""Where does a request go? A pure question: (request, view of the cluster, clock) → Route, Queue or Refuse.
+
+    policy.choose(request, view, now) ──► Route    send it there
+                                          Queue    nobody can take it now; ask again
+                                          Refuse   the cluster is full; HTTP 429
+
+A policy keeps at most what it chose before (a turn, a seed, an index of prefixes); it does no I/O and reads no clock, so the
+simulator runs it unchanged. A Route that it returns is taken.
+"""
+
+from typing import Protocol
+
+from msgspec import Struct
+
+from ...messages.requests import Route, WorkerRef
+
+
+class RoutingRequest(Struct, frozen=True):
+    token_ids: tuple[int, ...]                # prompt, then outputs of earlier attempts
+    max_new_tokens: int                       # still to come, at most
+    avoid: frozenset[WorkerRef] = frozenset()  # an earlier attempt failed there: chosen only if there is nobody else
+
+
+class WorkerLoad(Struct, frozen=True):
+    """A live worker that takes new work: its last report, corrected by what this gateway sent since."""
+
+    ref: WorkerRef
+    num_requests: int                         # waiting, running and arriving
+    num_waiting_tokens: int                   # prompt tokens still to compute
+    num_blocks: int
+    num_free_blocks: int
+    block_size: int                           # tokens
+
+    @property
+    def used_share(self) -> float:
+        """Of the KV pool, 0 to 1 and beyond: more may have been sent than fits."""
+        return 1 - self.num_free_blocks / self.num_blocks
+
+
+class ClusterView(Struct, frozen=True):
+    prefill: tuple[WorkerLoad, ...]
+    decode: tuple[WorkerLoad, ...]
+
+
+class Queue(Struct, frozen=True):
+    reason: str
+
+
+class Refuse(Struct, frozen=True):
+    reason: str
+    retry_after_s: float
+
+
+Decision = Route | Queue | Refuse
+
+
+class Policy(Protocol):
+    def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision: ...
