@@ -40,7 +40,7 @@ class TorchRunner:
         spans = [_logit_span(chunk) for chunk in plan.chunks]
         batch = self._batch(plan.chunks, spans)
         logits = self._model.forward(batch, self._pool.tensor, on_layer)
-        return self._outputs(plan.chunks, torch.split(logits, [len(span) for span in spans]))
+        return _outputs(plan.chunks, logits, [0, *accumulate(len(span) for span in spans)])
 
     def _batch(self, chunks: Sequence[Chunk], spans: Sequence[range]) -> ForwardBatch:
         block_size = self._pool.layout.block_size
@@ -57,14 +57,17 @@ class TorchRunner:
             logit_rows=self._ints([row for args in zip(chunks, spans, starts[:-1], strict=True) for row in _rows(*args)]),
         )
 
-    def _outputs(self, chunks: Sequence[Chunk], logits: Sequence[torch.Tensor]) -> list[ChunkOutput]:
-        sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
-        last = torch.stack([logits[i][-1] for i in sampling]) if sampling else torch.empty(0, 0)
-        drawn = dict(zip(sampling, sample(last, [_row(chunks[i]) for i in sampling]), strict=True))
-        return [ChunkOutput(drawn.get(i), _prompt_scores(chunk, logits[i])) for i, chunk in enumerate(chunks)]
-
     def _ints(self, values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _outputs(chunks: Sequence[Chunk], logits: torch.Tensor, bounds: Sequence[int]) -> list[ChunkOutput]:
+    """Chunk i has rows bounds[i] to bounds[i + 1] of the logits [R, vocab]."""
+    sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
+    last_rows = logits[[bounds[i + 1] - 1 for i in sampling]]
+    drawn = dict(zip(sampling, sample(last_rows, [_row(chunks[i]) for i in sampling]), strict=True))
+    scores = [_prompt_scores(chunk, logits[bounds[i] : bounds[i + 1]]) for i, chunk in enumerate(chunks)]
+    return [ChunkOutput(drawn.get(i), scores[i]) for i in range(len(chunks))]
 
 
 def _slot(chunk: Chunk, position: int, block_size: int) -> int:

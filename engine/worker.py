@@ -65,7 +65,7 @@ class Worker(ABC):
         self._stopping = threading.Event()
         self._draining = False
         self._next_beat = clock()
-        self._num_steps = self._num_preempted = self._num_tokens = 0
+        self._num_steps = self.num_preempted = self._num_tokens = 0
         self._descriptor = self.replica.transport.register(self.replica.pool)
         self.setup()
         self._status = self._snapshot()
@@ -166,7 +166,7 @@ class Worker(ABC):
 
     def _step(self) -> bool:
         plan = self.engine.plan()
-        self._num_preempted += len(plan.preempted)
+        self.num_preempted += len(plan.preempted)
         if not plan.chunks:
             return False
         self.before_step(plan)
@@ -217,7 +217,7 @@ class Worker(ABC):
             load=self.load(),
             num_cached_blocks=self.engine.pool.num_cached,
             num_steps=self._num_steps,
-            num_preempted=self._num_preempted,
+            num_preempted=self.num_preempted,
             num_tokens_computed=self._num_tokens,
             num_dropped_messages=self.post.num_dropped,
             num_pages_sent=transfer.num_pages,

@@ -1,4 +1,6 @@
-"""Drives real workers through faults of every kind on a virtual clock. After any history: no wrong token, no leaked block, every request ended.
+"""Drives real workers through faults of every kind on a virtual clock.
+
+After any history: no wrong token, no leaked block, every request ended.
 
 A history is a seeded stream of weighted events: mostly progress (so that handoffs get deep into every state), a few of them faults.
 """
