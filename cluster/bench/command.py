@@ -68,7 +68,7 @@ report_option = partial(typer.Option, rich_help_panel="Report")
 def serve(
     url: Annotated[str, endpoint_option(help="of the server: http(s)://host:port")],
     model: Annotated[str | None, endpoint_option(help="default: the first that /v1/models lists")] = None,
-    api_key: Annotated[str | None, endpoint_option(envvar="OPENAI_API_KEY")] = None,
+    api_key: Annotated[str | None, endpoint_option(envvar="DIPTYCH_API_KEY")] = None,
     deadline_s: Annotated[float, endpoint_option(min=0.001, help="of each request")] = 120.0,
     trace: Annotated[Path | None, workload_option(help="Azure CSV, BurstGPT CSV or Mooncake JSONL")] = None,
     first_s: Annotated[float | None, workload_option(min=0, help="only the first seconds, before scaling to a rate")] = None,
@@ -92,7 +92,7 @@ def serve(
     target: Annotated[float, load_option(help="attainment")] = 0.9,
     half_width: Annotated[float, load_option(help="of the attainment's interval, at which a close probe is decided")] = 0.03,
     resolution: Annotated[float, load_option(help="of the rate found, relative")] = 0.05,
-    probe_s: Annotated[float, load_option(min=0, help="shortest probe")] = 20.0,
+    probe_s: Annotated[float, load_option(min=0, help="shortest probe, in seconds of load")] = 20.0,
     ttft_ms: Annotated[float | None, objective_option(min=0)] = None,
     tpot_ms: Annotated[float | None, objective_option(min=0)] = None,
     gpus: Annotated[int, objective_option(min=1, help="that serve, for goodput per GPU")] = 1,

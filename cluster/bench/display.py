@@ -91,7 +91,7 @@ def _p50_p99(values: Percentiles | None) -> tuple[float | None, float | None]:
 def goodput_text(goodput: GoodputReport, gpus: int) -> str:
     search, share = goodput.search, f"{goodput.target:.0%} of requests met both"
     if search.phase is Phase.BELOW:
-        return f"goodput 0: not even at {search.decided[0].rate:.3g} requests/s {share}"
+        return f"no goodput found: not even at {search.decided[0].rate:.3g} requests/s {share}; start lower with --rate"
     high = "∞" if search.rate_high is None else f"{search.rate_high:.3g}"
     found = {Phase.FOUND: "", Phase.ABOVE: "at least "}.get(search.phase, "(search not finished) at least ")
     return (

@@ -5,9 +5,10 @@
         └── nothing fails up to the highest rate ─────────────────────────────────────────────────────────────> ABOVE
 
 `next_probe()` says which rate to try with how many requests; `observe()` takes the outcome. When is one rate decided? When
-Wilson's 95 % interval of its attainment lies wholly on one side of the target, or is narrower than ± `half_width` (then the
-share itself decides), or there are no more requests. Until then the same rate is tried again, from an idle system, with twice
-the requests. Never fewer than make `min_probe_s` of load: an overloaded server looks well until its queue has grown.
+Wilson's 95 % interval of its attainment lies wholly on one side of the target, or is narrower than ± `half_width` and than half
+of what the target leaves (then the share itself decides), or there are no more requests. Until then the same rate is tried
+again, from an idle system, with twice the requests. Never fewer than make `min_probe_s` of load: an overloaded server looks
+well until its queue has grown.
 """
 
 import math
@@ -17,7 +18,7 @@ from enum import Enum
 from .errors import WorkloadError
 from .report import Attainment
 
-MAX_DOUBLINGS = 12
+MAX_DOUBLINGS, MAX_HALVINGS = 12, 4   # of the start rate; a probe at a low rate takes long: 40 requests at 1/16 per second 11 minutes
 
 
 class Phase(Enum):
@@ -44,7 +45,7 @@ class SearchPlan:
     target: float = 0.9                 # attainment asked for
     half_width: float = 0.03            # of Wilson's interval, at which a share near the target is taken as it is
     resolution: float = 0.05            # of the rate: FOUND when failing/passing <= 1 + resolution
-    min_requests: int = 100
+    min_requests: int = 40              # all of 40 are surely over 0.9, all of 30 are not
     min_probe_s: float = 20.0
 
     def __post_init__(self) -> None:
@@ -123,7 +124,7 @@ class GoodputSearch:
     def _verdict(self, attainment: Attainment) -> bool | None:
         plan = self.plan
         clear = attainment.low >= plan.target or attainment.high < plan.target
-        narrow = attainment.high - attainment.low <= 2 * plan.half_width
+        narrow = attainment.high - attainment.low <= 2 * min(plan.half_width, (1 - plan.target) / 2)
         exhausted = self._probe.num_requests >= plan.max_requests
         return attainment.share >= plan.target if clear or narrow or exhausted else None
 
@@ -135,7 +136,7 @@ class GoodputSearch:
         elif failing is None:
             self._bracket(2 * self._probe.rate, Phase.ABOVE, ended=self._probe.rate >= start * 2**MAX_DOUBLINGS)
         else:
-            self._bracket(self._probe.rate / 2, Phase.BELOW, ended=self._probe.rate <= start / 2**MAX_DOUBLINGS)
+            self._bracket(self._probe.rate / 2, Phase.BELOW, ended=self._probe.rate <= start / 2**MAX_HALVINGS)
 
     def _bracket(self, rate: float, end: Phase, *, ended: bool) -> None:
         if ended:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
 from diptych.cluster.bench.command import app
@@ -77,6 +78,24 @@ def test_goodput_of_a_server_with_a_queue(stub, behaviour, tmp_path: Path) -> No
     assert goodput["per_gpu"] == goodput["search"]["rate"] / 2
     assert (tmp_path / "a.png").exists()
     assert "requests/s/GPU" in result.stderr
+
+
+def test_goodput_of_a_server_that_refuses_all_gives_1(stub, behaviour) -> None:
+    stub.behave = lambda index: behaviour(status=429)
+    result = invoke("--url", stub.url, "--goodput", "--rate", 500, "--requests", 40, "--probe-s", 0, *FAST)
+    assert result.exit_code == 1
+    assert "not even at 31.2 requests/s 90% of requests met both" in result.output
+
+
+def test_chat(stub, tmp_path: Path) -> None:
+    vocab = {token: index for index, token in enumerate(["?", *(f"Ġ{word}" for word in ("red", "green", "blue"))])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    result = invoke("--url", stub.url, "--requests", 3, "--rate", 100, "--mode", "chat", "--tokenizer", tmp_path, "--json", "-", *FAST)
+    assert result.exit_code == 0, result.output
+    assert [len(body["messages"][0]["content"].split()) for body in stub.bodies] == [8, 8, 8]
+    assert {body["path"] for body in stub.bodies} == {"/v1/chat/completions"}
 
 
 def test_failed_requests_give_1(stub, behaviour) -> None:
