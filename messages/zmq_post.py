@@ -11,7 +11,6 @@ from typing import Final
 import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
-from zmq.utils import z85
 
 from .codec import MAX_FRAME_BYTES, Message, decode, encode
 from .errors import ClusterError, WireError
@@ -42,7 +41,7 @@ class _OnlyOurs:
     """ZAP credentials: the cluster's own public key and no other."""
 
     def __init__(self, public: str) -> None:
-        self._public = z85.decode(public)
+        self._public = public.encode()
 
     def callback(self, domain: str, key: bytes) -> bool:
         return key == self._public
@@ -133,7 +132,9 @@ class ZmqPost:
         return made
 
     def _drop(self, why: str) -> None:
+        """Counted always; told at 1, 2, 4, 8, … so that a flood does not fill the disk."""
         self._num_dropped += 1
-        logger.warning("dropped %s", why)
+        if self._num_dropped & (self._num_dropped - 1) == 0:
+            logger.warning("dropped %s (%d so far)", why, self._num_dropped)
 
 
