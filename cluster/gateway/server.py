@@ -36,7 +36,7 @@ LOOP_ANSWER_S = 5.0
 
 
 class Gateway:
-    """The port is bound at once; it listens from `run` on. Raises ClusterError, ModelError, SpecError."""
+    """It listens at once, and answers from `run` on. Raises ClusterError, ModelError, SpecError."""
 
     def __init__(self, config: GatewayConfig, post: ZmqPost) -> None:
         self._post = post
@@ -62,6 +62,10 @@ class Gateway:
     def stop(self) -> None:
         """Returns at once; `run` returns when open answers have ended, after `grace_s` at the latest."""
         self._server.should_exit = True
+
+    def close(self) -> None:
+        """For a gateway that was never run; `run` closes by itself."""
+        self._socket.close()
 
     def update_membership(self, membership: Membership) -> None:
         self._on_loop(lambda: self._core.update_membership(membership))
@@ -120,6 +124,7 @@ def _bind(config: GatewayConfig) -> socket.socket:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # accepted sockets inherit it: no 40 ms wait before a token
         bound.bind((config.host, config.port))
+        bound.listen(BACKLOG)                 # only now is a port that another process holds noticed
     except OSError as error:
         bound.close()
         raise ClusterError(f"gateway {config.gateway_id} cannot listen on {config.host}:{config.port}: {error.strerror}") from None
