@@ -1,0 +1,121 @@
+from diptych.cluster.router.load_view import SETTLE_S, LoadView
+from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
+from diptych.messages.membership import Member, Membership, Role
+from diptych.messages.requests import LoadReport, Route, WorkerRef
+
+P0, D0, D1 = (WorkerRef(WorkerId(name), Epoch(1), Address(f"fake://{name}")) for name in ("p0", "d0", "d1"))
+SPLIT = Route(decode=D0, prefill=P0)
+LOCAL = Route(decode=D0)
+R = RequestId("r")
+
+
+def member(ref: WorkerRef, *, draining: bool = False) -> Member:
+    role = Role.PREFILL if ref.worker_id.startswith("p") else Role.DECODE
+    return Member(ref, role, "layout", block_size=16, num_blocks=100, max_model_len=1000, draining=draining)
+
+
+def loads(*refs: WorkerRef, now: float = 0.0) -> LoadView:
+    view = LoadView(silent_after_s=3.0)
+    view.set_membership(Membership(1, tuple(map(member, refs)), ()), now)
+    return view
+
+
+def report(ref: WorkerRef, *, waiting: int = 0, tokens: int = 0, running: int = 0, reserved: int = 0, free: int = 100) -> LoadReport:
+    return LoadReport(ref, waiting, tokens, running, reserved, 100, free, 16)
+
+
+def test_a_new_worker_counts_as_idle_until_it_reports():
+    view = loads(P0, D0).view(0.0)
+    assert [(w.ref, w.num_requests, w.num_free_blocks) for w in (*view.prefill, *view.decode)] == [(P0, 0, 100), (D0, 0, 100)]
+
+
+def test_a_report_is_the_load():
+    view = loads(D0)
+    view.heard(D0, report(D0, waiting=1, tokens=30, running=5, reserved=2, free=40), 1.0)
+    [worker] = view.view(1.0).decode
+    assert (worker.num_requests, worker.num_waiting_tokens, worker.num_free_blocks, worker.used_share) == (8, 30, 40, 0.6)
+
+
+def test_what_was_sent_counts_at_once_on_both_workers():
+    view = loads(P0, D0)
+    view.sent(R, SPLIT, num_tokens=33, now=1.0)
+    [prefill], [decode] = view.view(1.0).prefill, view.view(1.0).decode
+    assert (prefill.num_requests, prefill.num_waiting_tokens, prefill.num_free_blocks) == (1, 33, 97)
+    assert (decode.num_requests, decode.num_waiting_tokens, decode.num_free_blocks) == (1, 0, 97)
+
+
+def test_on_the_local_path_it_counts_once():
+    view = loads(D0)
+    view.sent(R, LOCAL, num_tokens=33, now=1.0)
+    [decode] = view.view(1.0).decode
+    assert (decode.num_requests, decode.num_waiting_tokens, decode.num_free_blocks) == (1, 33, 97)
+
+
+def test_a_report_that_may_be_older_does_not_settle_it():
+    view = loads(P0, D0)
+    view.sent(R, SPLIT, num_tokens=33, now=1.0)
+    view.heard(P0, report(P0), 1.0 + SETTLE_S / 2)
+    assert view.view(1.1).prefill[0].num_waiting_tokens == 33
+    view.heard(P0, report(P0, waiting=1, tokens=33), 1.0 + SETTLE_S)
+    assert view.view(1.1).prefill[0].num_waiting_tokens == 33
+
+
+def test_the_decode_worker_is_charged_until_it_has_the_request():
+    view = loads(P0, D0)
+    view.sent(R, SPLIT, num_tokens=33, now=1.0)
+    view.heard(D0, report(D0), 2.0)
+    assert view.view(2.0).decode[0].num_requests == 1
+    view.arrived(R, SPLIT)
+    assert view.view(2.0).decode[0].num_requests == 0
+
+
+def test_an_ended_request_counts_nowhere():
+    view = loads(P0, D0)
+    view.sent(R, SPLIT, num_tokens=33, now=1.0)
+    view.ended(R, SPLIT)
+    assert [w.num_requests for w in (*view.view(1.0).prefill, *view.view(1.0).decode)] == [0, 0]
+
+
+def test_silence_is_death_until_it_speaks():
+    view = loads(D0, D1)
+    view.heard(D0, None, 1.0)
+    assert [w.ref for w in view.view(3.5).decode] == [D0]
+    assert not view.lives(D1, 3.5)
+    view.heard(D1, None, 4.5)
+    assert [w.ref for w in view.view(4.5).decode] == [D1]
+
+
+def test_a_draining_worker_lives_and_gets_nothing_new():
+    view = loads(D0, D1)
+    view.set_membership(Membership(2, (member(D0, draining=True), member(D1)), ()), 0.0)
+    assert [w.ref for w in view.view(0.0).decode] == [D1]
+    assert view.lives(D0, 0.0)
+
+
+def test_who_is_absent_is_dead_and_cannot_come_back_by_speaking():
+    view = loads(D0, D1)
+    assert view.set_membership(Membership(2, (member(D1),), ()), 0.0)
+    view.heard(D0, report(D0), 0.0)
+    assert not view.lives(D0, 0.0)
+    assert [each.worker for each in view.reports] == []
+
+
+def test_an_old_membership_changes_nothing():
+    view = loads(D0)
+    assert not view.set_membership(Membership(1, (), ()), 0.0)
+    assert view.lives(D0, 0.0)
+
+
+def test_a_worker_keeps_its_load_over_a_change_elsewhere():
+    view = loads(D0)
+    view.heard(D0, report(D0, running=7), 1.0)
+    view.set_membership(Membership(2, (member(D0), member(D1)), ()), 2.0)
+    assert [w.num_requests for w in view.view(2.0).decode] == [7, 0]
+
+
+def test_messages_about_unknown_workers_are_harmless():
+    view = loads()
+    view.heard(D0, report(D0), 0.0)
+    view.sent(R, SPLIT, 10, 0.0)
+    view.ended(R, SPLIT)
+    assert view.view(0.0).decode == ()
