@@ -32,7 +32,8 @@ class SequenceStep:
     """What a step did for one sequence."""
 
     chunk: Chunk
-    delta: TokenDelta | None       # None: the prompt is not finished
+    delta: TokenDelta | None       # None: the prompt is not finished, or the model broke down
+    broke_down: bool = False       # the model gave logits that are no numbers: nothing can follow
 
     @property
     def sequence(self) -> Sequence:
@@ -96,6 +97,8 @@ class Engine:
 
     def _advance(self, chunk: Chunk, output: ChunkOutput) -> SequenceStep:
         sequence = chunk.sequence
+        if not output.is_finite:
+            return SequenceStep(chunk, None, broke_down=True)
         self.scheduler.computed(chunk)
         sequence.add_prompt_logprobs(chunk.start, [_logprobs(s) for s in output.prompt])
         if output.sampled is None:

@@ -19,8 +19,9 @@ from .scheduler import Chunk, StepPlan
 
 @dataclass(frozen=True)
 class ChunkOutput:
-    sampled: Sampled | None                # the token after the chunk, if the chunk ends with the last known one
+    sampled: Sampled | None                # the token after the chunk, if the chunk ends with the last known one and its logits are finite
     prompt: tuple[Sampled, ...] = ()       # scores of tokens start + 1, … inside the prompt, if the request wants them
+    is_finite: bool = True                 # False: NaN or infinity among the logits that were to be sampled or scored
 
 
 class ModelRunner(Protocol):
@@ -63,11 +64,12 @@ class TorchRunner:
 
 def _outputs(chunks: Sequence[Chunk], logits: torch.Tensor, bounds: Sequence[int]) -> list[ChunkOutput]:
     """Chunk i has rows bounds[i] to bounds[i + 1] of the logits [R, vocab]."""
-    sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
+    finite = [bool(torch.isfinite(logits[bounds[i] : bounds[i + 1]]).all()) for i in range(len(chunks))]
+    sampling = [i for i, chunk in enumerate(chunks) if chunk.samples and finite[i]]
     last_rows = logits[[bounds[i + 1] - 1 for i in sampling]]
     drawn = dict(zip(sampling, sample(last_rows, [_row(chunks[i]) for i in sampling]), strict=True))
     scores = [_prompt_scores(chunk, logits[bounds[i] : bounds[i + 1]]) for i, chunk in enumerate(chunks)]
-    return [ChunkOutput(drawn.get(i), scores[i]) for i in range(len(chunks))]
+    return [ChunkOutput(drawn.get(i), scores[i], finite[i]) for i in range(len(chunks))]
 
 
 def _slot(chunk: Chunk, position: int, block_size: int) -> int:

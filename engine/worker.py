@@ -170,7 +170,7 @@ class Worker(ABC):
         if not plan.chunks:
             return False
         self.before_step(plan)
-        steps = self.engine.execute(plan, self.on_layer(plan))
+        steps = self.engine.execute(plan, self._each_layer(plan))
         self._num_steps += 1
         self._num_tokens += sum(chunk.count for chunk in plan.chunks)
         for step in steps:
@@ -178,7 +178,21 @@ class Worker(ABC):
                 self._outbox.add(step.sequence.request.gateway, step.delta)
         self._outbox.flush(self.load())
         self.after_step(steps)
+        for step in [step for step in steps if step.broke_down]:
+            self.abort(step.sequence.id)
+            self.fail(step.sequence.request, FailureKind.INTERNAL, "the model's logits are not finite", retryable=False)
         return True
+
+    def _each_layer(self, plan: StepPlan) -> Callable[[int], None]:
+        """A step may last longer than gateways bear silence."""
+        role_hook = self.on_layer(plan)
+
+        def finished(layer: int) -> None:
+            if role_hook is not None:
+                role_hook(layer)
+            self._beat(self.clock())
+
+        return finished
 
     def _expire(self, now: float) -> None:
         for sequence in [s for s in self.engine.sequences if now >= s.deadline]:
