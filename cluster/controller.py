@@ -1,0 +1,314 @@
+"""What to do next so that the observed deployment becomes the desired one. Values in, values out; the clock is an argument.
+
+    a life:   STARTING ──Ready──► READY ──► DRAINING ──► STOPPING ──Died──► (gone; the place is free)
+                  └── start timeout ──┴── silent ──┴─────────►┘                 │
+                  └────────────────── Died ────────────────────────────────────►┘  backoff, then the next epoch
+
+The runtime reports events with `observe`, asks `decide` for actions, and does them. Two rules carry the handoff's safety:
+a place has at most one life, and it is free only once its runtime has confirmed that the process no longer exists (`Died`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import msgspec
+
+from ..messages.errors import IllegalTransition
+from ..messages.ids import Address, Epoch
+from ..messages.membership import Member, Membership
+from .places import PlaceKind, PlaceName
+
+FIRST_BACKOFF_S = 0.25
+MAX_BACKOFF_S = 15.0
+STABLE_S = 60.0
+"""A life that served so long starts the count of failures anew."""
+
+MAX_FIRST_STARTS = 3
+"""A place that never came up and died so often has a fault that another start will not cure."""
+
+
+class LifeState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"                     # finishes what it has, takes nothing new
+    STOPPING = "stopping"                     # killed; not yet known to be gone
+
+
+TRANSITIONS = {
+    LifeState.STARTING: {LifeState.READY, LifeState.STOPPING},
+    LifeState.READY: {LifeState.DRAINING, LifeState.STOPPING},
+    LifeState.DRAINING: {LifeState.STOPPING},
+    LifeState.STOPPING: set[LifeState](),
+}
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    start_s: float
+    answer_s: float
+    drain_s: float
+
+
+@dataclass(frozen=True)
+class Life:
+    epoch: Epoch
+    state: LifeState
+    since_s: float                            # in this state
+    answered_s: float                         # when it last answered
+    presence: Member | Address | None = None  # a worker's or a gateway's, once it is ready
+    drained: bool = False
+    fault: str = ""                           # why it cannot serve, in its own words
+    unheard: bool = False                     # an earlier controller's, and it has not answered this one yet
+
+    def moved(self, state: LifeState, now_s: float) -> "Life":
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(f"epoch {self.epoch}: {self.state} → {state}")
+        return replace(self, state=state, since_s=now_s)
+
+
+@dataclass(frozen=True)
+class Place:
+    name: PlaceName
+    life: Life | None = None
+    num_failures: int = 0                     # in a row
+    num_restarts: int = 0
+    retry_at_s: float = 0.0
+    was_ready: bool = False
+    error: str = ""                           # why the last life ended, if it was not asked to
+    failed: bool = False                      # given up
+
+
+# events
+
+
+@dataclass(frozen=True)
+class Answered:
+    name: PlaceName
+    epoch: Epoch
+    presence: Member | Address | None = None  # once it is ready
+    drained: bool = False                     # it was asked to drain and has nothing left
+
+
+@dataclass(frozen=True)
+class StartFailed:
+    """The process says why it cannot serve; `hopeless`: it would say so again."""
+
+    name: PlaceName
+    epoch: Epoch
+    why: str
+    hopeless: bool
+
+
+@dataclass(frozen=True)
+class Died:
+    """The process no longer exists."""
+
+    name: PlaceName
+    epoch: Epoch
+    why: str
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A life that an earlier controller has started."""
+
+    name: PlaceName
+    epoch: Epoch
+
+
+Event = Answered | StartFailed | Died | Adopted
+
+# actions
+
+
+@dataclass(frozen=True)
+class Start:
+    name: PlaceName
+    epoch: Epoch
+
+
+@dataclass(frozen=True)
+class Drain:
+    name: PlaceName
+    epoch: Epoch
+
+
+@dataclass(frozen=True)
+class Kill:
+    name: PlaceName
+    epoch: Epoch
+    why: str
+
+
+@dataclass(frozen=True)
+class Publish:
+    membership: Membership
+
+
+Action = Start | Drain | Kill | Publish
+
+
+class Phase(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DEGRADED = "degraded"                     # was ready; something is being restarted
+    FAILED = "failed"                         # some place will not come up
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+@dataclass
+class Controller:
+    """The state machine of one deployment. `next_epoch` and `next_version` are larger than all of earlier controllers."""
+
+    desired: frozenset[PlaceName]
+    timeouts: Timeouts
+    next_epoch: Epoch
+    next_version: int
+    places: dict[PlaceName, Place] = field(default_factory=dict)
+    published: Membership | None = None
+    was_ready: bool = False
+
+    def observe(self, event: Event, now_s: float) -> None:
+        """What concerns no present life is late news, and ignored."""
+        place = self.places.get(event.name, Place(event.name))
+        if isinstance(event, Adopted):
+            assert place.life is None, f"{place.name} is adopted twice"
+            life = Life(event.epoch, LifeState.STARTING, now_s, now_s, unheard=True)
+            self.places[place.name] = replace(place, life=life)
+        elif place.life is not None and place.life.epoch == event.epoch:
+            self.places[place.name] = _after(place, place.life, event, now_s)
+
+    def decide(self, now_s: float) -> list[Action]:
+        """Actions in order; they count as begun once returned."""
+        for name in self.desired - self.places.keys():
+            self.places[name] = Place(name)
+        for place in [place for place in self.places.values() if place.life is None and place.name not in self.desired]:
+            del self.places[place.name]
+        actions = [action for place in sorted(self.places.values(), key=lambda p: p.name) for action in self._decide(place, now_s)]
+        self.was_ready = self.was_ready or self.phase is Phase.READY
+        return [*actions, *self._publish()]
+
+    @property
+    def phase(self) -> Phase:
+        if not self.desired:
+            return Phase.STOPPING if self.places else Phase.STOPPED
+        if any(place.failed for place in self.places.values()):
+            return Phase.FAILED
+        if all(_is_ready(self.places.get(name)) for name in self.desired):
+            return Phase.READY
+        return Phase.DEGRADED if self.was_ready else Phase.STARTING
+
+    def _decide(self, place: Place, now_s: float) -> list[Action]:
+        life = place.life
+        if life is None:
+            return self._start(place, now_s) if not place.failed and now_s >= place.retry_at_s else []
+        if life.state is LifeState.STOPPING:
+            return []
+        if why := self._reason_to_kill(place, life, now_s):
+            return self._kill(place, life, why, now_s)
+        if place.name not in self.desired and life.state is not LifeState.DRAINING and self._may_leave(place.name):
+            return self._dismiss(place, life, now_s)
+        return []
+
+    def _start(self, place: Place, now_s: float) -> list[Action]:
+        epoch = self.next_epoch
+        self.next_epoch = Epoch(epoch + 1)
+        self.places[place.name] = replace(place, life=Life(epoch, LifeState.STARTING, now_s, now_s))
+        return [Start(place.name, epoch)]
+
+    def _kill(self, place: Place, life: Life, why: str, now_s: float) -> list[Action]:
+        error = place.error if life.state is LifeState.DRAINING else why
+        self.places[place.name] = replace(place, life=life.moved(LifeState.STOPPING, now_s), error=error)
+        return [Kill(place.name, life.epoch, why)]
+
+    def _dismiss(self, place: Place, life: Life, now_s: float) -> list[Action]:
+        if life.state is LifeState.STARTING:
+            return self._kill(place, life, "no longer wanted", now_s)
+        self.places[place.name] = replace(place, life=life.moved(LifeState.DRAINING, now_s))
+        return [Drain(place.name, life.epoch)]
+
+    def _may_leave(self, name: PlaceName) -> bool:
+        """When all goes down, gateways finish their answers before the workers leave."""
+        if self.desired or name.kind is PlaceKind.GATEWAY:
+            return True
+        return not any(place.name.kind is PlaceKind.GATEWAY for place in self.places.values())
+
+    def _reason_to_kill(self, place: Place, life: Life, now_s: float) -> str:
+        limits = self.timeouts
+        if life.fault:
+            return life.fault
+        if life.state is LifeState.STARTING and now_s - life.since_s > limits.start_s:
+            return f"not ready within {limits.start_s:g} s"
+        if life.state is LifeState.DRAINING and life.drained:
+            return "drained"
+        if life.state is LifeState.DRAINING and now_s - life.since_s > limits.drain_s:
+            return f"not drained within {limits.drain_s:g} s"
+        if life.state is not LifeState.STARTING and now_s - life.answered_s > limits.answer_s:
+            return f"no answer for {limits.answer_s:g} s"
+        return ""
+
+    def _publish(self) -> list[Action]:
+        """Not before every adopted life is heard or dead: whoever is absent from a membership counts as dead."""
+        if any(place.life is not None and place.life.unheard for place in self.places.values()):
+            return []
+        workers, gateways = present(self.places)
+        if self.published is not None and (self.published.workers, self.published.gateways) == (workers, gateways):
+            return []
+        self.published = Membership(self.next_version, workers, gateways)
+        self.next_version += 1
+        return [Publish(self.published)]
+
+
+def present(places: Mapping[PlaceName, Place]) -> tuple[tuple[Member, ...], tuple[Address, ...]]:
+    """Everybody who has been ready and is not confirmed dead; those on their way out count as draining."""
+    workers: list[Member] = []
+    gateways: list[Address] = []
+    for _, place in sorted(places.items()):
+        if place.life is None:
+            continue
+        match place.life.presence:
+            case Member() as member:
+                draining = place.life.state is not LifeState.READY
+                workers.append(msgspec.structs.replace(member, draining=draining))
+            case str() as address:
+                gateways.append(address)
+    return tuple(workers), tuple(gateways)
+
+
+def backoff_s(num_failures: int) -> float:
+    return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(num_failures - 1, 16))
+
+
+def _is_ready(place: Place | None) -> bool:
+    return place is not None and place.life is not None and place.life.state is LifeState.READY
+
+
+def _after(place: Place, life: Life, event: Answered | StartFailed | Died, now_s: float) -> Place:
+    match event:
+        case Answered():
+            life = replace(life, answered_s=now_s, drained=event.drained, unheard=False)
+            if life.state is LifeState.STARTING and event.presence is not None:
+                life = replace(life.moved(LifeState.READY, now_s), presence=event.presence)
+                return replace(place, life=life, was_ready=True, error="")
+            return replace(place, life=life)
+        case StartFailed():
+            return replace(place, life=replace(life, fault=event.why), failed=event.hopeless and not place.was_ready)
+        case Died():
+            return _vacated(place, life, event.why, now_s)
+
+
+def _vacated(place: Place, life: Life, why: str, now_s: float) -> Place:
+    was_stable = life.presence is not None and now_s - life.since_s > STABLE_S
+    num_failures = 1 if was_stable else place.num_failures + 1
+    gives_up = not place.was_ready and num_failures >= MAX_FIRST_STARTS
+    return replace(
+        place,
+        life=None,
+        error=place.error if life.state is LifeState.STOPPING else place.error or why,
+        num_failures=num_failures,
+        num_restarts=place.num_restarts + 1,
+        retry_at_s=now_s + backoff_s(num_failures),
+        failed=place.failed or gives_up,
+    )

@@ -1,0 +1,96 @@
+"""From the spec: the places of a deployment (`prefill-0`, `decode-1`, `gateway-0`) and what the process at each needs to start.
+
+A place keeps its name; each process that stands there is a life of it, numbered by its epoch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ..engine.config import EngineConfig, WorkerConfig
+from ..messages.ids import Epoch, GatewayId, WorkerId
+from .gateway.config import GatewayConfig, Limits
+from .router.registry import PolicyOptions
+from .spec import PoolSpec, Spec
+
+
+class PlaceKind(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    GATEWAY = "gateway"
+
+
+@dataclass(frozen=True, order=True)
+class PlaceName:
+    kind: PlaceKind
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.index}"
+
+    @staticmethod
+    def parse(text: str) -> "PlaceName":
+        kind, _, index = text.rpartition("-")
+        return PlaceName(PlaceKind(kind), int(index))
+
+
+def places_of(spec: Spec) -> frozenset[PlaceName]:
+    prefill = spec.pools.prefill.workers if spec.pools.prefill else 0
+    sizes = {PlaceKind.PREFILL: prefill, PlaceKind.DECODE: spec.pools.decode.workers, PlaceKind.GATEWAY: spec.router.processes}
+    return frozenset(PlaceName(kind, index) for kind, size in sizes.items() for index in range(size))
+
+
+def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
+    pool = _pool(spec, place.kind)
+    return WorkerConfig(
+        cluster=spec.name,
+        worker_id=WorkerId(str(place)),
+        epoch=epoch,
+        engine=_engine_config(spec, pool),
+        num_threads=pool.num_threads,
+        handoff_timeout_s=spec.transfer.handoff_timeout_s,
+    )
+
+
+def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
+    """Raises SpecError: the API keys are read now."""
+    return GatewayConfig(
+        gateway_id=GatewayId(str(place)),
+        cluster=spec.name,
+        model_path=spec.model.path,
+        model_name=spec.model.served_name,
+        policy=spec.router.policy,
+        policy_options=PolicyOptions(local_path=spec.router.local_path),
+        host=spec.router.host,
+        port=spec.router.port,
+        reuse_port=spec.router.processes > 1,
+        api_keys=spec.api_keys(),
+        limits=Limits(request_timeout_s=spec.timeouts.request_s),
+    )
+
+
+def count(places: Iterable[PlaceName], kind: PlaceKind) -> int:
+    return sum(place.kind is kind for place in places)
+
+
+def _pool(spec: Spec, kind: PlaceKind) -> PoolSpec:
+    pool = spec.pools.prefill if kind is PlaceKind.PREFILL else spec.pools.decode
+    assert pool is not None, "a colocated deployment has no prefill places"
+    return pool
+
+
+def _engine_config(spec: Spec, pool: PoolSpec) -> EngineConfig:
+    return EngineConfig(
+        model_path=spec.model.path,
+        load_format=spec.model.load_format,
+        dtype=spec.model.dtype,
+        device=spec.model.device,
+        block_size=pool.block_size,
+        num_blocks=pool.num_blocks,
+        kv_memory_bytes=pool.kv_memory,
+        max_model_len=pool.max_model_len,
+        max_step_tokens=pool.max_step_tokens,
+        max_sequences=pool.max_sequences,
+        layer_group=pool.layer_group,
+        prefix_cache=pool.prefix_cache,
+    )

@@ -1,0 +1,258 @@
+"""The deployment as its YAML file says it; nothing here has been started yet.
+
+    name: llama-8b
+    model:    {path: /models/Llama-3.1-8B-Instruct, dtype: bfloat16}
+    pools:
+      prefill: {workers: 2}
+      decode:  {workers: 2, kv_memory: 8GiB}
+    router:   {policy: least_loaded, port: 8000}
+
+Without a prefill pool the decode workers prefill by themselves (colocated). Relative paths are relative to the file. Whatever is
+wrong is a SpecError, one line for each key, with the key's path: `pools.decode.workers: must be >= 1, not 0`.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from ..messages.errors import SpecError
+from ..models.embedded.path import embedded_model_path
+from .router.registry import POLICIES
+
+EMBEDDED = "embedded"
+MODEL_FILES = ("config.json", "tokenizer.json")
+SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def parse_size(text: object) -> object:
+    """`256MiB` → 268435456; anything else is left to pydantic."""
+    if not isinstance(text, str):
+        return text
+    for unit, factor in SIZE_UNITS.items():
+        if text.endswith(unit) and text.removesuffix(unit).strip().isdecimal():
+            return int(text.removesuffix(unit)) * factor
+    raise ValueError(f"must be a number with one of {', '.join(SIZE_UNITS)}, like 256MiB, not {text!r}")
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Device(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSpec(Section):
+    path: str                                 # a Hugging Face folder, or "embedded"
+    name: str | None = None                   # what clients call it; None: the folder's name
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    device: Device = Device.CPU
+
+    @property
+    def served_name(self) -> str:
+        return self.name or Path(self.path).name
+
+
+class Objectives(Section):
+    ttft_ms: Annotated[float, Field(gt=0)] | None = None
+    tpot_ms: Annotated[float, Field(gt=0)] | None = None
+    attainment: Annotated[float, Field(gt=0, le=1)] = 0.9      # share of requests that meet both
+
+
+class PoolSpec(Section):
+    workers: Count
+    tp: Count = 1                             # ranks of one worker
+    block_size: Annotated[int, Field(ge=1, le=256)] = 16       # tokens
+    max_model_len: Count | None = None
+    max_step_tokens: Count = 512
+    max_sequences: Count = 64
+    kv_memory: Size = 256 << 20               # bytes
+    num_blocks: Count | None = None           # instead of kv_memory
+    num_threads: Count = 1
+    layer_group: Count = 1
+    prefix_cache: bool = True
+
+
+class PoolsSpec(Section):
+    decode: PoolSpec
+    prefill: PoolSpec | None = None           # None: colocated
+
+
+class RouterSpec(Section):
+    policy: str = "least_loaded"
+    local_path: bool = False                  # decode workers prefill by themselves although there are prefill workers
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000         # 0: any free one
+    processes: Count = 1                      # gateways; they share the port
+
+
+class TransferSpec(Section):
+    transports: tuple[str, ...] = ("shm",)    # in order of preference
+    handoff_timeout_s: Seconds = 30.0
+
+
+class SecuritySpec(Section):
+    api_keys_file: str | None = None          # one key a line; None: open to all who reach the port
+
+
+class TimeoutsSpec(Section):
+    start_s: Seconds = 180.0                  # of a worker, model loading included
+    answer_s: Seconds = 10.0                  # without an answer to the controller, until a worker is killed
+    drain_s: Seconds = 30.0                   # to finish what is under way
+    request_s: Seconds = 600.0                # of a client, over all attempts
+
+
+class Spec(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
+    model: ModelSpec
+    pools: PoolsSpec
+    slo: Objectives = Objectives()
+    router: RouterSpec = RouterSpec()
+    transfer: TransferSpec = TransferSpec()
+    security: SecuritySpec = SecuritySpec()
+    timeouts: TimeoutsSpec = TimeoutsSpec()
+
+    def api_keys(self) -> frozenset[str]:
+        """Raises SpecError: the file was there when the spec was read, and may not be now."""
+        if self.security.api_keys_file is None:
+            return frozenset()
+        return frozenset(read_keys(Path(self.security.api_keys_file)))
+
+
+def load_spec(path: Path) -> Spec:
+    """Raises SpecError."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise SpecError(f"{path}: must be a mapping of name, model, pools, …")
+    return parse_spec(tree, path.parent)
+
+
+def parse_spec(tree: dict[str, Any], folder: Path) -> Spec:
+    """`folder` is what relative paths are relative to. Raises SpecError."""
+    try:
+        spec = Spec.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError("\n".join(_line(detail) for detail in error.errors())) from None
+    spec = _with_absolute_paths(spec, folder)
+    problems = [*_impossible(spec), *_missing_files(spec)]
+    if problems:
+        raise SpecError("\n".join(problems))
+    return spec
+
+
+def read_keys(path: Path) -> list[str]:
+    """Raises SpecError."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"security.api_keys_file: {path}: {error}") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _impossible(spec: Spec) -> list[str]:
+    found = []
+    if spec.router.policy not in POLICIES:
+        found.append(f"router.policy: {spec.router.policy!r} is unknown; known: {', '.join(POLICIES)}")
+    if spec.router.processes > 1 and spec.router.port == 0:
+        found.append(f"router.port: must be a fixed port, since {spec.router.processes} processes share it")
+    if not spec.transfer.transports:
+        found.append("transfer.transports: must name at least one")
+    unknown = [transport for transport in spec.transfer.transports if transport != "shm"]
+    found.extend(f"transfer.transports: {transport!r} is not there yet; known: shm" for transport in unknown)
+    if spec.model.device is Device.CUDA:
+        found.append("model.device: 'cuda' is not there yet: the transport shm moves CPU memory only")
+    pools = {"prefill": spec.pools.prefill, "decode": spec.pools.decode}
+    for name, pool in pools.items():
+        if pool is not None:
+            found.extend(_impossible_pool(f"pools.{name}", pool))
+    if spec.pools.prefill is not None and spec.pools.prefill.block_size != spec.pools.decode.block_size:
+        sizes = f"{spec.pools.prefill.block_size}, pools.decode.block_size is {spec.pools.decode.block_size}"
+        found.append(f"pools.prefill.block_size: is {sizes}; they must be equal")
+    return found
+
+
+def _impossible_pool(path: str, pool: PoolSpec) -> list[str]:
+    found = []
+    if pool.tp != 1:
+        found.append(f"{path}.tp: must be 1, not {pool.tp}: tensor parallelism is not there yet")
+    if pool.num_blocks is not None and "kv_memory" in pool.model_fields_set:
+        found.append(f"{path}.num_blocks: give this or kv_memory, not both")
+    return found
+
+
+def _missing_files(spec: Spec) -> list[str]:
+    found = []
+    folder = Path(spec.model.path)
+    if not folder.is_dir():
+        found.append(f"model.path: no folder {folder}")
+    else:
+        found.extend(f"model.path: {folder} has no {name}" for name in MODEL_FILES if not (folder / name).is_file())
+    keys_file = spec.security.api_keys_file
+    if keys_file is not None and not Path(keys_file).is_file():
+        found.append(f"security.api_keys_file: no file {keys_file}")
+    elif keys_file is not None and not read_keys(Path(keys_file)):
+        found.append(f"security.api_keys_file: {keys_file} holds no key")
+    return found
+
+
+def _with_absolute_paths(spec: Spec, folder: Path) -> Spec:
+    model_path = _embedded() if spec.model.path == EMBEDDED else folder / Path(spec.model.path).expanduser()
+    keys_file = spec.security.api_keys_file
+    keys_path = None if keys_file is None else str((folder / Path(keys_file).expanduser()).absolute())
+    return spec.model_copy(
+        update={
+            "model": spec.model.model_copy(update={"path": str(model_path.absolute())}),
+            "security": spec.security.model_copy(update={"api_keys_file": keys_path}),
+        }
+    )
+
+
+def _embedded() -> Path:
+    try:
+        return embedded_model_path()
+    except FileNotFoundError as error:
+        raise SpecError(f"model.path: {error}") from None
+
+
+def _line(detail: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    given, limits = detail["input"], detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{path}: unknown key"
+        case "missing":
+            return f"{path}: is missing"
+        case "greater_than_equal":
+            return f"{path}: must be >= {limits['ge']}, not {given!r}"
+        case "greater_than":
+            return f"{path}: must be > {limits['gt']}, not {given!r}"
+        case "value_error":
+            return f"{path}: {limits['error']}"
+    return f"{path}: {detail['msg']}, not {given!r}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A key given twice is a mistake, not a choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} is given twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)

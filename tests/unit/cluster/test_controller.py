@@ -1,0 +1,337 @@
+"""The controller against a world of processes that start, answer, hang and die as hypothesis likes, on a virtual clock."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from diptych.cluster.controller import (
+    MAX_FIRST_STARTS,
+    Adopted,
+    Answered,
+    Controller,
+    Died,
+    Drain,
+    Kill,
+    LifeState,
+    Phase,
+    Publish,
+    Start,
+    StartFailed,
+    Timeouts,
+    backoff_s,
+)
+from diptych.cluster.places import PlaceKind, PlaceName
+from diptych.messages.errors import IllegalTransition
+from diptych.messages.ids import Address, Epoch, WorkerId
+from diptych.messages.membership import Member, Membership, Role
+from diptych.messages.requests import WorkerRef
+
+P0, D0, D1, G0 = (
+    PlaceName(PlaceKind.PREFILL, 0),
+    PlaceName(PlaceKind.DECODE, 0),
+    PlaceName(PlaceKind.DECODE, 1),
+    PlaceName(PlaceKind.GATEWAY, 0),
+)
+ALL = frozenset({P0, D0, D1, G0})
+TIMEOUTS = Timeouts(start_s=60.0, answer_s=5.0, drain_s=20.0)
+FIRST = Epoch(1000)
+
+
+def presence(name: PlaceName, epoch: Epoch) -> Member | Address:
+    address = Address(f"tcp://{name}/{epoch}")
+    if name.kind is PlaceKind.GATEWAY:
+        return address
+    ref = WorkerRef(WorkerId(str(name)), epoch, address)
+    return Member(ref, Role(name.kind), layout_hash="", block_size=16, num_blocks=8, max_model_len=64)
+
+
+@dataclass
+class Process:
+    ready: bool = False
+    hung: bool = False
+    draining: bool = False
+    killed: bool = False
+
+
+@dataclass
+class World:
+    """What a runtime does, with processes that are dataclasses."""
+
+    controller: Controller
+    now_s: float = 0.0
+    processes: dict[tuple[PlaceName, Epoch], Process] = field(default_factory=dict)
+    membership: Membership | None = None
+
+    def tick(self, seconds: float = 0.25) -> None:
+        self.now_s += seconds
+        for (name, epoch), process in list(self.processes.items()):
+            if process.killed:
+                self.die(name, epoch)
+            elif not process.hung:
+                here = presence(name, epoch) if process.ready else None
+                self.controller.observe(Answered(name, epoch, here, drained=process.draining), self.now_s)
+        for action in self.controller.decide(self.now_s):
+            self.do(action)
+
+    def do(self, action: object) -> None:
+        match action:
+            case Start(name, epoch):
+                assert all(other != name for other, _ in self.processes), f"{name} lives twice"
+                self.processes[name, epoch] = Process()
+            case Drain(name, epoch):
+                self.processes[name, epoch].draining = True
+            case Kill(name, epoch):
+                self.processes[name, epoch].killed = True
+            case Publish(membership):
+                assert self.membership is None or membership.version > self.membership.version
+                self.membership = membership
+
+    def die(self, name: PlaceName, epoch: Epoch) -> None:
+        del self.processes[name, epoch]
+        self.controller.observe(Died(name, epoch, "killed"), self.now_s)
+
+    def make_ready(self) -> None:
+        for process in self.processes.values():
+            process.ready, process.hung = True, False
+
+    def settle(self) -> None:
+        """Faults have ended: whoever starts comes up."""
+        for _ in range(400):
+            self.make_ready()
+            self.tick()
+
+
+def world(desired: frozenset[PlaceName] = ALL) -> World:
+    return World(Controller(desired, TIMEOUTS, FIRST, next_version=1))
+
+
+def ready_world(desired: frozenset[PlaceName] = ALL) -> World:
+    made = world(desired)
+    made.settle()
+    assert made.controller.phase is Phase.READY
+    return made
+
+
+def epoch_of(made: World, name: PlaceName) -> Epoch:
+    return next(epoch for other, epoch in made.processes if other == name)
+
+
+def lives(made: World) -> set[PlaceName]:
+    return {name for name, _ in made.processes}
+
+
+class Chaos(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = world()
+        self.max_epoch: dict[PlaceName, Epoch] = {}
+        self.ever_published: set[tuple[WorkerId, Epoch]] = set()
+
+    def pick(self, index: int) -> tuple[PlaceName, Epoch] | None:
+        keys = sorted(self.world.processes)
+        return keys[index % len(keys)] if keys else None
+
+    @rule(seconds=st.sampled_from([0.1, 0.25, 3.0, 30.0]))
+    def tick(self, seconds: float) -> None:
+        self.world.tick(seconds)
+
+    @rule(index=st.integers(0, 7))
+    def become_ready(self, index: int) -> None:
+        if key := self.pick(index):
+            self.world.processes[key].ready = True
+
+    @rule(index=st.integers(0, 7))
+    def hang(self, index: int) -> None:
+        if key := self.pick(index):
+            self.world.processes[key].hung = True
+
+    @rule(index=st.integers(0, 7))
+    def die(self, index: int) -> None:
+        if key := self.pick(index):
+            self.world.die(*key)
+
+    @rule(index=st.integers(0, 7))
+    def late_news(self, index: int) -> None:
+        if key := self.pick(index):
+            name, epoch = key
+            self.world.controller.observe(Died(name, Epoch(epoch - 1), "an older life"), self.world.now_s)
+
+    @rule(desired=st.frozensets(st.sampled_from(sorted(ALL))))
+    def rescale(self, desired: frozenset[PlaceName]) -> None:
+        self.world.controller.desired = desired
+
+    @rule()
+    def replace_controller(self) -> None:
+        """It dies and another adopts what lives."""
+        old = self.world.controller
+        self.world.controller = Controller(old.desired, TIMEOUTS, Epoch(old.next_epoch + 1000), old.next_version + 1000)
+        self.world.membership = None
+        for name, epoch in self.world.processes:
+            self.world.controller.observe(Adopted(name, epoch), self.world.now_s)
+
+    @invariant()
+    def epochs_only_grow(self) -> None:
+        for name, epoch in self.world.processes:
+            assert epoch >= self.max_epoch.get(name, 0)
+            self.max_epoch[name] = epoch
+
+    @invariant()
+    def who_was_published_and_lives_is_never_declared_dead(self) -> None:
+        published = self.world.membership
+        if published is None:
+            return
+        self.ever_published |= {(member.ref.worker_id, member.ref.epoch) for member in published.workers}
+        for name, epoch in self.world.processes:
+            worker_id = WorkerId(str(name))
+            assert published.lives(worker_id, epoch) or (worker_id, epoch) not in self.ever_published
+
+    def teardown(self) -> None:
+        for place in list(self.world.controller.places.values()):
+            if place.failed:
+                return                                        # given up is a legal end
+        self.world.settle()
+        assert lives(self.world) == self.world.controller.desired
+        wanted = {WorkerId(str(name)) for name in self.world.controller.desired if name.kind is not PlaceKind.GATEWAY}
+        assert self.world.membership is not None
+        assert {member.ref.worker_id for member in self.world.membership.workers} == wanted
+        assert not any(member.draining for member in self.world.membership.workers)
+
+
+Chaos.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestChaos = Chaos.TestCase
+
+
+def test_starts_everything_and_publishes_it_once_ready() -> None:
+    made = world()
+    made.tick()
+    assert lives(made) == ALL
+    assert made.membership is not None
+    assert made.membership.workers == ()
+    made.make_ready()
+    made.tick()
+    assert made.controller.phase is Phase.READY
+    assert len(made.membership.workers) == 3
+    assert made.membership.gateways == (presence(G0, epoch_of(made, G0)),)
+    version = made.membership.version
+    made.tick()
+    assert made.membership.version == version
+
+
+def test_replacement_waits_for_the_confirmed_death() -> None:
+    made = ready_world()
+    epoch = epoch_of(made, D0)
+    process = made.processes[D0, epoch]
+    process.hung = True
+    made.tick(TIMEOUTS.answer_s + 1)
+    assert process.killed
+    assert made.membership is not None
+    assert made.membership.lives(WorkerId("decode-0"), epoch), "a process that may still write is not declared dead"
+    assert next(m for m in made.membership.workers if m.ref.worker_id == "decode-0").draining
+    for _ in range(20):
+        for action in made.controller.decide(made.now_s):
+            made.do(action)
+    assert lives(made) == ALL
+    made.tick()                                               # the death is confirmed
+    assert not made.membership.lives(WorkerId("decode-0"), epoch)
+    made.settle()
+    assert epoch_of(made, D0) > epoch
+
+
+def test_backoff_grows_and_ends() -> None:
+    assert [backoff_s(n) for n in (1, 2, 3)] == [0.25, 0.5, 1.0]
+    assert backoff_s(5000) == 15.0
+
+
+def test_who_never_came_up_is_given_up() -> None:
+    made = world()
+    num_starts = 0
+    for _ in range(100):
+        made.tick(1.0)
+        if (key := next((key for key in made.processes if key[0] == P0), None)) is not None:
+            num_starts += 1
+            made.die(*key)
+    assert num_starts == MAX_FIRST_STARTS
+    assert made.controller.phase is Phase.FAILED
+    assert made.controller.places[P0].error == "killed"
+
+
+def test_hopeless_start_fails_at_once_with_its_text() -> None:
+    made = world()
+    made.tick()
+    made.controller.observe(StartFailed(P0, epoch_of(made, P0), "WeightMismatch: lm_head.weight is missing", hopeless=True), made.now_s)
+    assert made.controller.phase is Phase.FAILED
+    made.tick()
+    made.tick()
+    assert P0 not in lives(made)
+    assert made.controller.places[P0].error == "WeightMismatch: lm_head.weight is missing"
+
+
+def test_who_was_ready_once_is_never_given_up() -> None:
+    made = ready_world()
+    for _ in range(3 * MAX_FIRST_STARTS):
+        key = next(key for key in made.processes if key[0] == D0)
+        made.die(*key)
+        while D0 not in lives(made):
+            made.tick()
+        assert made.controller.phase is Phase.DEGRADED
+    made.settle()
+    assert made.controller.phase is Phase.READY
+
+
+def test_start_timeout() -> None:
+    made = world()
+    made.tick()
+    made.tick(TIMEOUTS.start_s + 1)
+    assert all(process.killed for process in made.processes.values())
+    made.tick()
+    assert made.controller.places[D0].error == "not ready within 60 s"
+
+
+def test_gateways_leave_before_workers() -> None:
+    made = ready_world()
+    made.controller.desired = frozenset()
+    made.tick()
+    assert [name for (name, _), process in made.processes.items() if process.draining] == [G0]
+    assert made.controller.phase is Phase.STOPPING
+    made.settle()
+    assert not made.processes
+    assert made.controller.phase is Phase.STOPPED
+
+
+def test_scaling_down_drains_only_the_surplus() -> None:
+    made = ready_world()
+    made.controller.desired = ALL - {D1}
+    made.tick()
+    assert made.processes[D1, epoch_of(made, D1)].draining
+    made.settle()
+    assert lives(made) == ALL - {D1}
+
+
+def test_a_drain_ends_at_its_timeout() -> None:
+    made = ready_world()
+    made.controller.desired = ALL - {D1}
+    made.tick()
+    made.processes[D1, epoch_of(made, D1)].draining = False                # it never gets done
+    made.tick(TIMEOUTS.drain_s + 1)
+    made.tick()
+    assert D1 not in lives(made)
+
+
+def test_adopting_publishes_nothing_before_all_are_heard() -> None:
+    controller = Controller(ALL, TIMEOUTS, Epoch(5000), next_version=1)
+    controller.observe(Adopted(D0, FIRST), 0.0)
+    assert [action for action in controller.decide(0.0) if isinstance(action, Publish)] == []
+    controller.observe(Answered(D0, FIRST, presence(D0, FIRST)), 0.1)
+    published = [action.membership for action in controller.decide(0.1) if isinstance(action, Publish)]
+    assert [member.ref.epoch for member in published[0].workers] == [FIRST]
+
+
+def test_illegal_transition_names_both_states() -> None:
+    made = ready_world()
+    life = made.controller.places[D0].life
+    assert life is not None
+    with pytest.raises(IllegalTransition, match="ready → starting"):
+        life.moved(LifeState.STARTING, 0.0)
