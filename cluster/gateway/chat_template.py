@@ -47,18 +47,22 @@ class ChatTemplate:
             raise BadRequest(f"the model's chat template does not take these messages: {error}", param="messages") from None
 
 
+class _Named(msgspec.Struct):
+    name: str
+    template: str
+
+
 def load_template(folder: Path, tokenizer_config: dict[str, Any]) -> ChatTemplate | None:
     """From chat_template.jinja, or tokenizer_config.json (a string, or a list of named ones: "default")."""
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config.get("chat_template")
-    if isinstance(source, list):
-        named = msgspec.convert(source, list[dict[str, str]])
-        source = {each["name"]: each["template"] for each in named}.get("default")
-    if source is None:
-        return None
-    if not isinstance(source, str):
-        raise ModelError(f"{folder}/tokenizer_config.json: chat_template is a {type(source).__name__}")
-    return ChatTemplate(source, _special_tokens(tokenizer_config))
+    try:
+        given = msgspec.convert(source, str | list[_Named] | None)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{folder}/tokenizer_config.json: chat_template: {error}") from None
+    if isinstance(given, list):
+        given = next((each.template for each in given if each.name == "default"), None)
+    return None if given is None else ChatTemplate(given, _special_tokens(tokenizer_config))
 
 
 def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:

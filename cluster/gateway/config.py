@@ -11,7 +11,7 @@ class Limits(Struct, frozen=True):
 
     request_timeout_s: float = 600.0          # from the HTTP request to its last token, over all attempts
     queue_timeout_s: float = 60.0             # without any route
-    stall_timeout_s: float = 30.0             # without a new token, until another attempt is made
+    stall_timeout_s: float = 30.0             # without a new token (or a turn in a worker's queue), until another attempt
     silent_after_s: float = 3.0               # without a heartbeat, until a worker counts as dead
     grace_s: float = 10.0                     # for open answers when the gateway stops
     max_attempts: int = 5                     # per choice

@@ -121,6 +121,8 @@ class Dispatcher:
         attempt = generation.attempt
         if generation.ended or attempt is None:
             return
+        if not attempt.has_tokens and self._loads.has_prompts_to_compute(attempt.route.first):
+            attempt.progress_at = now         # in a queue, not stuck: the request's own deadline holds
         dead = [ref.worker_id for ref in attempt.workers if not self._loads.lives(ref, now)]
         if now >= generation.prompt.deadline:
             self._fail(generation, FailureKind.TIMEOUT, self._deadline_text(generation))
@@ -180,7 +182,7 @@ class Dispatcher:
             self._arrived(attempt)
         if not ready:
             return
-        attempt.progress_at = now
+        attempt.progress_at, attempt.has_tokens = now, True
         generation.deliver(ready, now)
         if ready[-1].finish is not None:
             self._drop_attempt(generation)

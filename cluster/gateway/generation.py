@@ -60,6 +60,7 @@ class Attempt:
     route: Route
     order: InOrder
     progress_at: float                        # last new token, or the start
+    has_tokens: bool = False                  # of this attempt
     handed_over: bool = False                 # the decode worker has the KV: the prefill worker no longer matters
 
     @property

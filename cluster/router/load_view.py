@@ -99,6 +99,11 @@ class LoadView:
         worker = self._workers.get(ref)
         return worker is not None and now - worker.heard_at <= self._silent_after_s
 
+    def has_prompts_to_compute(self, ref: WorkerRef) -> bool:
+        """By its last report: a request there may well be waiting its turn."""
+        worker = self._workers.get(ref)
+        return worker is not None and worker.report is not None and worker.report.num_waiting_tokens > 0
+
     def view(self, now: float) -> ClusterView:
         """The workers that live and are not draining, in Membership's order."""
         usable = [worker for worker in self._workers.values() if not worker.member.draining and self.lives(worker.member.ref, now)]

@@ -1,0 +1,50 @@
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from diptych.cluster.gateway.stops import StopMatcher
+
+TEXT = st.text("ab ", max_size=40)
+STOPS = st.lists(st.text("ab ", min_size=1, max_size=5), max_size=4)
+
+
+def feed(matcher: StopMatcher, pieces: list[str]) -> str:
+    out = ""
+    for piece in pieces:
+        out += matcher.feed(piece)
+        if matcher.matched:
+            return out
+    return out + matcher.end()
+
+
+def expected(text: str, stops: list[str], *, include: bool) -> tuple[str, bool]:
+    """By brute force: the match that ends first, of those the longest."""
+    matches = [(end, -len(stop)) for stop in stops for end in range(len(stop), len(text) + 1) if text[:end].endswith(stop)]
+    if not matches:
+        return text, False
+    end, length = min(matches)
+    return text[: end if include else end + length], True
+
+
+@given(TEXT, STOPS, st.lists(st.integers(0, 40)), st.booleans())
+@example("aab", ["aab", "ab", "b"], [1, 2], False)
+def test_finds_what_brute_force_finds_however_the_text_is_cut(text, stops, cuts, include):
+    bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    matcher = StopMatcher(stops, include=include)
+    assert (feed(matcher, pieces), matcher.matched) == expected(text, stops, include=include)
+
+
+@given(TEXT, STOPS)
+def test_holds_back_exactly_what_may_become_a_stop(text, stops):
+    matcher, out = StopMatcher(stops, include=False), ""
+    for i, char in enumerate(text):
+        out += matcher.feed(char)
+        if matcher.matched:
+            return
+        so_far = text[: i + 1]
+        held = max((n for stop in stops for n in range(len(stop)) if so_far.endswith(stop[:n])), default=0)
+        assert len(out) == i + 1 - held
+
+
+def test_without_stops_nothing_is_held():
+    assert StopMatcher([], include=False).feed("abc") == "abc"
