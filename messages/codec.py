@@ -35,5 +35,5 @@ def decode(frame: bytes | memoryview) -> Message:
         raise TooLarge(f"frame of {len(frame)} bytes; the limit is {MAX_FRAME_BYTES}")
     try:
         return _decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:     # the last: nested a thousand deep
         raise Malformed(f"frame of {len(frame)} bytes: {error}") from None

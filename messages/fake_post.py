@@ -12,6 +12,7 @@ from .ids import Address
 
 @dataclass(frozen=True)
 class InFlight:
+    sender: Address
     to: Address
     frame: bytes
 
@@ -59,13 +60,14 @@ class FakePost:
 
     def send(self, to: Address, message: Message) -> None:
         if self.address not in self.network.gone:
-            self.network.in_flight.append(InFlight(to, encode(message)))
+            self.network.in_flight.append(InFlight(self.address, to, encode(message)))
 
     def receive(self, timeout_s: float) -> list[Message]:
         return self.network.mailboxes.pop(self.address, [])
 
     def forget(self, peer: Address) -> None:
-        self.network.in_flight = [letter for letter in self.network.in_flight if letter.to != peer]
+        ours = (self.address, peer)
+        self.network.in_flight = [letter for letter in self.network.in_flight if (letter.sender, letter.to) != ours]
 
     def close(self) -> None:
         self.network.kill(self.address)

@@ -13,6 +13,7 @@ from enum import StrEnum
 from msgspec import Struct
 
 from .ids import Address, Epoch, RequestId, WorkerId
+from .steps import StepFeatures, StepModel
 
 
 class FinishReason(StrEnum):
@@ -86,7 +87,7 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class TokenDelta(Struct, frozen=True, array_like=True, omit_defaults=True):
+class TokenDelta(Struct, frozen=True, array_like=True):
     """New tokens of one request. `index` counts outputs from 0 over all attempts, so that the gateway can order and drop repeats."""
 
     request_id: RequestId
@@ -109,6 +110,11 @@ class LoadReport(Struct, frozen=True):
     num_blocks: int
     num_free_blocks: int                      # free or cached: what could be given to a new request
     block_size: int
+    work: StepFeatures | None = None          # all unfinished prompts and all running decodes, as though one step; None: not told
+    queue: tuple[tuple[float, int], ...] = () # (seconds until the TTFT deadline, prompt tokens) of waiting requests, soonest first
+    max_step_tokens: int = 0                  # budget of a step; 0: not told
+    prefill_share: float = 0.0                # of the last seconds, what prompts took of this worker's time
+    step_model: StepModel | None = None       # None: not told
 
 
 class StepTokens(Struct, frozen=True, tag=True):

@@ -13,13 +13,15 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from .codec import MAX_FRAME_BYTES, Message, decode, encode
-from .errors import ClusterError, WireError
+from .errors import ClusterError, Malformed, WireError
 from .ids import Address
 
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_MESSAGES: Final = 100_000
 LINGER_MS: Final = 200          # for the last words of a member that leaves in order
+MAX_RAW_BYTES: Final = 2 * MAX_FRAME_BYTES
+"""Over this ZeroMQ hangs up before it takes the memory. Up to it `decode` refuses, and counts; CURVE adds some bytes to a frame, too."""
 
 
 class Keyring(msgspec.Struct, frozen=True):
@@ -58,7 +60,7 @@ class ZmqPost:
         self._authenticator.configure_curve_callback(domain="*", credentials_provider=_OnlyOurs(keyring.public))
         self._inbox = self._socket(zmq.ROUTER)
         self._inbox.curve_server = True
-        self._inbox.maxmsgsize = MAX_FRAME_BYTES
+        self._inbox.maxmsgsize = MAX_RAW_BYTES
         self._outboxes: dict[Address, zmq.Socket[bytes]] = {}
         self._num_dropped = 0
         try:
@@ -87,6 +89,8 @@ class ZmqPost:
             self._outbox(to).send(frame, zmq.NOBLOCK)
         except zmq.Again:
             self._drop(f"{type(message).__name__} to {to}: {MAX_QUEUED_MESSAGES} messages are queued already")
+        except zmq.ZMQError as error:                  # an address that a peer sent us need not be one
+            self._drop(f"{type(message).__name__} to {to!r}: {error}")
 
     def receive(self, timeout_s: float) -> list[Message]:
         received: list[Message] = []
@@ -98,7 +102,7 @@ class ZmqPost:
             except zmq.Again:
                 return received
             try:
-                received.append(decode(frames[-1]))
+                received.append(decode(_only_frame(frames)))
             except WireError as error:
                 self._drop(str(error))
 
@@ -118,7 +122,11 @@ class ZmqPost:
         if peer not in self._outboxes:
             outbox = self._socket(zmq.DEALER)
             outbox.curve_serverkey = self._keyring.public.encode()
-            outbox.connect(peer)
+            try:
+                outbox.connect(peer)
+            except zmq.ZMQError:
+                outbox.close(linger=0)
+                raise
             self._outboxes[peer] = outbox
         return self._outboxes[peer]
 
@@ -138,3 +146,8 @@ class ZmqPost:
             logger.warning("dropped %s (%d so far)", why, self._num_dropped)
 
 
+def _only_frame(frames: list[bytes]) -> bytes:
+    """ROUTER puts the sender's routing id in front of the one frame that a message has."""
+    if len(frames) != 2:
+        raise Malformed(f"message of {len(frames) - 1} frames")
+    return frames[1]
