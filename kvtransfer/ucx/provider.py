@@ -1,0 +1,93 @@
+"""Which UCX is used, with which settings.
+
+    explicit path ─► one that is loaded already ─► the system's ─► the nixl wheel's (InfiniBand, EFA, CUDA) ─► the libucx wheel's (no RDMA)
+
+Two copies of UCX never live in one process: both would patch its memory allocation.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...messages.errors import ClusterError
+
+PATH_VARIABLE = "DIPTYCH_LIBUCP"
+
+SETTINGS = {
+    "MM_ERROR_HANDLING": "y",               # or endpoints that report errors silently lose shared memory, and fall to TCP
+    "KEEPALIVE_INTERVAL": "500ms",          # how soon shared memory shows a killed peer
+    "MAX_RMA_RAILS": "2",                   # this and the next two: NIXL's choice for RDMA
+    "IB_PCI_RELAXED_ORDERING": "try",
+    "RC_FENCE": "none",                     # a count leaves after a flush, so no fence is needed
+}
+"""Each can be overridden by the environment's UCX_ variable of that name."""
+
+LOADING = {"UCX_LOG_LEVEL": "fatal", "UCX_HANDLE_ERRORS": "none", "UCX_ERROR_SIGNALS": ""}
+"""Read by UCX while it is loaded: a dead peer is our business to report, and signal handlers are the application's."""
+
+
+def find_libucp() -> str:
+    """A path or name for dlopen. Raises ClusterError, naming what was tried."""
+    explicit = os.environ.get(PATH_VARIABLE)
+    if explicit is not None:
+        if not Path(explicit).is_file():
+            raise ClusterError(f"{PATH_VARIABLE}={explicit}: there is no such file")
+        return explicit
+    found = _loaded() or _system() or _nixl_wheel() or _libucx_wheel()
+    if found is None:
+        tried = f"{PATH_VARIABLE}, the system's libucp.so.0, the wheels nixl-cu13, nixl-cu12 and libucx-cu13, libucx-cu12"
+        raise ClusterError(f"no UCX for the transport ucx; tried {tried}: pip install diptych[ucx]")
+    return found
+
+
+def _loaded() -> str | None:
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libucp" in line}
+    return min(paths, default=None)
+
+
+def _system() -> str | None:
+    name = "libucp.so.0"
+    try:
+        with quiet_loading():
+            ctypes.CDLL(name, os.RTLD_LOCAL)
+    except OSError:
+        return None
+    return name
+
+
+def _nixl_wheel() -> str | None:
+    for package in ("nixl_cu13", "nixl_cu12"):
+        for folder in _folders(package):
+            for library in sorted((folder.parent / f"{package}.libs").glob("libucp-*.so*")):
+                return str(library)
+    return None
+
+
+def _libucx_wheel() -> str | None:
+    libraries = [folder / "lib" / "libucp.so.0" for folder in _folders("libucx")]
+    return next((str(library) for library in libraries if library.is_file()), None)
+
+
+def _folders(package: str) -> list[Path]:
+    """Without importing it."""
+    spec = find_spec(package)
+    return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec is not None else []
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """The LOADING variables are set inside, where the environment says nothing."""
+    added = {name: value for name, value in LOADING.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def settings_text() -> str:
+    return "".join(f"{name}={value}\n" for name, value in SETTINGS.items() if f"UCX_{name}" not in os.environ)

@@ -1,0 +1,184 @@
+/* The receiver's side: the door, where writers announce themselves, and a guest for each writer's link. */
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "shim.h"
+
+/* the door */
+
+static ucs_status_t hear_hello(
+    void *arg, const void *header, size_t header_bytes, void *address, size_t address_bytes, const ucp_am_recv_param_t *param)
+{
+    shim_t *shim = arg;
+    hello_t hello;
+    if (header_bytes != sizeof hello || address_bytes == 0 || address_bytes > MAX_MESSAGE_BYTES || (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV))
+        return UCS_OK;
+    memcpy(&hello, header, sizeof hello);
+    caller_t *caller = malloc(sizeof *caller + address_bytes);
+    if (caller == NULL || memcmp(hello.target_uid, shim->uid, UID_BYTES) != 0) {
+        free(caller);
+        return UCS_OK;
+    }
+    caller->hello = hello;
+    memcpy(caller->address, address, address_bytes);
+    caller->next = shim->callers;
+    shim->callers = caller;
+    return UCS_OK;
+}
+
+ucs_status_t door_open(shim_t *shim)
+{
+    ucs_status_t status = line_open(shim, &shim->door);
+    if (status == UCS_OK)
+        status = line_listen(&shim->door, AM_HELLO, hear_hello, shim);
+    if (status == UCS_OK)
+        status = line_address(&shim->door, &shim->door_address, &shim->door_address_bytes);
+    return status;
+}
+
+/* guests */
+
+static ucs_status_t hear_count(
+    void *arg, const void *header, size_t header_bytes, void *body, size_t body_bytes, const ucp_am_recv_param_t *param)
+{
+    (void)body, (void)body_bytes, (void)param;
+    guest_t *guest = arg;
+    count_t count;
+    if (header_bytes != sizeof count)
+        return UCS_OK;
+    memcpy(&count, header, sizeof count);
+    if (count.imm >= guest->shim->num_imms)
+        return UCS_OK;
+    atomic_fetch_add_explicit(&guest->shim->counters[count.imm], count.num_pages, memory_order_release);
+    line_send(&guest->line, guest->line.ep, AM_ACK, &count.job, sizeof count.job, NULL, 0);
+    return UCS_OK;
+}
+
+static ucs_status_t hear_bye(void *arg, const void *header, size_t header_bytes, void *body, size_t body_bytes, const ucp_am_recv_param_t *param)
+{
+    (void)header, (void)header_bytes, (void)body, (void)body_bytes, (void)param;
+    ((guest_t *)arg)->leaving = true;
+    return UCS_OK;
+}
+
+static ucs_status_t guest_open(shim_t *shim, guest_t *guest, const caller_t *caller)
+{
+    ucp_address_t *address = NULL;
+    size_t address_bytes = 0;
+    guest->shim = shim;
+    guest->hello = caller->hello;
+    ucs_status_t status = line_open(shim, &guest->line);
+    if (status == UCS_OK)
+        status = line_listen(&guest->line, AM_COUNT, hear_count, guest);
+    if (status == UCS_OK)
+        status = line_listen(&guest->line, AM_BYE, hear_bye, guest);
+    if (status == UCS_OK)
+        status = line_dial(&guest->line, caller->address, &guest->line.ep);
+    if (status == UCS_OK)
+        status = line_address(&guest->line, &address, &address_bytes);
+    if (status == UCS_OK) {
+        line_send(&guest->line, guest->line.ep, AM_WELCOME, &guest->hello, sizeof guest->hello, address, address_bytes);
+        ucp.ucp_worker_release_address(guest->line.worker, address);
+    }
+    return status;
+}
+
+/* Ends the guests of that writer that are older than `life`; true if one of that life or a later is left. */
+static bool see_off(shim_t *shim, const uint8_t *uid, uint64_t life)
+{
+    bool newer = false;
+    for (guest_t **at = &shim->guests; *at != NULL;) {
+        guest_t *guest = *at;
+        bool same = memcmp(guest->hello.uid, uid, UID_BYTES) == 0;
+        if (same && guest->hello.life < life) {
+            *at = guest->next;
+            line_hang_up(&guest->line, NULL);
+            free(guest);
+        } else {
+            newer |= same;
+            at = &guest->next;
+        }
+    }
+    return newer;
+}
+
+static void admit(shim_t *shim, const caller_t *caller)
+{
+    guest_t *guest;
+    if (see_off(shim, caller->hello.uid, caller->hello.life) || (guest = calloc(1, sizeof *guest)) == NULL)
+        return;
+    if (guest_open(shim, guest, caller) == UCS_OK) {
+        guest->next = shim->guests;
+        shim->guests = guest;
+    } else {
+        line_hang_up(&guest->line, NULL);
+        free(guest);
+    }
+}
+
+/* A fence asks that nothing of a writer that has died can land any more. */
+static void raise_fences(shim_t *shim)
+{
+    uint8_t uid[UID_BYTES];
+    pthread_mutex_lock(&shim->lock);
+    while (shim->fences != NULL) {
+        memcpy(uid, shim->fences->uid, UID_BYTES);
+        pthread_mutex_unlock(&shim->lock);
+        see_off(shim, uid, UINT64_MAX);
+        pthread_mutex_lock(&shim->lock);
+        for (fence_t **at = &shim->fences; *at != NULL;) {
+            fence_t *fence = *at;
+            if (memcmp(fence->uid, uid, UID_BYTES) == 0) {
+                fence->done = true;
+                *at = fence->next;
+            } else
+                at = &fence->next;
+        }
+        pthread_cond_broadcast(&shim->changed);
+    }
+    pthread_mutex_unlock(&shim->lock);
+}
+
+unsigned receiver_turn(shim_t *shim)
+{
+    unsigned worked = ucp.ucp_worker_progress(shim->door.worker);
+    while (shim->callers != NULL) {
+        caller_t *caller = shim->callers;
+        shim->callers = caller->next;
+        admit(shim, caller);
+        free(caller);
+    }
+    for (guest_t **at = &shim->guests; *at != NULL;) {
+        guest_t *guest = *at;
+        worked += ucp.ucp_worker_progress(guest->line.worker);
+        if (guest->line.fault == 0 && !guest->leaving) {
+            at = &guest->next;
+            continue;
+        }
+        *at = guest->next;
+        line_hang_up(&guest->line, NULL);
+        free(guest);
+    }
+    raise_fences(shim);
+    return worked;
+}
+
+void receiver_close(shim_t *shim)
+{
+    raise_fences(shim);
+    while (shim->guests != NULL) {
+        guest_t *guest = shim->guests;
+        shim->guests = guest->next;
+        line_hang_up(&guest->line, NULL);
+        free(guest);
+    }
+    while (shim->callers != NULL) {
+        caller_t *caller = shim->callers;
+        shim->callers = caller->next;
+        free(caller);
+    }
+    if (shim->door_address != NULL)
+        ucp.ucp_worker_release_address(shim->door.worker, shim->door_address);
+    line_hang_up(&shim->door, NULL);
+}

@@ -1,0 +1,188 @@
+/* One process's end of the `ucx` transport: a pool that others write into, and links to the pools of others.
+
+   Python's threads post jobs and read counters; one thread of ours talks to UCX and is the only one that does once it runs.
+
+     link (writer)  DOWN ──► DIALING ──HELLO──► door (receiver): older guests of that writer are torn down, a new one is opened
+                      ▲         └──◄──WELCOME── guest
+                      │       OPEN: puts ══► pool;  flush;  COUNT {imm, pages} ──► guest: counter += pages;  ◄── ACK
+                      └── fault or stall: the endpoint is closed by force, its worker destroyed, its jobs are lost; dialled again
+
+   A line (a worker of its own with one endpoint) is what either side of a link lives in, so that tearing it down ends whatever may still
+   arrive on it: sockets, queue pairs and FIFOs go with the worker. Therefore a WELCOME proves that nothing of the writer's earlier lives
+   can land any more, and an ACK that a job's pages and its count have landed. Until it has one of the two, `dx_stop` says no. */
+
+#ifndef DIPTYCH_SHIM_H
+#define DIPTYCH_SHIM_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "ucp_abi.h"
+
+enum { DX_OK = 0, DX_GONE = 1, DX_RANGE = 2, DX_MEMORY = 3, DX_FAILED = 4 };    /* what Python makes its exceptions from */
+enum { UID_BYTES = 16, TEXT_BYTES = 256, MAX_MESSAGE_BYTES = 1 << 16 };
+enum { AM_HELLO = 1, AM_WELCOME = 2, AM_COUNT = 3, AM_ACK = 4, AM_BYE = 5 };
+#define MS INT64_C(1000000)
+#define EXPORT __attribute__((visibility("default")))
+
+#define X(name, result, arguments) result(*name) arguments;
+struct ucp_functions {
+    UCP_FUNCTIONS(X)
+};
+#undef X
+extern struct ucp_functions ucp;
+
+typedef struct {
+    uint8_t uid[UID_BYTES];          /* the writer's */
+    uint8_t target_uid[UID_BYTES];   /* an address may have been taken over by another process */
+    uint64_t life;                   /* of the link; larger is later */
+} hello_t;
+
+typedef struct {
+    uint64_t job;
+    uint32_t imm;
+    uint32_t num_pages;
+} count_t;
+
+typedef struct {
+    ucp_worker_h worker;             /* NULL: the line is down */
+    int efd;
+    ucp_ep_h ep;
+    ucp_ep_h door_ep;                /* a writer's, to the receiver's door */
+    _Atomic int fault;               /* the first error of either endpoint, a ucs_status_t; 0: none */
+} line_t;
+
+typedef struct run {                 /* neighbours here and there: one put */
+    uint64_t source, target, num_bytes;
+} run_t;
+
+typedef enum { JOB_POSTING, JOB_FLUSHING, JOB_FLUSHED, JOB_COUNTING, JOB_COUNTED } job_state_t;
+
+typedef struct job {
+    struct job *next;
+    struct link *link;
+    job_state_t state;
+    count_t count;
+    uint32_t num_runs, next_run;
+    uint32_t num_puts_out;
+    bool cut;                        /* stopped before all of it was posted: flushed, never counted */
+    int64_t started_ns;
+    run_t runs[];
+} job_t;
+
+typedef struct {
+    uint64_t stopped_through;        /* jobs up to this one are not to go on */
+    uint64_t lost_in;                /* the last life that took jobs with it; 0: none */
+    uint32_t num_live;               /* jobs accepted and not ended */
+    int64_t busy_ns;
+} imm_state_t;
+
+typedef enum { LINK_DOWN, LINK_DIALING, LINK_OPEN, LINK_CLOSED } link_state_t;
+
+typedef struct link {
+    struct link *next;
+    struct shim *shim;
+    uint8_t target_uid[UID_BYTES];
+    uint64_t target_base, target_pages;
+    void *rkey_buffer, *door_address;
+
+    /* the thread's own */
+    line_t line;
+    ucp_rkey_h rkey;
+    void *welcome;                   /* the guest's address, once it has come */
+    job_t *active, **active_end;
+    uint32_t num_active, num_puts_out;
+    int64_t retry_ns, deadline_ns, moved_ns, backoff_ns;
+
+    /* guarded by the shim's lock */
+    link_state_t state;
+    uint64_t life, fenced_through;
+    bool leaving;
+    char why[TEXT_BYTES], lanes[TEXT_BYTES];
+    job_t *queued, **queued_end;
+    uint64_t num_jobs;
+    imm_state_t imms[];
+} link_t;
+
+typedef struct guest {               /* the receiver's end of a writer's link */
+    struct guest *next;
+    struct shim *shim;
+    line_t line;
+    hello_t hello;
+    bool leaving;
+} guest_t;
+
+typedef struct caller {              /* a HELLO that waits to be answered */
+    struct caller *next;
+    hello_t hello;
+    uint8_t address[];
+} caller_t;
+
+typedef struct fence {
+    struct fence *next;
+    uint8_t uid[UID_BYTES];
+    bool done;
+} fence_t;
+
+typedef struct shim {
+    atomic_int num_holders;          /* the transport, and the pool's tensor: UCX's memory outlives the thread */
+    ucp_context_h context;
+    ucp_mem_h memory;
+    int memory_type;
+    void *pool, *rkey_buffer;
+    size_t rkey_bytes;
+    uint64_t page_bytes, num_pages;
+    uint8_t uid[UID_BYTES];
+    uint32_t num_imms;
+    _Atomic uint64_t *counters;
+    int64_t stall_ns;
+    ucp_address_t *door_address;
+    size_t door_address_bytes;
+    pthread_t thread;
+    bool running;
+    int wake_fd;
+
+    /* the thread's own */
+    line_t door;
+    guest_t *guests;
+    caller_t *callers;
+
+    /* guarded by lock; changed: a job, a link or a fence has moved on */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    link_t *links;
+    fence_t *fences;
+    bool closing;
+    uint64_t pages_sent;
+    int64_t busy_ns;
+} shim_t;
+
+/* loop.c */
+int64_t now_ns(void);
+int say(char *text, int code, const char *what, const char *why);
+void wake(shim_t *shim);
+bool wait_changed(shim_t *shim, int64_t deadline_ns);
+
+/* line.c */
+ucs_status_t line_open(shim_t *shim, line_t *line);
+ucs_status_t line_dial(line_t *line, const void *address, ucp_ep_h *ep);
+ucs_status_t line_listen(line_t *line, unsigned id, ucp_am_recv_callback_t callback, void *arg);
+void line_send(line_t *line, ucp_ep_h ep, unsigned id, const void *header, size_t header_bytes, const void *body, size_t body_bytes);
+ucs_status_t line_address(line_t *line, ucp_address_t **address, size_t *num_bytes);
+void line_settle(line_t *line, ucs_status_ptr_t request, int64_t limit_ns);
+void line_hang_up(line_t *line, ucp_rkey_h rkey);
+
+/* receiver.c */
+ucs_status_t door_open(shim_t *shim);
+unsigned receiver_turn(shim_t *shim);
+void receiver_close(shim_t *shim);
+
+/* writer.c */
+void jobs_append(job_t ***end, job_t *job);
+void job_end(job_t *job, bool lost);
+unsigned link_turn(link_t *link);
+void link_break(link_t *link, const char *why);
+void link_free(link_t *link);
+
+#endif

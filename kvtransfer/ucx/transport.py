@@ -1,0 +1,175 @@
+"""Transport over UCX: one-sided puts into the peer's pool, between hosts and where nothing better reaches. The shim does the work (shim.h).
+
+    write_pages ─► job ─► puts ══► flush ─► COUNT ─► the receiver's counter ─► ACK
+    stop: a job goes no further; True once all jobs of the imm were acknowledged, flushed, or fenced by the link's next life
+    fence: what the receiver calls for a writer that is confirmed dead, before it uses the blocks for anything else
+
+The thread that calls all this may be any one thread; UCX has a thread of its own. GPU memory takes the same way with its memory type.
+"""
+
+import ctypes
+import logging
+import secrets
+import weakref
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import torch
+
+from ...messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
+from ...messages.ids import Imm
+from ...messages.membership import MemoryDescriptor
+from ..layout import KVLayout
+from ..shm import host_identity
+from ..transport import NUM_IMMS, KVPool, Peer, TransferStats
+from .shim import UID_BYTES, Link, MemoryType, Shim
+
+PROTOCOL_VERSION = 1
+SLOW_LANES = ("tcp/",)
+
+logger = logging.getLogger(__name__)
+
+
+class Location(msgspec.Struct, frozen=True, array_like=True):
+    """What a writer must know; packed into MemoryDescriptor.location."""
+
+    version: int
+    uid: bytes                    # of this life of the receiver
+    base: int                     # address of its pool, in its own memory
+    num_pages: int
+    rkey: bytes
+    address: bytes                # of its door
+
+
+class UcxTransport:
+    name = "ucx"
+
+    def __init__(self, device: torch.device | None = None, connect_timeout_s: float = 5.0, stall_s: float = 5.0) -> None:
+        """`stall_s` without any progress of writes under way ends a link. Raises ClusterError: no UCX, no compiler."""
+        self._device = device or torch.device("cpu")
+        self._connect_timeout_s = connect_timeout_s
+        self._uid = secrets.token_bytes(UID_BYTES)
+        self._shim = Shim(self._uid, NUM_IMMS, stall_s)
+        self._links: dict[bytes, Link] = {}
+        self._page_bytes = 0
+        self._close = weakref.finalize(self, self._shim.close)
+
+    # the receiver's side
+
+    def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
+        num_bytes = num_blocks * layout.block_bytes
+        if self._device.type == "cpu":
+            tensor = self._allocate_host(num_bytes, layout.page_bytes)
+        else:
+            tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+            self._shim.register(tensor.data_ptr(), num_bytes, layout.page_bytes, MemoryType.CUDA)
+        self._page_bytes = layout.page_bytes
+        self._base = tensor.data_ptr()
+        self._shim.start()
+        return KVPool(layout, tensor.view(layout.dtype).view(layout.shape(num_blocks)))
+
+    def _allocate_host(self, num_bytes: int, page_bytes: int) -> torch.Tensor:
+        try:
+            address = self._shim.allocate(num_bytes, page_bytes)
+        except ClusterError as error:
+            raise ClusterError(f"{num_bytes} bytes of host memory wanted from UCX: {error}") from None
+        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+        weakref.finalize(memory, self._shim.release).atexit = False      # whoever holds the tensor holds the memory
+        return torch.frombuffer(memory, dtype=torch.uint8).zero_()          # now: first touches are slow
+
+    def register(self, pool: KVPool) -> MemoryDescriptor:
+        num_pages = pool.tensor.nbytes // pool.layout.page_bytes
+        location = Location(PROTOCOL_VERSION, self._uid, self._base, num_pages, self._shim.rkey, self._shim.address)
+        logger.info("ucx %s from %s: pool of %d bytes", self._shim.version, self._shim.library, pool.tensor.nbytes)
+        return MemoryDescriptor(
+            transport=self.name,
+            host=host_identity(),
+            location=msgspec.msgpack.encode(location),
+            num_blocks=pool.num_blocks,
+            page_bytes=pool.layout.page_bytes,
+            num_imms=NUM_IMMS,
+        )
+
+    def num_landed(self, imm: Imm) -> int:
+        return self._shim.num_landed(imm)
+
+    def reset(self, imm: Imm) -> None:
+        self._shim.reset(imm)
+
+    def fence(self, writer: MemoryDescriptor, timeout_s: float) -> bool:
+        """True once nothing can land here any more of a writer that is confirmed dead."""
+        return self._shim.fence(_decode(writer).uid, timeout_s)
+
+    # the writer's side
+
+    def connect(self, descriptor: MemoryDescriptor) -> Peer:
+        if descriptor.page_bytes != self._page_bytes:
+            raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {self._page_bytes} here")
+        known = descriptor.location in self._links
+        link = self._links[descriptor.location] if known else self._link(descriptor)
+        try:
+            lanes = self._shim.await_open(link, self._connect_timeout_s)
+        except PeerGone as error:
+            if not known:
+                self._shim.unlink(link)
+            raise PeerGone(f"no link to {_short(descriptor)} within {self._connect_timeout_s} s: {error}") from None
+        self._links[descriptor.location] = link
+        if not known:
+            _report(descriptor, lanes)
+        return Peer(descriptor)
+
+    def _link(self, descriptor: MemoryDescriptor) -> Link:
+        location = _decode(descriptor)
+        return self._shim.link(location.uid, location.base, location.num_pages, location.rkey, location.address)
+
+    def disconnect(self, peer: Peer) -> None:
+        link = self._links.pop(peer.descriptor.location, None)
+        if link is not None:
+            self._shim.unlink(link)
+
+    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+        link = self._links.get(peer.descriptor.location)
+        if link is None:
+            raise PeerGone(f"{_short(peer.descriptor)} is not connected")
+        if len(src_pages) != len(dst_pages) or not 0 <= imm < NUM_IMMS:
+            raise TransferError(f"{len(src_pages)} pages to {len(dst_pages)} places, imm {imm} of {NUM_IMMS}")
+        self._shim.write(link, np.array(src_pages, np.int64), np.array(dst_pages, np.int64), imm)
+
+    def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
+        link = self._links.get(peer.descriptor.location)
+        return link is None or self._shim.stop(link, imm, timeout_s)
+
+    def busy_s(self, peer: Peer, imm: Imm) -> float:
+        link = self._links.get(peer.descriptor.location)
+        return 0.0 if link is None else self._shim.busy_s(link, imm)
+
+    @property
+    def stats(self) -> TransferStats:
+        num_pages, busy_s = self._shim.stats()
+        return TransferStats(num_pages, num_pages * self._page_bytes, busy_s)
+
+    def close(self) -> None:
+        """The pool's memory goes when its tensor does."""
+        self._links.clear()
+        self._close()
+
+
+def _decode(descriptor: MemoryDescriptor) -> Location:
+    try:
+        location = msgspec.msgpack.decode(descriptor.location, type=Location)
+    except msgspec.DecodeError as error:
+        raise TransferError(f"a descriptor of {descriptor.transport} that is not ours: {error}") from None
+    if location.version != PROTOCOL_VERSION or len(location.uid) != UID_BYTES:
+        raise TransferError(f"protocol {location.version} there, {PROTOCOL_VERSION} here; a uid of {len(location.uid)} bytes")
+    return location
+
+
+def _short(descriptor: MemoryDescriptor) -> str:
+    return f"ucx peer {_decode(descriptor).uid.hex()[:8]} on {descriptor.host[:8]}"
+
+
+def _report(descriptor: MemoryDescriptor, lanes: str) -> None:
+    """Which lanes UCX chose; a fall-back to TCP is never silent."""
+    slow = all(lane.startswith(SLOW_LANES) for lane in lanes.split())
+    logger.log(logging.WARNING if slow else logging.INFO, "%s: lanes %s", _short(descriptor), lanes)
