@@ -22,9 +22,12 @@ from ..messages.ids import Address, RequestId
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
 from ..messages.requests import Abort, FailureKind, GenerateRequest, LoadReport, LoadUpdate, RequestFailed, WorkerRef
+from ..messages.steps import StepFeatures
 from .config import WorkerConfig
 from .engine import SequenceStep
+from .load import PrefillShare, load_report
 from .outbox import TokenOutbox
+from .predictor import StepPredictor, features_of
 from .replica import Replica, build_replica
 from .scheduler import StepPlan
 from .sequence import Sequence, SequenceState
@@ -66,6 +69,8 @@ class Worker(ABC):
         self._draining = False
         self._next_beat = clock()
         self._num_steps = self.num_preempted = self._num_tokens = 0
+        self._predictor = StepPredictor()
+        self._prefill_share = PrefillShare()
         self._descriptor = self.replica.transport.register(self.replica.pool)
         self.setup()
         self._status = self._snapshot()
@@ -127,18 +132,7 @@ class Worker(ABC):
         self.post.send(request.gateway, RequestFailed(request.request_id, kind, message, retryable, self.ref))
 
     def load(self) -> LoadReport:
-        scheduler, pool = self.engine.scheduler, self.engine.pool
-        unfinished = [s for s in (*scheduler.waiting, *scheduler.running) if not s.is_decoding]
-        return LoadReport(
-            worker=self.ref,
-            num_waiting=len(scheduler.waiting),
-            num_waiting_tokens=sum(s.num_to_compute for s in unfinished),
-            num_running=len(scheduler.running),
-            num_reserved=self.num_handoffs(),
-            num_blocks=pool.num_blocks,
-            num_free_blocks=pool.num_available,
-            block_size=self.engine.limits.block_size,
-        )
+        return load_report(self.ref, self.engine, self.num_handoffs(), self._prefill_share, self._predictor.model, self.clock())
 
     def _receive(self, message: Message) -> None:
         match message:
@@ -170,7 +164,9 @@ class Worker(ABC):
         if not plan.chunks:
             return False
         self.before_step(plan)
+        features, started_at = features_of(plan), self.clock()
         steps = self.engine.execute(plan, self._each_layer(plan))
+        self._learn(features, started_at)
         self._num_steps += 1
         self._num_tokens += sum(chunk.count for chunk in plan.chunks)
         for step in steps:
@@ -193,6 +189,11 @@ class Worker(ABC):
             self._beat(self.clock())
 
         return finished
+
+    def _learn(self, features: StepFeatures, started_at: float) -> None:
+        now = self.clock()
+        self._predictor.observe(features, now - started_at)
+        self._prefill_share.add(self._predictor.model.prefill_s(features.prefill_tokens, features.prefill_pairs), now)
 
     def _expire(self, now: float) -> None:
         for sequence in [s for s in self.engine.sequences if now >= s.deadline]:

@@ -1,0 +1,66 @@
+"""What a worker tells of its load, and how it knows: pure, shared by the worker's loop and the simulator."""
+
+import math
+from collections.abc import Sequence as Seq
+
+from ..messages.requests import LoadReport, WorkerRef
+from ..messages.steps import StepFeatures, StepModel, attended_pairs
+from .engine import Engine
+from .sequence import Sequence
+
+SHARE_HORIZON_S = 2.0
+"""How far back `prefill_share` looks: about as long as an answer decodes."""
+
+MAX_QUEUE_ENTRIES = 16
+
+NO_DEADLINE_S = 1e9
+"""Finite, for what JSON can say."""
+
+
+class PrefillShare:
+    """The share of a worker's time that prompts took, forgotten exponentially."""
+
+    def __init__(self) -> None:
+        self._share = 0.0
+        self._at = 0.0
+
+    def add(self, prefill_s: float, now: float) -> None:
+        self._share = self.at(now) + prefill_s / SHARE_HORIZON_S
+        self._at = now
+
+    def at(self, now: float) -> float:
+        return self._share * math.exp(-max(0.0, now - self._at) / SHARE_HORIZON_S)
+
+
+def load_report(worker: WorkerRef, engine: Engine, num_reserved: int, share: PrefillShare, model: StepModel, now: float) -> LoadReport:
+    scheduler, pool, limits = engine.scheduler, engine.pool, engine.limits
+    unfinished = [s for s in (*scheduler.waiting, *scheduler.running) if not s.is_decoding]
+    decoding = [s for s in scheduler.running if s.is_decoding]
+    work = StepFeatures(
+        prefill_tokens=sum(s.num_to_compute for s in unfinished),
+        prefill_pairs=sum(attended_pairs(s.num_computed, s.num_to_compute) for s in unfinished),
+        num_decoding=len(decoding),
+        decode_context=sum(len(s.token_ids) for s in decoding),
+    )
+    return LoadReport(
+        worker=worker,
+        num_waiting=len(scheduler.waiting),
+        num_waiting_tokens=work.prefill_tokens,
+        num_running=len(scheduler.running),
+        num_reserved=num_reserved,
+        num_blocks=pool.num_blocks,
+        num_free_blocks=pool.num_available,
+        block_size=limits.block_size,
+        work=work,
+        queue=queue_by_slack(scheduler.waiting, now),
+        max_step_tokens=limits.max_step_tokens,
+        prefill_share=share.at(now),
+        step_model=model,
+    )
+
+
+def queue_by_slack(waiting: Seq[Sequence], now: float) -> tuple[tuple[float, int], ...]:
+    """Neighbours are put together, at the sooner deadline, until there are at most MAX_QUEUE_ENTRIES. `waiting` is by urgency."""
+    per_entry = -(-len(waiting) // MAX_QUEUE_ENTRIES) or 1
+    groups = [waiting[i : i + per_entry] for i in range(0, len(waiting), per_entry)]
+    return tuple((min(group[0].ttft_deadline - now, NO_DEADLINE_S), sum(s.num_to_compute for s in group)) for group in groups)

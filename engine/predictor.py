@@ -1,0 +1,107 @@
+"""How long will a step take? Learned from the worker's own steps; pure.
+
+    observe(features, seconds) ──► clip what is far off ──► least squares with forgetting, coefficients >= 0 ──► model: StepModel
+
+Recursive least squares in information form: A ← λA + x·xᵀ + (1 − λ)A₀, B ← λB + x + (1 − λ)A₀θ₀, with x = features / seconds, so
+that relative errors are what is squared. The standing term (A₀, θ₀) is what the fit falls back to where no step has gone for long (a
+prefill worker never decodes): plain forgetting would let those coefficients run away.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..messages.steps import StepFeatures, StepModel, attended_pairs
+from .scheduler import Chunk, StepPlan
+
+PRIOR = StepModel(
+    base_s=5e-3, prefill_token_s=25e-6, prefill_pair_s=8e-10, decode_sequence_s=2e-5, decode_context_s=3e-8
+)  # fmt: skip
+"""An 8B model in bf16 on one GPU of 4 TB/s: what is believed of a worker that has not measured anything."""
+
+FORGET = 0.995
+"""λ: the last 200 steps count."""
+
+SCALES: NDArray[np.float64] = np.array([1.0, 1e3, 1e6, 1e2, 1e5])
+"""A typical step's features, so that the normal equations are well conditioned."""
+
+STEP_NOISE = 0.05                             # relative, of one observation; weighs the steps against the standing term
+MIN_CLIP = 0.25                               # relative: an observation is never clipped closer to its prediction
+CLIP_ERRORS = 4.0                             # mean errors that an observation may be off
+ERROR_MEMORY = 0.97
+REFIT_EVERY = 8                               # steps, once there are as many as CAREFUL_UNTIL
+CAREFUL_UNTIL = 64
+
+
+def features_of(plan: StepPlan) -> StepFeatures:
+    prompts = [chunk for chunk in plan.chunks if not _decodes(chunk)]
+    decodes = [chunk for chunk in plan.chunks if _decodes(chunk)]
+    return StepFeatures(
+        prefill_tokens=sum(chunk.count for chunk in prompts),
+        prefill_pairs=sum(attended_pairs(chunk.start, chunk.count) for chunk in prompts),
+        num_decoding=len(decodes),
+        decode_context=sum(chunk.end for chunk in decodes),
+    )
+
+
+def _decodes(chunk: Chunk) -> bool:
+    return chunk.sequence.is_decoding
+
+
+class StepPredictor:
+    def __init__(self, prior: StepModel = PRIOR) -> None:
+        theta = np.array(coefficients(prior)) * SCALES
+        theta = np.maximum(theta, 0.01 * theta[0])              # a coefficient of 0 would never be left again
+        self._prior_a = np.diag((STEP_NOISE / theta) ** 2)
+        self._prior_b = self._prior_a @ (np.array(coefficients(prior)) * SCALES)
+        self._a, self._b = self._prior_a.copy(), self._prior_b.copy()
+        self._error = prior.error
+        self._num_observed = prior.num_observed
+        self._model = prior
+
+    @property
+    def model(self) -> StepModel:
+        return self._model
+
+    def observe(self, features: StepFeatures, seconds: float) -> None:
+        """A step of `features` took `seconds`; a clock that stood still teaches nothing."""
+        if seconds <= 0:
+            return
+        predicted = self._model.step_s(features)
+        off = seconds / predicted - 1 if predicted > 0 else 0.0
+        self._error = ERROR_MEMORY * self._error + (1 - ERROR_MEMORY) * min(abs(off), 10.0)
+        self._num_observed += 1
+        self._learn(features, self._clipped(seconds, predicted))
+        if self._num_observed <= CAREFUL_UNTIL or self._num_observed % REFIT_EVERY == 0:
+            self._refit()
+
+    def _clipped(self, seconds: float, predicted: float) -> float:
+        """A step that something else held up pulls only so far; if all steps are slow, the error grows and lets them."""
+        reach = 1 + max(MIN_CLIP, CLIP_ERRORS * self._error)
+        return min(max(seconds, predicted / reach), predicted * reach) if predicted > 0 else seconds
+
+    def _learn(self, features: StepFeatures, seconds: float) -> None:
+        seen = (1, features.prefill_tokens, features.prefill_pairs, features.num_decoding, features.decode_context)
+        x = np.array(seen) / SCALES / seconds
+        self._a = FORGET * self._a + np.outer(x, x) + (1 - FORGET) * self._prior_a
+        self._b = FORGET * self._b + x + (1 - FORGET) * self._prior_b
+
+    def _refit(self) -> None:
+        theta = solve_non_negative(self._a, self._b) / SCALES
+        a, b, c, d, e = (float(value) for value in theta)
+        self._model = StepModel(a, b, c, d, e, self._error, self._num_observed)
+
+
+def coefficients(model: StepModel) -> tuple[float, float, float, float, float]:
+    return model.base_s, model.prefill_token_s, model.prefill_pair_s, model.decode_sequence_s, model.decode_context_s
+
+
+def solve_non_negative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The x >= 0 with the least xᵀAx − 2bᵀx, for A positive definite: coordinates that want to be negative are held at 0, one by one."""
+    free = np.ones(len(b), dtype=bool)
+    x: NDArray[np.float64] = np.linalg.solve(a, b).astype(np.float64)
+    while x.min() < 0:
+        free[np.argmin(x)] = False
+        x = np.zeros(len(b))
+        if free.any():
+            x[free] = np.linalg.solve(a[np.ix_(free, free)], b[free])
+    return x
