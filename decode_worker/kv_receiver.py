@@ -44,6 +44,7 @@ class Incoming:
     imm: Imm | None = None
     num_seen: int = 0                                        # pages counted when last looked
     landed: KVLanded | None = None
+    cancel: KVCancel | None = None                           # what the writer was told; again and again until it answers
 
     @property
     def ticket(self) -> Ticket:
@@ -123,6 +124,8 @@ class KVReceiver:
             return RefuseReason.STALE_EPOCH, f"for {ticket.decode_id} epoch {ticket.decode_epoch}, this is {mine}"
         if ticket in self._consumed:
             return RefuseReason.CONSUMED_TICKET, f"the handoff of {ticket.request_id} has ended here"
+        if ticket.request_id != offer.request.request_id:
+            return RefuseReason.MALFORMED, f"a ticket of {ticket.request_id} for {offer.request.request_id}"
         if ticket.request_id in self._handoffs or self._engine.find(ticket.request_id) is not None:
             return RefuseReason.MALFORMED, f"{ticket.request_id} is here already, under another ticket"
         if offer.layout_hash != self._layout.hash:
@@ -177,8 +180,12 @@ class KVReceiver:
                 self._count(handoff, now)
             if handoff.session.state is HandoffState.CANCELLING and self._is_unlisted(handoff, now):
                 self._writer_died(handoff, now)
+            elif handoff.cancel is not None and now >= handoff.session.deadline:
+                handoff.session.deadline = now + self._timeout_s
+                self._post.send(handoff.offer.writer.address, handoff.cancel)
             elif handoff.session.live and now >= handoff.session.deadline:
                 text = f"{handoff.offer.writer.worker_id}: no progress in {handoff.session.state.name} after {handoff.num_seen} pages"
+                handoff.session.deadline = now + self._timeout_s
                 self._cancel(handoff, RefuseReason.TIMEOUT, FailureKind.TIMEOUT, text)
         self._reserve_next(now)
 
@@ -263,7 +270,8 @@ class KVReceiver:
             self._on_failure(handoff.request, kind, text)
         handoff.session.move(HandoffState.CANCELLING)
         handoff.landed = None
-        self._post.send(handoff.offer.writer.address, KVCancel(handoff.ticket, reason))
+        handoff.cancel = KVCancel(handoff.ticket, reason)
+        self._post.send(handoff.offer.writer.address, handoff.cancel)
 
     def _end(self, handoff: Incoming, state: HandoffState) -> None:
         handoff.session.move(state)
