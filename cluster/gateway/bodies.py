@@ -103,8 +103,8 @@ def parse(body: bytes, into: type[Body]) -> Body:
     try:
         return into.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-    raise _bad_request(first)
+        errors = error.errors(include_url=False, include_context=False)
+    raise _bad_request(max(errors, key=lambda each: len(each["loc"])))           # of a union's alternatives, the one that came furthest
 
 
 def refuse_unsupported(body: CompletionBody | ChatBody) -> None:

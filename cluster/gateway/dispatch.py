@@ -243,8 +243,9 @@ class Dispatcher:
         self._end(generation, GenerationState.FAILED, GenerationFailed(kind, text))
 
     def _deadline_text(self, generation: Generation) -> str:
-        attempts = f"{generation.num_attempts} attempts" + (f", the last: {generation.last_failure}" if generation.last_failure else "")
-        return f"no answer within {self._limits.request_timeout_s:g} s ({len(generation.outputs)} tokens out, {attempts})"
+        progress = f"{len(generation.outputs)} tokens out, attempt {generation.num_attempts}"
+        before = f" (before it: {generation.last_failure})" if generation.last_failure else ""
+        return f"no answer within {self._limits.request_timeout_s:g} s: {progress}{before}"
 
     def _leave_workers(self, generation: Generation) -> None:
         attempt = generation.attempt

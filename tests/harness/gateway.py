@@ -9,11 +9,12 @@ loop delivers what is in flight and lets every decode worker make one step.
 
 import asyncio
 import contextlib
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -43,7 +44,9 @@ MODEL = "tiny"
 CONTEXT = 128
 VOCAB_SIZE = 256 + 4
 BOS, EOS, USER, ASSISTANT = range(256, 260)
-CHAT_TEMPLATE = "{% for m in messages %}{{ '<|user|>' if m.role != 'assistant' else '<|assistant|>' }}{{ m.content }}{% endfor %}<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|assistant|>' if m.role == 'assistant' else '<|user|>' }}{{ m.content }}{% endfor %}<|assistant|>"
+)
 
 
 def make_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
@@ -119,14 +122,14 @@ class FakeWorker:
             return
         self.say(request, index, prefill=True)
         if request.sampling.max_tokens - index > 1:
-            self.house.worker(request.route.decode.worker_id).take_over(request, index + 1, self.ref.worker_id)
+            self._hand_over(request, index + 1)
 
-    def take_over(self, request: GenerateRequest, index: int, prefill_id: WorkerId) -> None:
-        if self.frozen:
-            return
-        span = RequestSpan(request.request_id, self.ref, prefill_id, "fake", 4, 4096, 0, 0.001, 0.002)
-        self.post.send(request.gateway, span)
-        self.decoding[request.request_id] = (request, index)
+    def _hand_over(self, request: GenerateRequest, index: int) -> None:
+        decode = self.house.worker(request.route.decode.worker_id)
+        if not decode.frozen:
+            decode.decoding[request.request_id] = (request, index)
+            span = RequestSpan(request.request_id, self.ref, decode.ref.worker_id, "fake", 4, 4096, 0, 0.001, 0.002)
+            self.post.send(request.gateway, span)
 
     def _step(self, request: GenerateRequest, index: int) -> None:
         if index < self.house.pause_at:
@@ -137,7 +140,9 @@ class FakeWorker:
 
 
 class House:
-    def __init__(self, folder: Path, *, prefill: int = 1, decode: int = 1, chat_template: str | None = CHAT_TEMPLATE, **config: Any) -> None:
+    def __init__(
+        self, folder: Path, *, prefill: int = 1, decode: int = 1, chat_template: str | None = CHAT_TEMPLATE, **config: Any
+    ) -> None:
         self.says: list[int] = [*tokens_of("Hello there"), EOS]
         self.pause_at = 1 << 30               # decode workers stop short of this output index
         self.on_request: Callable[[FakeWorker, GenerateRequest], bool] | None = None       # True: it has seen to it
@@ -192,6 +197,7 @@ class House:
     def delta(self, request: GenerateRequest, index: int, num_tokens: int, *, first: bool) -> TokenDelta:
         end = min(index + num_tokens, request.sampling.max_tokens, len(self.says))
         token_ids = tuple(self.says[index:end])
+        wants_prompt = first and request.sampling.prompt_logprobs is not None
         finish = None
         if token_ids and token_ids[-1] in request.sampling.stop_token_ids:
             finish = FinishReason.STOP
@@ -204,7 +210,7 @@ class House:
             finish=finish,
             logprobs=() if request.sampling.logprobs is None else tuple(map(logprobs_of, token_ids)),
             num_cached_tokens=3 if first else 0,
-            prompt_logprobs=tuple(map(logprobs_of, request.token_ids[1:])) if first and request.sampling.prompt_logprobs is not None else (),
+            prompt_logprobs=tuple(map(logprobs_of, request.token_ids[1:])) if wants_prompt else (),
         )
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
@@ -310,3 +316,16 @@ class Connection:
         await self.reading.wait()
         self.sent.append(event)
 
+
+
+P = ParamSpec("P")
+
+
+def in_loop(scenario: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """A test that is a coroutine."""
+
+    @functools.wraps(scenario)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(scenario(*args, **kwargs))
+
+    return run

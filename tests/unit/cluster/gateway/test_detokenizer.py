@@ -83,7 +83,7 @@ def test_pieces_fall_back_to_bytes(pieces, text):
 
 @pytest.mark.parametrize("decoder", [None, {"type": "WordPiece"}, {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "CTC"}]}])
 def test_an_unknown_decoder_is_refused_by_name(decoder):
-    with pytest.raises(UnsupportedModel, match="WordPiece|CTC|without a decoder"):
+    with pytest.raises(UnsupportedModel, match=r"WordPiece|CTC|without a decoder"):
         Vocabulary(Tokenizer(models.BPE()), decoder, [])
 
 

@@ -30,6 +30,7 @@ from diptych.messages.requests import (
 )
 
 LIMITS = Limits(request_timeout_s=600.0, queue_timeout_s=60.0, stall_timeout_s=30.0, silent_after_s=3.0, max_attempts=3, max_live_choices=4)
+DEFAULTS = PolicyOptions()
 State = GenerationState
 
 
@@ -39,7 +40,7 @@ class Bench:
 
     limits: Limits = LIMITS
     policy: str = "least_loaded"
-    options: PolicyOptions = PolicyOptions()
+    options: PolicyOptions = DEFAULTS
     now: float = 100.0
     ends: list[State] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -71,9 +72,8 @@ class Bench:
                 self.workers[name] = WorkerRef(WorkerId(name), Epoch(epoch), self.network.post(f"{name}/{epoch}").address)
         self.workers = {name: self.workers[name] for name in names}
         self.version += 1
-        members = tuple(
-            Member(ref, Role.PREFILL if name.startswith("p") else Role.DECODE, "layout", 16, 100, 1000) for name, ref in self.workers.items()
-        )
+        roles = {name: Role.PREFILL if name.startswith("p") else Role.DECODE for name in names}
+        members = tuple(Member(ref, roles[name], "layout", 16, 100, 1000) for name, ref in self.workers.items())
         self.dispatcher.update_membership(Membership(self.version, members, ()))
 
     def start(self, **sampling: object) -> Generation:
@@ -94,8 +94,8 @@ class Bench:
         [(_, message)] = [letter for letter in self.sent() if isinstance(letter[1], GenerateRequest)]
         return message
 
-    def tokens(self, request: GenerateRequest, worker: str, index: int, *token_ids: int, finish: FinishReason | None = None, **fields: object) -> None:
-        delta = TokenDelta(request.request_id, index, token_ids, finish, **fields)
+    def tokens(self, request: GenerateRequest, worker: str, index: int, *token_ids: int, **fields: object) -> None:
+        delta = TokenDelta(request.request_id, index, token_ids, **fields)
         ref = request.route.prefill if worker == "prefill" else request.route.decode if worker == "decode" else self.workers[worker]
         self.dispatcher.handle([StepTokens(ref, (delta,))])
 
@@ -103,15 +103,16 @@ class Bench:
         self.dispatcher.handle([RequestFailed(request.request_id, kind, "because", retryable, ref)])
 
     def span_of(self, request: GenerateRequest) -> None:
-        prefill_id = request.route.prefill.worker_id
-        self.dispatcher.handle([RequestSpan(request.request_id, request.route.decode, prefill_id, "fake", 1, 1, 0, 0.1, 0.1)])
+        decode_id = request.route.decode.worker_id
+        self.dispatcher.handle([RequestSpan(request.request_id, request.route.prefill, decode_id, "fake", 1, 1, 0, 0.1, 0.1)])
 
     def pass_time(self, seconds: float, *beating: str) -> None:
         """In steps of a second; `beating` workers send their heartbeats."""
         end = self.now + seconds
         while self.now < end:
             self.now = min(end, self.now + 1.0)
-            self.dispatcher.handle([LoadUpdate(LoadReport(self.workers[name], 0, self.waiting_tokens, 0, 0, 100, 100, 16)) for name in beating])
+            reports = [LoadReport(self.workers[name], 0, self.waiting_tokens, 0, 0, 100, 100, 16) for name in beating]
+            self.dispatcher.handle(map(LoadUpdate, reports))
             self.dispatcher.watch()
 
     def _wake(self) -> None:
@@ -353,12 +354,12 @@ class TestWithoutARoute:
 class TestLimits:
     def test_the_deadline_holds_over_all_attempts(self, bench):
         generation = bench.start()
-        for elapsed in range(0, 600, 25):
-            request = bench.request() if elapsed == 0 else request
-            bench.tokens(request, "prefill" if elapsed == 0 else "decode", elapsed // 25, 10)
+        request = bench.request()
+        for index in range(24):
+            bench.tokens(request, "decode" if index else "prefill", index, 10)
             bench.pass_time(25.0, "p0", "d0")
         assert bench.ends == [State.FAILED]
-        assert (generation.error.kind, "600 s (24 tokens out, 1 attempts" in str(generation.error)) == (FailureKind.TIMEOUT, True)
+        assert (generation.error.kind, "600 s: 24 tokens out, attempt 1" in str(generation.error)) == (FailureKind.TIMEOUT, True)
 
     def test_a_retry_has_only_the_time_that_is_left(self, bench):
         bench.start()

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from harness.gateway import BOS, EOS, MODEL, make_model, tokens_of
+from harness.gateway import EOS, MODEL, make_model, tokens_of
 
 from diptych.cluster.gateway.config import GatewayConfig, Limits
 from diptych.cluster.gateway.server import Gateway

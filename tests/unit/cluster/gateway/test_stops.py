@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -29,7 +31,7 @@ def expected(text: str, stops: list[str], *, include: bool) -> tuple[str, bool]:
 @example("aab", ["aab", "ab", "b"], [1, 2], False)
 def test_finds_what_brute_force_finds_however_the_text_is_cut(text, stops, cuts, include):
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(bounds)]
     matcher = StopMatcher(stops, include=include)
     assert (feed(matcher, pieces), matcher.matched) == expected(text, stops, include=include)
 

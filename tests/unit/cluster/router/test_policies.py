@@ -61,12 +61,13 @@ class TestEveryPolicy:
     def test_avoids_where_it_failed_if_there_is_another(self, name):
         workers = pool("decode", 2)
         once_failed = msgspec.structs.replace(REQUEST, avoid=frozenset({workers[0].ref}))
-        assert {route.decode for route in routes(make_policy(name, PolicyOptions()), ClusterView((), workers), 20, once_failed)} == {workers[1].ref}
-        assert routes(make_policy(name, PolicyOptions()), ClusterView((), workers[:1]), 1, once_failed)[0].decode == workers[0].ref
+        policy = make_policy(name, PolicyOptions())
+        assert {route.decode for route in routes(policy, ClusterView((), workers), 20, once_failed)} == {workers[1].ref}
+        assert routes(policy, ClusterView((), workers[:1]), 1, once_failed)[0].decode == workers[0].ref
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones():
-    with pytest.raises(SpecError, match="goodest.*least_loaded"):
+    with pytest.raises(SpecError, match=r"goodest.*least_loaded"):
         make_policy("goodest", PolicyOptions())
 
 

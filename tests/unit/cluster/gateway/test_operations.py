@@ -1,0 +1,140 @@
+"""Keys, models, health, metrics, request ids, and paths that are none."""
+
+import pytest
+from harness.gateway import CONTEXT, House, in_loop
+
+PUBLIC = ["/health", "/ready", "/metrics"]
+ASK = {"prompt": "Hi", "max_tokens": 50}
+
+
+class TestKeys:
+    @pytest.mark.parametrize("header", [None, "", "Bearer ", "Bearer wrong", "Bearer secret-1x", "secret-1", "Basic secret-1", "Bearer é"])
+    @pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/v1/chat/completions", "/nothing"])
+    @in_loop
+    async def test_without_one_nothing_is_told(self, tmp_path, path, header):
+        async with House(tmp_path, api_keys=frozenset({"secret-1", "secret-2"})) as house:
+            reply = await house.send("POST", path, ASK, {} if header is None else {"authorization": header})
+            assert (reply.status, reply.error["code"], reply.headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
+            assert "secret" not in reply.body.decode()
+
+    @pytest.mark.parametrize("header", ["Bearer secret-1", "bearer secret-2"])
+    @in_loop
+    async def test_any_of_them_opens(self, tmp_path, header):
+        async with House(tmp_path, api_keys=frozenset({"secret-1", "secret-2"})) as house:
+            assert (await house.post("/v1/completions", ASK, {"authorization": header})).status == 200
+
+    @pytest.mark.parametrize("path", PUBLIC)
+    @in_loop
+    async def test_health_is_open(self, tmp_path, path):
+        async with House(tmp_path, api_keys=frozenset({"secret"})) as house:
+            assert (await house.get(path)).status == 200
+
+
+def test_a_config_does_not_show_its_keys(tmp_path):
+    assert "secret" not in repr(House(tmp_path, api_keys=frozenset({"secret"})).config)
+
+
+@in_loop
+async def test_models(tmp_path):
+    async with House(tmp_path) as house:
+        [model] = (await house.get("/v1/models")).json["data"]
+        assert (model["id"], model["object"], model["max_model_len"]) == ("tiny", "model", CONTEXT)
+        assert (await house.get("/v1/models/tiny")).json == model
+        missing = await house.get("/v1/models/huge")
+        assert (missing.status, missing.error["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405), ("POST", "/health", 405), ("GET", "/", 404),
+    ("POST", "/v1/embeddings", 404), ("GET", "/v1/models/", 404), ("GET", "/v1/completions/", 404),
+])  # fmt: skip
+@in_loop
+async def test_paths_and_methods_that_are_none(tmp_path, method, path, status):
+    async with House(tmp_path) as house:
+        reply = await house.send(method, path)
+        assert (reply.status, reply.error["type"]) == (status, "invalid_request_error")
+        assert ("allow" in reply.headers) == (status == 405)
+
+
+@in_loop
+async def test_ready_says_why_not(tmp_path):
+    async with House(tmp_path, prefill=1, decode=1) as house:
+        assert (await house.get("/ready")).json == {"status": "ready"}
+        house.kill("decode-0")
+        house.tell_membership()
+        reply = await house.get("/ready")
+        assert (reply.status, reply.json["reason"]) == (503, "none of 1 known workers is a live decode worker that takes requests")
+        assert (await house.get("/health")).status == 200
+    async with House(tmp_path, prefill=0, decode=0) as house:
+        assert (await house.get("/ready")).json["reason"] == "no workers are known yet"
+
+
+@in_loop
+async def test_request_ids_are_echoed_if_they_can_be(tmp_path):
+    async with House(tmp_path) as house:
+        for stream in (False, True):
+            reply = await house.post("/v1/completions", ASK | {"stream": stream}, {"x-request-id": "abc-1"})
+            assert reply.headers["x-request-id"] == "abc-1"
+        assert (await house.post("/v1/completions", {}, {"x-request-id": "abc-2"})).headers["x-request-id"] == "abc-2"
+        for bad in ("x" * 257, "a b", "ü"):
+            made = (await house.get("/health", {"x-request-id": bad})).headers["x-request-id"]
+            assert made != bad
+            assert made.isalnum()
+
+
+@in_loop
+async def test_metrics_count_what_happened(tmp_path):
+    async with House(tmp_path) as house:
+        await house.post("/v1/completions", ASK)
+        await house.post("/v1/completions", {})
+        await house.get("/wp-login.php")
+        text = (await house.get("/metrics")).body.decode()
+        for line in (
+            'diptych_choices_total{outcome="finished"} 1.0',
+            "diptych_prompt_tokens_total 2.0",
+            "diptych_output_tokens_total 12.0",
+            "diptych_ttft_seconds_count 1.0",
+            "diptych_tpot_seconds_count 1.0",
+            "diptych_e2e_seconds_count 1.0",
+            "diptych_workers_alive 2.0",
+            "diptych_choices_running 0.0",
+            "diptych_choices_queued 0.0",
+            "diptych_dropped_frames 0.0",
+            'diptych_kv_bytes_total{transport="fake"} 4096.0',
+            'diptych_http_responses_total{path="/v1/completions",status="200"} 1.0',
+            'diptych_http_responses_total{path="/v1/completions",status="400"} 1.0',
+            'diptych_http_responses_total{path="other",status="404"} 1.0',
+        ):
+            assert line in text.splitlines(), line
+
+
+@in_loop
+async def test_status_tells_of_the_last_handoff(tmp_path):
+    async with House(tmp_path) as house:
+        for _ in range(2):
+            await house.post("/v1/completions", ASK)
+        status = house.core.status(port=1)
+        [transfer] = status.transfers
+        assert (transfer.transport, transfer.num_handoffs, transfer.num_pages, transfer.num_bytes) == ("fake", 2, 8, 8192)
+        assert transfer.gbps == pytest.approx(8192 / 0.002 / 1e9)
+        assert (status.last_span.worker.worker_id, status.last_span.decode_id) == ("prefill-0", "decode-0")
+        assert (status.num_workers_alive, status.num_output_tokens, status.outcomes["finished"]) == (2, 24, 2)
+        assert {load.worker.worker_id for load in status.loads} == {"prefill-0", "decode-0"}
+        assert status.ttft.num_samples == status.tpot.num_samples == 2
+
+
+@in_loop
+async def test_the_smallest_workers_context_is_the_clusters(tmp_path):
+    async with House(tmp_path, prefill=0, decode=0) as house:
+        assert (await house.get("/v1/models/tiny")).json["max_model_len"] == CONTEXT
+
+
+@in_loop
+async def test_a_fault_of_ours_is_a_500_that_tells_nothing(tmp_path, caplog):
+    async with House(tmp_path) as house:
+        house.core.model.vocabulary.token_bytes = lambda token_id: 1 / 0
+        reply = await house.post("/v1/completions", ASK)
+        assert (reply.status, reply.error["type"]) == (500, "server_error")
+        assert "division" not in reply.body.decode()
+        assert "ZeroDivisionError" in caplog.text
+        await house.until(lambda: house.core.dispatcher.num_running == 0)
