@@ -1,0 +1,51 @@
+"""A gateway's process."""
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..messages.membership import Membership
+from ..messages.zmq_post import Keyring, ZmqPost
+from .places import PlaceName, gateway_config
+from .pulse import Pulse
+from .shell import Shell
+from .spec import Spec
+
+if TYPE_CHECKING:
+    from .gateway.server import Gateway
+
+MAILBOX_HOST = "127.0.0.1"
+
+
+class GatewayShell(Shell):
+    _gateway: "Gateway"
+
+    def __init__(self, spec: Spec, place: PlaceName, keyring: Keyring) -> None:
+        self._spec = spec
+        self._place = place
+        super().__init__(keyring, MAILBOX_HOST)
+
+    def build(self, post: ZmqPost) -> None:
+        """Imports the HTTP server and the tokenizer here: the controller names this class and has no use for them."""
+        from .gateway.server import Gateway
+
+        self._post = post
+        self._gateway = Gateway(gateway_config(self._spec, self._place), post)
+
+    def run(self) -> None:
+        self._gateway.run()
+
+    def close(self) -> None:
+        pass                                     # its port is closed when `run` returns
+
+    def stop(self) -> None:
+        self._gateway.stop()
+
+    def begin_drain(self) -> None:
+        self._gateway.stop()                     # open answers end first
+
+    def tell(self, membership: Membership) -> None:
+        self._gateway.update_membership(membership)
+
+    def describe(self, pulse: Pulse) -> Pulse:
+        return msgspec.structs.replace(pulse, address=self._post.address, gateway=self._gateway.status())

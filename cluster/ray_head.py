@@ -1,0 +1,156 @@
+"""A Ray of our own where none is running: one head process tree, on the loopback, with its own token and folder.
+
+    start_head() ──► `ray start --head --block` in a session of its own ──► it outlives the command that started it
+    stop_head()  ──► SIGTERM to its leader, SIGKILL to what is left of that session, folder removed; nobody else is touched
+
+No import of Ray: it is started as anybody would start it.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from msgspec import Struct
+
+from ..messages.errors import ClusterError
+
+START_TIMEOUT_S = 60.0
+TERM_GRACE_S = 1.0                            # Ray's own way down may take longer; there is nothing in it to be saved
+KILL_TIMEOUT_S = 8.0
+OBJECT_STORE_BYTES = 80 << 20                 # Ray's smallest that works well; nothing of ours goes through it
+
+
+class Head(Struct, frozen=True):
+    pid: int                                  # of the session's leader
+    created_s: float
+    address: str                              # host:port of Ray's GCS
+    folder: str                               # Ray's sessions and logs, the token
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to join."""
+        return head_environment(Path(self.folder))
+
+    @property
+    def is_alive(self) -> bool:
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.created_s) < 0.01
+        except psutil.NoSuchProcess:
+            return False
+
+
+def head_environment(folder: Path) -> dict[str, str]:
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",             # despite its name: on any system, makes Ray listen on the loopback alone
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def start_head(num_cpus: int | None = None) -> Head:
+    """Raises ClusterError with the end of Ray's own output."""
+    folder = Path(tempfile.mkdtemp(prefix="diptych-ray-"))    # short: Ray puts Unix sockets below it
+    (folder / "token").touch(mode=0o600)
+    (folder / "token").write_text(secrets.token_hex(32))
+    log = (folder / "head.log").open("wb")
+    process = subprocess.Popen(
+        _command(folder, num_cpus or os.cpu_count() or 1),
+        env=_clean_environment() | head_environment(folder),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    created_s = psutil.Process(process.pid).create_time()
+    try:
+        address = _wait_for_address(folder, process)
+    except BaseException:
+        stop_head(Head(process.pid, created_s, "", str(folder)))
+        raise
+    return Head(process.pid, created_s, address, str(folder))
+
+
+def stop_head(head: Head) -> None:
+    """Raises ClusterError if some process of it survives."""
+    members = _session(head.pid) if head.is_alive else []
+    for process in members:
+        if process.pid == head.pid:
+            process.terminate()                               # Ray's own way down
+    alive = _wait_until_gone(members, TERM_GRACE_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):       # it went by itself meanwhile
+            process.kill()
+    alive = _wait_until_gone(alive, KILL_TIMEOUT_S)
+    if alive:
+        raise ClusterError(f"processes of Ray's head {head.address} survive SIGKILL: {[process.pid for process in alive]}")
+    shutil.rmtree(head.folder, ignore_errors=True)
+
+
+def _command(folder: Path, num_cpus: int) -> list[str]:
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "port": "0",                          # any
+        "temp-dir": str(folder),
+        "num-cpus": str(num_cpus),
+        "object-store-memory": str(OBJECT_STORE_BYTES),
+        "include-dashboard": "false",
+        "include-log-monitor": "false",
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", *flags]
+
+
+def _clean_environment() -> dict[str, str]:
+    """Nothing of another Ray's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+def _wait_for_address(folder: Path, process: "subprocess.Popen[bytes]") -> str:
+    """Ray writes it once it accepts connections."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            address = (folder / "ray_current_cluster").read_text().strip()
+        except FileNotFoundError:
+            address = ""
+        if address:
+            return address
+        time.sleep(0.05)
+    how = "did not start" if process.poll() is None else f"exited with {process.returncode}"
+    output = (folder / "head.log").read_text(errors="replace")[-2000:]
+    raise ClusterError(f"Ray's head {how} within {START_TIMEOUT_S:g} s:\n{output}")
+
+
+def _wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that are still alive at the deadline. Zombies are dead, though nobody may ever reap them: not every PID 1 does."""
+    deadline = time.monotonic() + timeout_s
+    while processes and time.monotonic() < deadline:
+        time.sleep(0.05)
+        processes = [process for process in processes if not is_dead(process)]
+    return processes
+
+
+def is_dead(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _session(leader_pid: int) -> list[psutil.Process]:
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader_pid:
+                members.append(process)
+        except ProcessLookupError:
+            continue
+    return members

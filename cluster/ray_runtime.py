@@ -1,0 +1,203 @@
+"""Does what the controller decides, with Ray: one detached named actor a life, one placement group a worker's place.
+
+    Start ──► actor `diptych-NAME/decode-0@EPOCH`      poll() asks every actor for its pulse, without ever waiting for one,
+    Drain ──► drain()                                  and turns answers, errors and vanished processes into events
+    Kill  ──► leave(), Ray's kill, SIGKILL ──► Died once the process table has it no more
+    Publish ► update_membership() of all
+
+Actors are detached so that they outlive their controller: the next one finds them by name (`adopt`) and goes on. All stand on the
+controller's own machine, because shared memory is the only transport yet; so it can look into the process table itself, and does
+not take Ray's word for a death (Ray reports it when it has sent the signal).
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import psutil
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from ..messages.ids import Epoch
+from ..messages.membership import Membership, Role
+from ..messages.zmq_post import Keyring
+from .controller import Action, Adopted, Answered, Died, Drain, Event, Kill, Publish, Start, StartFailed
+from .gateway_shell import GatewayShell
+from .places import PlaceKind, PlaceName, worker_config
+from .pulse import Pulse, ShellState
+from .ray_head import is_dead
+from .spec import Device, Spec
+from .worker_shell import WorkerShell
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "diptych"
+ASK_PERIOD_S = 0.4
+LEAVE_GRACE_S = 1.5                           # from being asked to leave until Ray is told to kill it
+SIGKILL_AFTER_S = 0.5                         # Ray's kill is a message; a process that hangs does not read it
+CPUS_PER_ACTOR = 0.01
+"""Ray counts CPUs to place actors and does not bind them; the spec's num_threads says what a worker uses."""
+
+
+def controller_name(deployment: str) -> str:
+    return f"diptych-{deployment}"
+
+
+def actor_name(deployment: str, place: PlaceName, epoch: Epoch) -> str:
+    return f"{controller_name(deployment)}/{place}@{epoch}"
+
+
+@dataclass
+class _Process:
+    """One life as Ray and the process table see it."""
+
+    name: PlaceName
+    epoch: Epoch
+    actor: Any                                # ray.actor.ActorHandle of a Shell
+    answer: Any = None                        # ObjectRef of the pulse under way
+    asked_s: float = float("-inf")
+    pulse: Pulse | None = None
+    dying: str = ""                           # why
+    kill_at_s: float = 0.0
+    lost: bool = False                        # Ray has given the actor up, or was told to
+
+
+@dataclass
+class RayRuntime:
+    spec: Spec
+    keyring: Keyring
+    node_id: str                              # where everything stands
+    node_ip: str
+    processes: dict[tuple[PlaceName, Epoch], _Process] = field(default_factory=dict)
+
+    def adopt(self) -> list[Event]:
+        """The lives that an earlier controller left."""
+        events: list[Event] = []
+        prefix = controller_name(self.spec.name) + "/"
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
+                place, _, epoch_text = entry["name"].removeprefix(prefix).rpartition("@")
+                name, epoch = PlaceName.parse(place), Epoch(int(epoch_text))
+                self.processes[name, epoch] = _Process(name, epoch, ray.get_actor(entry["name"], namespace=NAMESPACE))
+                events.append(Adopted(name, epoch))
+        return events
+
+    def act(self, action: Action, now_s: float) -> None:
+        logger.info("%s", action)
+        match action:
+            case Start(name, epoch):
+                self.processes[name, epoch] = _Process(name, epoch, self._start(name, epoch))
+            case Drain(name, epoch):
+                self.processes[name, epoch].actor.drain.remote()
+            case Kill(name, epoch, why):
+                process = self.processes[name, epoch]
+                process.dying, process.kill_at_s = why, now_s + LEAVE_GRACE_S
+                process.actor.leave.remote()
+            case Publish(membership):
+                self._publish(membership)
+
+    def poll(self, now_s: float) -> list[Event]:
+        """What has happened since; never waits."""
+        for process in self.processes.values():
+            if process.answer is None and not process.lost and now_s - process.asked_s >= self._ask_period_s(process):
+                process.answer, process.asked_s = process.actor.pulse.remote(), now_s
+        asked = {process.answer: process for process in self.processes.values() if process.answer is not None}
+        answered = ray.wait(list(asked), num_returns=len(asked), timeout=0)[0] if asked else []
+        events = [event for answer in answered for event in self._hear(asked[answer], now_s)]
+        for key, process in list(self.processes.items()):
+            if process.dying and self._is_gone(process, now_s):
+                del self.processes[key]
+                events.append(Died(process.name, process.epoch, process.dying))
+        return events
+
+    def pulse(self, name: PlaceName, epoch: Epoch) -> Pulse | None:
+        process = self.processes.get((name, epoch))
+        return process.pulse if process else None
+
+    def close(self) -> None:
+        """Gives the places back."""
+        for entry in ray.util.placement_group_table().values():
+            if entry["name"].startswith(controller_name(self.spec.name) + "/") and entry["state"] != "REMOVED":
+                ray.util.remove_placement_group(ray.util.get_placement_group(entry["name"]))
+
+    def _start(self, name: PlaceName, epoch: Epoch) -> Any:
+        options: dict[str, Any] = {
+            "name": actor_name(self.spec.name, name, epoch),
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": 0,                # a new life is a new actor with a new epoch
+            "num_cpus": 0,
+        }
+        if name.kind is PlaceKind.GATEWAY:
+            here = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
+            return ray.remote(GatewayShell).options(**options, scheduling_strategy=here).remote(self.spec, name, self.keyring)
+        config = worker_config(self.spec, name, epoch)
+        options |= {"num_cpus": CPUS_PER_ACTOR, "num_gpus": self._num_gpus}
+        place = PlacementGroupSchedulingStrategy(self._placement(name), placement_group_bundle_index=0)
+        return ray.remote(WorkerShell).options(**options, scheduling_strategy=place).remote(Role(name.kind), config, self.keyring)
+
+    @property
+    def _num_gpus(self) -> int:
+        return 1 if self.spec.model.device is Device.CUDA else 0
+
+    def _placement(self, name: PlaceName) -> PlacementGroup:
+        """A place's own, kept over its lives."""
+        group_name = f"{controller_name(self.spec.name)}/{name}"
+        group: PlacementGroup
+        try:
+            group = ray.util.get_placement_group(group_name)
+        except ValueError:
+            bundle = {"CPU": CPUS_PER_ACTOR, f"node:{self.node_ip}": 0.001} | ({"GPU": self._num_gpus} if self._num_gpus else {})
+            group = ray.util.placement_group([bundle], strategy="STRICT_PACK", name=group_name, lifetime="detached")
+        return group
+
+    def _publish(self, membership: Membership) -> None:
+        encoded = msgspec.msgpack.encode(membership)
+        for process in self.processes.values():
+            process.actor.update_membership.remote(encoded)
+
+    def _ask_period_s(self, process: _Process) -> float:
+        is_serving = process.pulse is not None and process.pulse.state is ShellState.SERVING
+        return ASK_PERIOD_S if is_serving and not process.dying else 0.0
+
+    def _hear(self, process: _Process, now_s: float) -> list[Event]:
+        answer, process.answer = process.answer, None
+        try:
+            process.pulse = msgspec.msgpack.decode(ray.get(answer), type=Pulse)
+        except RayError as error:
+            logger.warning("%s epoch %d is lost: %s", process.name, process.epoch, error)
+            process.lost = True
+            process.dying = process.dying or f"its process ended: {type(error).__name__}"
+            return []
+        if process.pulse.state is ShellState.FAILED:
+            return [StartFailed(process.name, process.epoch, process.pulse.error, hopeless=process.pulse.is_typed)]
+        presence = process.pulse.member or process.pulse.address
+        return [Answered(process.name, process.epoch, presence, process.pulse.drained)]
+
+    def _is_gone(self, process: _Process, now_s: float) -> bool:
+        """Helps a dying process along. One that never answered is known through Ray alone, to us as to everybody."""
+        pulse = process.pulse
+        has_left = pulse is not None and pulse.state is ShellState.ENDED
+        if not process.lost and (has_left or now_s >= process.kill_at_s):
+            ray.kill(process.actor)
+            process.lost, process.kill_at_s = True, now_s + SIGKILL_AFTER_S
+        if pulse is None:
+            return process.lost and process.answer is None
+        running = find_process(pulse)
+        if running is not None and process.lost and now_s >= process.kill_at_s:
+            running.kill()
+        return running is None
+
+
+def find_process(pulse: Pulse) -> psutil.Process | None:
+    """The process that gave this pulse, if it still exists; a zombie's memory is gone."""
+    try:
+        process = psutil.Process(pulse.pid)
+        return process if abs(process.create_time() - pulse.created_s) < 0.01 and not is_dead(process) else None
+    except psutil.NoSuchProcess:
+        return None
+
+

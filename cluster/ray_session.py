@@ -1,0 +1,221 @@
+"""A command's side of Ray: joins a cluster, or starts one; finds, starts and stops a deployment's controller.
+
+    launch(spec) ──► the running Ray, or a head of our own ──► controller actor (detached) ──► Deployment
+    find(name)   ──► the same one later, from another command
+
+A Deployment is a handle: `status()`, `wait_until_ready()`, `stop()`. This file and `ray_runtime` are the only ones that import Ray.
+"""
+
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..messages.errors import ClusterError, SpecError
+from ..messages.zmq_post import Keyring
+from . import records
+from .controller import Phase
+from .pulse import DeploymentStatus
+from .ray_head import Head, start_head, stop_head
+from .records import Record
+from .spec import Spec
+
+ANSWER_TIMEOUT_S = 20.0
+POLL_S = 0.1
+STOP_MARGIN_S = 20.0
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A running (or starting) deployment, as this process reaches it."""
+
+    record: Record
+    controller: Any                           # ray.actor.ActorHandle of a ControllerShell
+
+    def status(self) -> DeploymentStatus:
+        """Raises ClusterError if the controller does not answer."""
+        from .controller_shell import decode_status
+
+        return decode_status(_ask(self.controller.status.remote()))
+
+    def wait_until_ready(self, timeout_s: float, watch: Callable[[DeploymentStatus], None] = lambda status: None) -> DeploymentStatus:
+        """Raises ClusterError with the places' own words as soon as one will not come up, or when the time is up."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            status = self.status()
+            watch(status)
+            if is_serving(status):
+                return status
+            if status.phase is Phase.FAILED:
+                raise ClusterError("\n".join(status.errors))
+            if time.monotonic() > deadline:
+                waiting = [f"{place.name} ({place.state or 'no process'})" for place in status.places if place.state != "ready"]
+                raise ClusterError("\n".join([f"not ready within {timeout_s:g} s: {', '.join(waiting)}", *status.errors]))
+            time.sleep(POLL_S)
+
+    def stop(self, drain_s: float, watch: Callable[[DeploymentStatus], None] = lambda status: None) -> None:
+        """Gateways end their answers, then workers leave; then the controller, and the Ray head if it is ours and nobody else's."""
+        import ray
+
+        _ask(self.controller.stop.remote())
+        deadline = time.monotonic() + 2 * drain_s + STOP_MARGIN_S
+        while (status := self.status()).phase is not Phase.STOPPED:
+            watch(status)
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{self.record.name} is not down after {2 * drain_s + STOP_MARGIN_S:g} s: {', '.join(status.errors)}")
+            time.sleep(POLL_S)
+        ray.kill(self.controller)
+        self._forget()
+
+    def abandon(self) -> None:
+        """For a deployment whose controller cannot be asked: its Ray head goes, and all with it, if it is ours."""
+        if self.record.head is None:
+            raise ClusterError(f"{self.record.name}: no answer from its controller, and Ray at {self.record.address} is not ours to stop")
+        self._forget()
+
+    def _forget(self) -> None:
+        import ray
+
+        ray.shutdown()
+        records.remove(self.record.name)
+        head = self.record.head
+        if head is not None and all(other.head != head for other in records.read_all()):
+            stop_head(head)
+        _sweep_shared_memory(self.record.name)
+
+
+def is_serving(status: DeploymentStatus) -> bool:
+    """All is up, and every gateway knows workers."""
+    return status.phase is Phase.READY and all(place.gateway.ready for place in status.places if place.gateway is not None)
+
+
+def launch(spec: Spec, own_ray: bool = False) -> Deployment:
+    """`own_ray`: not even a running Ray is joined. Raises ClusterError."""
+    if any(record.name == spec.name for record in records.read_all()):
+        raise SpecError(f"name: a deployment {spec.name!r} is running already; `diptych down {spec.name}` stops it")
+    address, head = (None, None) if own_ray else _running_ray()
+    if address is None:
+        head = start_head()
+        address = head.address
+    record = Record(spec.name, address, head)
+    try:
+        _join(record)
+        deployment = Deployment(record, _start_controller(spec))
+    except BaseException:
+        if head is not None and all(other.head != head for other in records.read_all()):
+            stop_head(head)
+        raise
+    records.write(record)
+    return deployment
+
+
+def find(name: str | None) -> Deployment:
+    """Raises ClusterError if there is none."""
+    record = records.find(name)
+    if record is None:
+        address, head = _running_ray()
+        if address is None or name is None:
+            raise ClusterError(f"no deployment {name or ''} is running".replace("  ", " "))
+        record = Record(name, address, head)
+    _join(record)
+    return Deployment(record, _controller(record.name))
+
+
+def _running_ray() -> tuple[str | None, Head | None]:
+    """RAY_ADDRESS; or a head that an earlier deployment started; or what `ray start` has noted on this machine."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        if not _accepts(address):
+            raise ClusterError(f"RAY_ADDRESS={address}: nothing listens there")
+        return address, None
+    for record in records.read_all():
+        if record.head is not None:
+            return record.address, record.head
+    note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+    address = note.read_text().strip() if note.is_file() else ""
+    return (address, None) if address and _accepts(address) else (None, None)
+
+
+def _accepts(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _join(record: Record) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if record.head is not None:
+        os.environ.update(record.head.environment)            # read by Ray when it is imported
+    import ray
+
+    from .ray_runtime import NAMESPACE
+
+    if ray.is_initialized():
+        if ray.get_runtime_context().gcs_address != record.address:
+            raise ClusterError(f"this process is connected to Ray at {ray.get_runtime_context().gcs_address}, not {record.address}")
+        return
+    try:
+        ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"cannot join Ray at {record.address}: {error}") from None
+
+
+def _start_controller(spec: Spec) -> Any:
+    """On this machine: its processes are the ones it can see, and shared memory is what they share."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from .controller_shell import ControllerShell
+    from .ray_runtime import NAMESPACE, controller_name
+
+    node_id = ray.get_runtime_context().get_node_id()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    node_ip = next(node["NodeManagerAddress"] for node in nodes if node["NodeID"] == node_id)
+    try:
+        return ray.remote(ControllerShell).options(
+            name=controller_name(spec.name),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1,
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        ).remote(spec.model_dump_json(), Keyring.new(), node_id, node_ip)
+    except ValueError as error:
+        raise ClusterError(f"a deployment {spec.name!r} is running on this Ray already: {error}") from None
+
+
+def _controller(name: str) -> Any:
+    import ray
+
+    from .ray_runtime import NAMESPACE, controller_name
+
+    try:
+        return ray.get_actor(controller_name(name), namespace=NAMESPACE)
+    except ValueError:
+        raise ClusterError(f"no deployment {name!r} is running on this Ray") from None
+
+
+def _ask(answer: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(answer, timeout=ANSWER_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        raise ClusterError(f"the controller has not answered for {ANSWER_TIMEOUT_S:g} s") from None
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"the controller cannot answer: {error}") from None
+
+
+def _sweep_shared_memory(name: str) -> None:
+    """Workers remove their own; this is for those that were killed and not replaced."""
+    if any(Path("/dev/shm").glob(f"diptych-{name}-*")):
+        from ..kvtransfer.shm import sweep_orphans  # torch comes with it, which is why we look first
+
+        sweep_orphans(name)
