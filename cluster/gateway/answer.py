@@ -25,6 +25,7 @@ class Answer:
         self._event = asyncio.Event()
         self._on_slow: Callable[[], None] | None = None
         self._choices = [Choice(job, job.prompt_of(index), vocabulary) for index in range(job.num_choices)]
+        self._num_open = job.num_choices
         self._cached_tokens = [0] * job.num_choices
         self._generations = [
             Generation(
@@ -46,7 +47,7 @@ class Answer:
 
     @property
     def done(self) -> bool:
-        return all(choice.finish is not None for choice in self._choices)
+        return self._num_open == 0
 
     @property
     def aborted(self) -> bool:
@@ -80,9 +81,11 @@ class Answer:
         deltas = generation.take()
         if deltas and deltas[0].index == 0:
             self._cached_tokens[index] = deltas[0].num_cached_tokens
+        was_open = choice.finish is None
         piece = choice.push(deltas)
-        if choice.stopped_by_text:
-            self._dispatcher.finish(generation)
+        if was_open and piece.finish is not None:
+            self._num_open -= 1
+            self._dispatcher.finish(generation)       # a stop string, which the workers do not know of
         return piece
 
     def _wake(self, index: int) -> None:

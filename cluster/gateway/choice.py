@@ -43,10 +43,6 @@ class Choice:
         self.num_tokens = 0
         self.finish: FinishReason | None = None
 
-    @property
-    def stopped_by_text(self) -> bool:
-        return self._stops.matched
-
     def push(self, deltas: list[TokenDelta]) -> Piece:
         """After the end, nothing more comes out."""
         text = "".join(self._push(delta) for delta in deltas)
@@ -57,7 +53,7 @@ class Choice:
         return Piece(text, tuple(tokens), self.finish)
 
     def _all_out(self) -> bool:
-        return self.finish is not None and not self.stopped_by_text
+        return self.finish is not None and not self._stops.matched
 
     def _push(self, delta: TokenDelta) -> str:
         text = self._echoed(delta.prompt_logprobs)

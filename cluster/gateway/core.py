@@ -29,7 +29,7 @@ class Core:
         self._loads = LoadView(config.limits.silent_after_s)
         policy: Policy = make_policy(config.policy, config.policy_options)
         self.dispatcher = Dispatcher(post, policy, self._loads, config.limits, self.metrics, clock)
-        self.max_model_len = self.model.max_position_embeddings or 0
+        self.max_model_len = self.model.max_position_embeddings           # until the workers say less
         self._add_gauges()
 
     def update_membership(self, membership: Membership) -> None:

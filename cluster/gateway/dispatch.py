@@ -10,6 +10,7 @@ No I/O but the Post, no clock but `clock`.
 `handle` takes messages as they come; `watch` is called a few times a second and holds every deadline.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -34,6 +35,8 @@ from ..router.policy import Policy, Queue, Refuse
 from .config import Limits
 from .errors import GenerationFailed, NoRoute, Overloaded, SlowClient
 from .generation import Attempt, Generation, GenerationState
+
+logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
@@ -178,7 +181,7 @@ class Dispatcher:
         except Malformed as error:
             self._retry(generation, "malformed", FailureKind.INTERNAL, str(error), backoff=True)
             return
-        if worker == attempt.route.decode:
+        if not attempt.handed_over and worker == attempt.route.decode:
             self._arrived(attempt)
         if not ready:
             return
@@ -223,6 +226,7 @@ class Dispatcher:
             self._fail(generation, kind, f"attempt {generation.num_attempts} of {self._limits.max_attempts} failed: {text}")
             return
         self._observer.retried(reason)
+        logger.info("%s: attempt %d is given up for another: %s", generation.prompt.name, generation.num_attempts, text)
         generation.move(GenerationState.QUEUED)
         delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (generation.num_attempts - 1)) if backoff else 0.0
         self._enqueue(generation, not_before=self._clock() + delay_s)

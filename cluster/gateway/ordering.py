@@ -24,6 +24,9 @@ class InOrder:
 
     def push(self, delta: TokenDelta) -> list[TokenDelta]:
         """What can be delivered now. Raises Malformed for a gap that will not close."""
+        if delta.index == self._next and not self._early and not self._ended:         # nearly always
+            self._accept(delta)
+            return [delta] if delta.token_ids or delta.finish is not None else []
         held = self._early.get(delta.index)
         if held is None or len(held.token_ids) <= len(delta.token_ids):
             self._early[delta.index] = delta
@@ -40,9 +43,12 @@ class InOrder:
             num_repeated = self._next - index
             if self._ended or num_repeated > len(delta.token_ids) or (num_repeated == len(delta.token_ids) and delta.finish is None):
                 continue
-            self._ended = delta.finish is not None
-            self._next = index + len(delta.token_ids)
+            self._accept(delta)
             yield _without_head(delta, num_repeated)
+
+    def _accept(self, delta: TokenDelta) -> None:
+        self._ended = delta.finish is not None
+        self._next = delta.index + len(delta.token_ids)
 
 
 def _without_head(delta: TokenDelta, num_repeated: int) -> TokenDelta:

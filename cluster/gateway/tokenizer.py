@@ -23,8 +23,12 @@ class _TokenizerFile(msgspec.Struct):
 
 
 class _ModelFile(msgspec.Struct):
-    vocab_size: int | None = None
-    max_position_embeddings: int | None = None
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_id: int | list[int] | None = None
+
+
+class _GenerationFile(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
 
 
@@ -38,8 +42,8 @@ class TextModel:
         self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
         self.vocabulary = Vocabulary(self._tokenizer, file.decoder, file.added_tokens)
         self.template: ChatTemplate | None = load_template(folder, _read(settings, dict[str, Any]) if settings.is_file() else {})
-        self.vocab_size: int = config.vocab_size or self._tokenizer.get_vocab_size()
-        self.max_position_embeddings: int | None = config.max_position_embeddings
+        self.vocab_size = config.vocab_size
+        self.max_position_embeddings = config.max_position_embeddings
         self.eos_token_ids = _eos_token_ids(folder / "generation_config.json", config)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
@@ -63,7 +67,7 @@ def _load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _eos_token_ids(generation_config: Path, config: _ModelFile) -> tuple[int, ...]:
-    ids = _read(generation_config, _ModelFile).eos_token_id if generation_config.is_file() else None
+    ids = _read(generation_config, _GenerationFile).eos_token_id if generation_config.is_file() else None
     ids = config.eos_token_id if ids is None else ids
     return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
