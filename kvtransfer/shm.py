@@ -10,6 +10,7 @@ whose lock is free belongs to a dead process, and the next worker to start remov
 import fcntl
 import mmap
 import os
+import re
 import socket
 import threading
 import time
@@ -30,6 +31,7 @@ from .transport import NUM_IMMS, KVPool, Peer, TransferStats
 SHM = Path("/dev/shm")
 HEADER_BYTES = NUM_IMMS * 8
 PREFIX = "diptych-"
+SEGMENT_NAME = re.compile(rb"diptych-[A-Za-z0-9._-]+")
 
 
 def host_identity() -> str:
@@ -41,15 +43,16 @@ def host_identity() -> str:
 
 
 def sweep_orphans(cluster: str) -> list[str]:
-    """Removes the cluster's segments whose owners are dead; returns their names."""
+    """Removes the cluster's segments whose owners are dead; returns their names. Somebody else's are left alone."""
     removed = []
     for path in SHM.glob(f"{PREFIX}{cluster}-*"):
         try:
             with path.open("rb") as segment:
                 fcntl.flock(segment, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-                removed.append(path.name)
-        except (BlockingIOError, FileNotFoundError):
+                if os.fstat(segment.fileno()).st_nlink:        # or another sweep was faster, and the name may be a new life's
+                    path.unlink()
+                    removed.append(path.name)
+        except OSError:
             continue
     return removed
 
@@ -101,6 +104,7 @@ class ShmTransport:
         self._path = SHM / f"{PREFIX}{cluster}-{worker_id}-{epoch}"
         self._fd: int | None = None
         self._own: _Mapping | None = None
+        self._block_bytes = 0
         self._peers: dict[bytes, _Mapping] = {}
         self._queue = _Queue()
         self._stats = TransferStats()
@@ -114,19 +118,28 @@ class ShmTransport:
         pool_bytes = num_blocks * layout.block_bytes
         memory = self._create(HEADER_BYTES + pool_bytes)
         self._own = _Mapping(memory, layout.page_bytes)
+        self._block_bytes = layout.block_bytes
         tensor = torch.frombuffer(memory, dtype=layout.dtype, offset=HEADER_BYTES).view(layout.shape(num_blocks))
         return KVPool(layout, tensor)
 
     def _create(self, size: int) -> mmap.mmap:
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
+            self._fd = self._open_locked()
             os.posix_fallocate(self._fd, 0, size)     # now, or a page fault later would be a SIGBUS
         except OSError as error:
             free = os.statvfs(SHM).f_bavail * os.statvfs(SHM).f_frsize
             self.close()
             raise ClusterError(f"{self._path}: {size} bytes of shared memory wanted, {free} free: {error.strerror}") from None
         return mmap.mmap(self._fd, size)
+
+    def _open_locked(self) -> int:
+        """A sweep that comes before the lock takes the new segment for an orphan: then another one is made."""
+        while True:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd
+            os.close(fd)
 
     def register(self, pool: KVPool) -> MemoryDescriptor:
         return MemoryDescriptor(
@@ -157,18 +170,22 @@ class ShmTransport:
         return Peer(descriptor)
 
     def _map(self, descriptor: MemoryDescriptor) -> _Mapping:
-        path = SHM / descriptor.location.decode()
-        if not path.name.startswith(PREFIX) or path.parent != SHM:
+        if descriptor.host != host_identity():
+            raise PeerGone(f"{descriptor.location!r} is in the shared memory of {descriptor.host}, this is {host_identity()}")
+        if not SEGMENT_NAME.fullmatch(descriptor.location):
             raise PeerGone(f"{descriptor.location!r} is no segment of ours")
+        path = SHM / descriptor.location.decode()
         try:
-            fd = os.open(path, os.O_RDWR)
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except OSError as error:
             raise PeerGone(f"{path}: {error.strerror}") from None
         try:
-            memory = mmap.mmap(fd, 0)
+            size, pool_bytes = os.fstat(fd).st_size, descriptor.num_blocks * self._block_bytes
+            if size != HEADER_BYTES + pool_bytes or not pool_bytes:
+                raise LayoutMismatch(f"{path} has {size} bytes, {descriptor.num_blocks} blocks of {self._block_bytes} were announced")
+            return _Mapping(mmap.mmap(fd, size), descriptor.page_bytes)
         finally:
             os.close(fd)
-        return _Mapping(memory, descriptor.page_bytes)
 
     def disconnect(self, peer: Peer) -> None:
         location = peer.descriptor.location
@@ -176,17 +193,19 @@ class ShmTransport:
             self._queue.jobs = deque(job for job in self._queue.jobs if job.location != location)
             self._queue.changed.wait_for(lambda: self._queue.running is None or self._queue.running.location != location)
             mapping = self._peers.pop(location, None)
+            self._queue.busy_s = {key: busy_s for key, busy_s in self._queue.busy_s.items() if key[0] != location}
         if mapping is not None:
             mapping.close()
 
     def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+        assert self._own is not None
         location = peer.descriptor.location
         if location not in self._peers:
             raise PeerGone(f"{location.decode()} is not connected")
-        num_pages = len(self._peers[location].pages)
-        if len(src_pages) != len(dst_pages) or not all(0 <= page < num_pages for page in dst_pages) or not 0 <= imm < NUM_IMMS:
-            wanted = f"{len(src_pages)} pages to {len(dst_pages)} places, imm {imm}"
-            raise TransferError(f"{wanted}: outside of {num_pages} pages and {NUM_IMMS} counters")
+        _check_pages(src_pages, len(self._own.pages), "here")
+        _check_pages(dst_pages, len(self._peers[location].pages), "there")
+        if len(src_pages) != len(dst_pages) or not 0 <= imm < NUM_IMMS:
+            raise TransferError(f"{len(src_pages)} pages to {len(dst_pages)} places, counter {imm} of {NUM_IMMS}")
         with self._queue.changed:
             self._queue.jobs.append(_Job(location, src_pages, dst_pages, imm))
             self._queue.changed.notify_all()
@@ -213,8 +232,8 @@ class ShmTransport:
             self._queue.closed = True
             self._queue.changed.notify_all()
         self._thread.join()
-        self._path.unlink(missing_ok=True)
-        if self._fd is not None:
+        if self._fd is not None:                  # the name is ours for as long as we hold the lock
+            self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = None
 
@@ -250,3 +269,8 @@ class ShmTransport:
         with self._queue.changed:
             self._queue.busy_s[job.key] = self._queue.busy_s.get(job.key, 0.0) + seconds
             self._stats = self._stats.plus(num_pages, num_pages * self._peers[job.location].page_bytes, seconds)
+
+
+def _check_pages(pages: Sequence[int], num_pages: int, where: str) -> None:
+    if pages and not 0 <= min(pages) <= max(pages) < num_pages:
+        raise TransferError(f"pages {min(pages)} to {max(pages)}: there are {num_pages} {where}")

@@ -1,0 +1,465 @@
+"""Real segments in /dev/shm: pages, counts, stopping, deaths, orphans, and descriptors that lie."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import pytest
+import torch
+from harness import shm_process
+from harness.shm_process import LAYOUT, NUM_BLOCKS, NUM_PAGES, fill
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from diptych.kvtransfer.shm import HEADER_BYTES, SHM, ShmTransport, host_identity, sweep_orphans
+from diptych.kvtransfer.transport import NUM_IMMS, KVPool, Peer
+from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
+from diptych.messages.ids import Epoch, Imm, WorkerId
+from diptych.messages.membership import MemoryDescriptor
+
+TIMEOUT_S = 20.0
+IMM = Imm(3)
+
+
+class Side:
+    """One worker's transport, pool and descriptor."""
+
+    def __init__(self, cluster: str, worker: str, epoch: int = 1) -> None:
+        self.transport = ShmTransport(cluster, WorkerId(worker), Epoch(epoch))
+        self.pool: KVPool = self.transport.allocate(LAYOUT, NUM_BLOCKS)
+        self.descriptor = self.transport.register(self.pool)
+
+    @property
+    def path(self) -> Path:
+        return SHM / self.descriptor.location.decode()
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """One number a page; -1 for a page whose bytes differ."""
+        pages = self.pool.tensor.view(NUM_PAGES, -1).to(torch.int64)
+        return torch.where((pages == pages[:, :1]).all(1), pages[:, 0], -1)
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    name = f"test{uuid4().hex[:8]}"
+    yield name
+    left = list(SHM.glob(f"diptych-{name}*"))
+    for path in left:
+        path.unlink()
+    assert not left, "segments left behind"
+
+
+@pytest.fixture
+def sides(cluster: str) -> Iterator[tuple[Side, Side]]:
+    writer, receiver = Side(cluster, "prefill-0"), Side(cluster, "decode-0")
+    fill(writer.pool.tensor)
+    yield writer, receiver
+    writer.transport.close()
+    receiver.transport.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    give_up_at = monotonic() + TIMEOUT_S
+    while not condition():
+        assert monotonic() < give_up_at, f"not within {TIMEOUT_S} s"
+
+
+def landed(side: Side, imm: Imm, count: int) -> None:
+    wait_for(lambda: side.transport.num_landed(imm) >= count)
+    assert side.transport.num_landed(imm) == count
+
+
+class Held(list[int]):
+    """Source pages over which the copying thread stands still until it is let go."""
+
+    def __init__(self, pages: list[int]) -> None:
+        super().__init__(pages)
+        self.reached, self.let_go = threading.Event(), threading.Event()
+
+    def __iter__(self) -> Iterator[int]:
+        if threading.current_thread().name == "shm-writer":
+            self.reached.set()
+            assert self.let_go.wait(TIMEOUT_S)
+        return super().__iter__()
+
+
+def hold(writer: Side, peer: Peer, imm: Imm = IMM) -> Held:
+    """A write that is under way until told otherwise."""
+    pages = Held([0])
+    writer.transport.write_pages(peer, pages, [0], imm)
+    assert pages.reached.wait(TIMEOUT_S)
+    return pages
+
+
+# Pages and counts
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_pages_land_where_they_are_sent(sides: tuple[Side, Side], draw: st.DataObject) -> None:
+    writer, receiver = sides
+    receiver.pool.tensor.zero_()
+    src = draw.draw(st.lists(st.integers(0, NUM_PAGES - 1), max_size=12))
+    dst = draw.draw(st.lists(st.integers(0, NUM_PAGES - 1), min_size=len(src), max_size=len(src), unique=True))
+    imm = Imm(draw.draw(st.integers(0, NUM_IMMS - 1)))
+    receiver.transport.reset(imm)
+    peer = writer.transport.connect(receiver.descriptor)
+    cut = draw.draw(st.integers(0, len(src)))
+    for part in (slice(cut), slice(cut, None)):
+        writer.transport.write_pages(peer, src[part], dst[part], imm)
+    landed(receiver, imm, len(src))
+    expected = torch.zeros(NUM_PAGES, dtype=torch.int64)
+    expected[dst] = torch.tensor(src, dtype=torch.int64) + 1
+    assert receiver.pages.tolist() == expected.tolist()
+
+
+def test_counters_are_apart_and_reset_alone(sides: tuple[Side, Side]) -> None:
+    writer, receiver = sides
+    peer = writer.transport.connect(receiver.descriptor)
+    for imm in (0, 1, NUM_IMMS - 1):
+        writer.transport.write_pages(peer, list(range(imm % 5 + 1)), list(range(imm % 5 + 1)), Imm(imm))
+    for imm in (0, 1, NUM_IMMS - 1):
+        landed(receiver, Imm(imm), imm % 5 + 1)
+    receiver.transport.reset(Imm(1))
+    assert [receiver.transport.num_landed(Imm(imm)) for imm in (0, 1, NUM_IMMS - 1)] == [1, 0, 1]
+    assert receiver.pages[0] == 1, "the last counter lies right before the first page"
+
+
+def test_both_ways_at_once(sides: tuple[Side, Side]) -> None:
+    a, b = sides
+    to_b, to_a = a.transport.connect(b.descriptor), b.transport.connect(a.descriptor)
+    b.pool.tensor[1, 0] = 77
+    a.transport.write_pages(to_b, [0], [0], IMM)
+    b.transport.write_pages(to_a, [2], [5], IMM)
+    landed(b, IMM, 1)
+    landed(a, IMM, 1)
+    assert (a.pages[5], b.pages[0]) == (77, 1)
+
+
+def test_stats_and_busy_time(sides: tuple[Side, Side]) -> None:
+    writer, receiver = sides
+    peer = writer.transport.connect(receiver.descriptor)
+    writer.transport.write_pages(peer, [0, 1, 2], [3, 4, 5], IMM)
+    wait_for(lambda: writer.transport.stats.num_pages == 3)
+    stats = writer.transport.stats
+    assert stats.num_bytes == 3 * LAYOUT.page_bytes
+    assert writer.transport.busy_s(peer, IMM) == pytest.approx(stats.busy_s)
+    assert stats.busy_s > 0
+    assert writer.transport.stop(peer, IMM, TIMEOUT_S)
+    assert writer.transport.busy_s(peer, IMM) == 0
+    assert writer.transport.stats == stats
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "imm"),
+    [
+        ([0], [NUM_PAGES], 0),
+        ([0], [-1], 0),
+        ([NUM_PAGES], [0], 0),
+        ([-1], [0], 0),
+        ([0, 1], [0], 0),
+        ([0], [0], NUM_IMMS),
+        ([0], [0], -1),
+    ],
+)
+def test_what_lies_outside_is_refused_before_anything_moves(sides: tuple[Side, Side], src: list[int], dst: list[int], imm: int) -> None:
+    writer, receiver = sides
+    peer = writer.transport.connect(receiver.descriptor)
+    with pytest.raises(TransferError, match=str(NUM_PAGES if 0 <= imm < NUM_IMMS and len(src) == len(dst) else NUM_IMMS)):
+        writer.transport.write_pages(peer, src, dst, Imm(imm))
+    writer.transport.write_pages(peer, [7], [8], IMM)                 # the copying thread is well
+    landed(receiver, IMM, 1)
+    assert receiver.pages.count_nonzero() == 1
+
+
+# Stopping
+
+def test_stop_drops_what_waits_and_waits_for_what_is_under_way(sides: tuple[Side, Side]) -> None:
+    writer, receiver = sides
+    peer = writer.transport.connect(receiver.descriptor)
+    held = hold(writer, peer)
+    writer.transport.write_pages(peer, [1], [1], IMM)
+    writer.transport.write_pages(peer, [2], [2], Imm(9))
+    assert not writer.transport.stop(peer, IMM, 0.0)
+    assert not writer.transport.stop(peer, IMM, 0.01)
+    assert receiver.transport.num_landed(IMM) == 0, "counted before it was there"
+    held.let_go.set()
+    assert writer.transport.stop(peer, IMM, TIMEOUT_S)
+    landed(receiver, Imm(9), 1)                                       # another handoff's writes go on
+    assert receiver.transport.num_landed(IMM) == 1
+    assert receiver.pages[:3].tolist() == [1, 0, 3]
+
+
+def test_stop_does_not_wait_for_others(sides: tuple[Side, Side]) -> None:
+    writer, receiver = sides
+    peer = writer.transport.connect(receiver.descriptor)
+    held = hold(writer, peer)
+    assert writer.transport.stop(peer, Imm(9), 0.0)
+    held.let_go.set()
+
+
+def test_disconnect_waits_for_what_is_under_way_and_drops_the_rest(sides: tuple[Side, Side]) -> None:
+    writer, receiver = sides
+    peer = writer.transport.connect(receiver.descriptor)
+    held = hold(writer, peer)
+    writer.transport.write_pages(peer, [1], [1], IMM)
+    waiting = threading.Thread(target=writer.transport.disconnect, args=(peer,))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive(), "unmapped under the copying thread"
+    held.let_go.set()
+    waiting.join(TIMEOUT_S)
+    assert not waiting.is_alive()
+    assert receiver.pages[:2].tolist() == [1, 0]
+    assert writer.transport.busy_s(peer, IMM) == 0
+    with pytest.raises(PeerGone, match="decode-0"):
+        writer.transport.write_pages(peer, [1], [1], IMM)
+    writer.transport.disconnect(peer)
+    again = writer.transport.connect(receiver.descriptor)
+    writer.transport.write_pages(again, [4], [4], Imm(0))
+    landed(receiver, Imm(0), 1)
+
+
+# Peers that are not there, or not what they say
+
+def change(descriptor: MemoryDescriptor, **fields: Any) -> MemoryDescriptor:
+    return msgspec.structs.replace(descriptor, **fields)
+
+
+def test_a_dead_peer_is_gone(sides: tuple[Side, Side]) -> None:
+    writer, receiver = sides
+    receiver.transport.close()
+    with pytest.raises(PeerGone, match=r"decode-0-1: No such file"):
+        writer.transport.connect(receiver.descriptor)
+
+
+def test_writes_to_a_peer_that_dies_later_do_no_harm(sides: tuple[Side, Side], cluster: str) -> None:
+    """Its memory lives on until we let go of it; its successor's is another."""
+    writer, receiver = sides
+    peer = writer.transport.connect(receiver.descriptor)
+    receiver.transport.close()
+    successor = Side(cluster, "decode-0", epoch=2)
+    writer.transport.write_pages(peer, [0], [0], IMM)
+    assert wait_for(lambda: writer.transport.stats.num_pages == 1) is None
+    assert successor.transport.num_landed(IMM) == 0
+    assert not successor.pages.any()
+    successor.transport.close()
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        b"", b".", b"..", b"diptych-", b"/etc/passwd", b"../etc/passwd", b"diptych-x/../../etc/passwd", b"diptych-x/..",
+        b"/dev/shm/diptych-x", b"/tmp/diptych-x", b"other", b"diptych-\0", b"diptych-\xff\xfe", b"diptych-a\n", b"diptych-" + b"x" * 300,
+    ],
+)  # fmt: skip
+def test_locations_that_lead_elsewhere_are_refused(sides: tuple[Side, Side], location: bytes) -> None:
+    writer, receiver = sides
+    with pytest.raises(PeerGone):
+        writer.transport.connect(change(receiver.descriptor, location=location))
+
+
+def test_a_link_is_not_followed(sides: tuple[Side, Side], cluster: str) -> None:
+    writer, receiver = sides
+    link = SHM / f"diptych-{cluster}-link"
+    link.symlink_to(receiver.path)
+    try:
+        with pytest.raises(PeerGone, match="link"):
+            writer.transport.connect(change(receiver.descriptor, location=link.name.encode()))
+    finally:
+        link.unlink()
+
+
+def test_another_hosts_memory_is_out_of_reach(sides: tuple[Side, Side]) -> None:
+    """Although a segment of that very name is here: the same deployment may run on both."""
+    writer, receiver = sides
+    assert receiver.descriptor.host == host_identity()
+    with pytest.raises(PeerGone, match="elsewhere"):
+        writer.transport.connect(change(receiver.descriptor, host="elsewhere"))
+
+
+def test_other_page_sizes_are_refused(sides: tuple[Side, Side]) -> None:
+    writer, receiver = sides
+    with pytest.raises(LayoutMismatch, match=rf"pages of {LAYOUT.page_bytes * 2} bytes there, {LAYOUT.page_bytes} here"):
+        writer.transport.connect(change(receiver.descriptor, page_bytes=LAYOUT.page_bytes * 2))
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, NUM_BLOCKS - 1, NUM_BLOCKS + 1, -1, 1 << 40])
+def test_a_segment_of_another_size_than_announced_is_refused(sides: tuple[Side, Side], num_blocks: int) -> None:
+    writer, receiver = sides
+    with pytest.raises(LayoutMismatch, match=str(HEADER_BYTES + NUM_BLOCKS * LAYOUT.block_bytes)):
+        writer.transport.connect(change(receiver.descriptor, num_blocks=num_blocks))
+
+
+def test_an_empty_file_is_refused(sides: tuple[Side, Side], cluster: str) -> None:
+    writer, receiver = sides
+    path = SHM / f"diptych-{cluster}-empty"
+    path.touch()
+    try:
+        with pytest.raises(LayoutMismatch, match="0 bytes"):
+            writer.transport.connect(change(receiver.descriptor, location=path.name.encode()))
+    finally:
+        path.unlink()
+
+
+# Making and removing segments
+
+def test_no_room_names_the_sizes_and_leaves_nothing(cluster: str) -> None:
+    transport = ShmTransport(cluster, WorkerId("decode-0"), Epoch(1))
+    num_blocks = (1 << 50) // LAYOUT.block_bytes
+    with pytest.raises(ClusterError, match=rf"decode-0-1: {HEADER_BYTES + (1 << 50)} bytes of shared memory wanted, \d+ free"):
+        transport.allocate(replace(LAYOUT), num_blocks)
+    assert not list(SHM.glob(f"diptych-{cluster}*"))
+
+
+def test_a_name_that_lives_is_refused_and_left_alone(sides: tuple[Side, Side], cluster: str) -> None:
+    """Two processes with one worker id and epoch: the second fails, and its end does not remove the first one's segment."""
+    writer, receiver = sides
+    double = ShmTransport(cluster, WorkerId("decode-0"), Epoch(1))
+    with pytest.raises(ClusterError, match="File exists"):
+        double.allocate(LAYOUT, NUM_BLOCKS)
+    double.close()
+    peer = writer.transport.connect(receiver.descriptor)
+    writer.transport.write_pages(peer, [0], [0], IMM)
+    landed(receiver, IMM, 1)
+
+
+def test_close_removes_ones_own_segment_and_ends_the_thread(cluster: str) -> None:
+    before = set(threading.enumerate())
+    side = Side(cluster, "decode-0")
+    assert side.path.stat().st_mode & 0o777 == 0o600
+    assert sweep_orphans(cluster) == []
+    side.transport.close()
+    side.transport.close()
+    assert not side.path.exists()
+    assert set(threading.enumerate()) == before
+
+
+def test_close_leaves_a_successor_of_the_same_name_alone(cluster: str) -> None:
+    first = Side(cluster, "decode-0")
+    first.transport.close()
+    second = Side(cluster, "decode-0")
+    first.transport.close()
+    assert second.path.exists()
+    second.transport.close()
+
+
+def test_live_segments_of_clusters_with_alike_names_are_left_alone(cluster: str) -> None:
+    long, short = Side(f"{cluster}-b", "decode-0"), Side(cluster, "b-decode-0", epoch=2)
+    try:
+        assert sweep_orphans(cluster) == sweep_orphans(f"{cluster}-b") == []
+        other = Side(cluster, "decode-0")
+        assert long.path.exists()
+        assert short.path.exists()
+        other.transport.close()
+    finally:
+        long.transport.close()
+        short.transport.close()
+
+
+def before_first(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, act: Callable[[], object], after: bool = False) -> None:
+    """`act` happens right before (or after) the first call of a system function, as if another process had done it."""
+    real, calls = getattr(module, name), []
+
+    def called(*args: Any) -> Any:
+        calls.append(args)
+        first = len(calls) == 1
+        if first and not after:
+            act()
+        result = real(*args)
+        if first and after:
+            act()
+        return result
+
+    monkeypatch.setattr(module, name, called)
+
+
+def test_a_sweep_between_making_and_lock_does_no_harm(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For that moment a new segment looks like an orphan; two workers of one host do start at the same time."""
+    swept: list[str] = []
+    before_first(monkeypatch, os, "open", lambda: swept.extend(sweep_orphans(cluster)), after=True)
+    side = Side(cluster, "decode-0")
+    assert swept == [side.path.name]
+    assert side.path.exists()
+    assert sweep_orphans(cluster) == []
+    side.transport.close()
+
+
+def test_two_sweeps_of_one_orphan_leave_its_successor_alone(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one has opened the orphan; when it gets the lock the name is a new life's."""
+    (SHM / f"diptych-{cluster}-decode-0-1").touch()
+    successors: list[Side] = []
+    before_first(monkeypatch, fcntl, "flock", lambda: successors.append(Side(cluster, "decode-0")))
+    assert sweep_orphans(cluster) == []
+    assert successors[0].path.exists()
+    successors[0].transport.close()
+
+
+def test_a_segment_that_cannot_be_opened_does_not_stop_a_start(cluster: str) -> None:
+    """A directory stands for anything that is not ours to open: another user's segment, say."""
+    odd = SHM / f"diptych-{cluster}-odd"
+    odd.mkdir()
+    try:
+        Side(cluster, "decode-0").transport.close()
+    finally:
+        odd.rmdir()
+
+
+# With a second process
+
+@pytest.fixture
+def other(cluster: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, shm_process.__file__, cluster, "prefill-0"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield process
+    process.communicate(timeout=TIMEOUT_S)
+
+
+def test_counts_from_another_process_are_exact_never_early_and_its_death_is_swept(cluster: str, other: subprocess.Popen[str]) -> None:
+    assert other.stdin is not None
+    assert other.stdout is not None
+    receiver = Side(cluster, "decode-0")
+    location = msgspec.msgpack.decode(bytes.fromhex(other.stdout.readline()), type=MemoryDescriptor).location.decode()
+    order = torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(1)).tolist()
+    jobs, start = [], 0
+    for size in (1, 2, 3, 5, 8, 13, 21, 34):
+        jobs.append((list(range(start, start + size)), order[start : start + size]))
+        start += size
+    peer = msgspec.msgpack.encode(receiver.descriptor).hex()
+    other.stdin.writelines(json.dumps({"peer": peer, "src": src, "dst": dst, "imm": IMM}) + "\n" for src, dst in jobs)
+    other.stdin.flush()
+    counts = {0}
+    give_up_at = monotonic() + TIMEOUT_S
+    while max(counts) < start:
+        assert monotonic() < give_up_at
+        count = receiver.transport.num_landed(IMM)
+        assert receiver.pages[order[:count]].tolist() == list(range(1, count + 1)), "counted before it was there"
+        assert count >= max(counts)
+        counts.add(count)
+    assert counts <= {sum(len(src) for src, _ in jobs[:n]) for n in range(len(jobs) + 1)}
+
+    assert sweep_orphans(cluster) == [], "its owner lives"
+    other.kill()
+    other.wait(TIMEOUT_S)
+    assert (SHM / location).exists()
+    assert sweep_orphans(cluster) == [location]
+    assert not (SHM / location).exists()
+    receiver.transport.close()
+
+
+def test_a_lock_is_what_keeps_a_segment(cluster: str) -> None:
+    path = SHM / f"diptych-{cluster}-decode-9-1"
+    with path.open("wb") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        assert sweep_orphans(cluster) == []
+    assert sweep_orphans(cluster) == [path.name]
