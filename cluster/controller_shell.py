@@ -81,6 +81,7 @@ class ControllerShell:
             host=self._spec.router.host,
             port=next((place.gateway.port for place in places if place.gateway is not None), None),
             pid=os.getpid(),
+            drain_s=self._spec.timeouts.drain_s,
             places=places,
         )
 

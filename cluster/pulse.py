@@ -54,6 +54,7 @@ class DeploymentStatus(Struct, frozen=True):
     host: str
     port: int | None                          # None: no gateway is ready yet
     pid: int                                  # the controller's
+    drain_s: float                            # how long each member may take to leave
     places: tuple[PlaceStatus, ...]
 
     @property

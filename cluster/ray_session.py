@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..messages.errors import ClusterError, SpecError
 from ..messages.zmq_post import Keyring
 from . import records
@@ -50,6 +52,7 @@ class Deployment:
             status = self.status()
             watch(status)
             if is_serving(status):
+                records.write(msgspec.structs.replace(self.record, endpoint=status.endpoint))
                 return status
             if status.phase is Phase.FAILED:
                 raise ClusterError("\n".join(status.errors))
@@ -58,16 +61,18 @@ class Deployment:
                 raise ClusterError("\n".join([f"not ready within {timeout_s:g} s: {', '.join(waiting)}", *status.errors]))
             time.sleep(POLL_S)
 
-    def stop(self, drain_s: float, watch: Callable[[DeploymentStatus], None] = lambda status: None) -> None:
+    def stop(self, watch: Callable[[DeploymentStatus], None] = lambda status: None) -> None:
         """Gateways end their answers, then workers leave; then the controller, and the Ray head if it is ours and nobody else's."""
         import ray
 
+        status = self.status()
+        timeout_s = 2 * status.drain_s + STOP_MARGIN_S        # of the gateways, then of the workers
+        deadline = time.monotonic() + timeout_s
         _ask(self.controller.stop.remote())
-        deadline = time.monotonic() + 2 * drain_s + STOP_MARGIN_S
         while (status := self.status()).phase is not Phase.STOPPED:
             watch(status)
             if time.monotonic() > deadline:
-                raise ClusterError(f"{self.record.name} is not down after {2 * drain_s + STOP_MARGIN_S:g} s: {', '.join(status.errors)}")
+                raise ClusterError("\n".join([f"{self.record.name} is not down after {timeout_s:g} s", *status.errors]))
             time.sleep(POLL_S)
         ray.kill(self.controller)
         self._forget()

@@ -18,6 +18,7 @@ class Record(Struct, frozen=True):
     name: str
     address: str                              # of the Ray cluster
     head: Head | None                         # set if it is ours, and so ours to stop
+    endpoint: str | None = None               # once it has served
 
 
 def folder() -> Path:

@@ -1,0 +1,170 @@
+"""`diptych`: what people type.
+
+Exit codes: 0 done; 1 it did not work, the text says why; 2 a wrong option or spec; 4 `status`: running, but not everything is ready;
+130 interrupted. `bench` has its own, of the same meaning where they coincide.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from ..messages.errors import ClusterError, DiptychError, SpecError
+from .bench.command import app as bench_app
+
+if TYPE_CHECKING:
+    from .pulse import DeploymentStatus
+
+# What imports Ray, httpx or pydantic is imported within the command that needs it: `diptych --help` answers at once.
+
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_READY = 1, 2, 4
+REFRESH_S = 1.0
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, help="LLM serving with prefill and decode on separate GPUs.")
+app.add_typer(bench_app, name="bench")
+console = Console()
+
+Name = Annotated[str | None, typer.Argument(help="of the deployment; not needed if there is only one")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.command()
+def demo(keep: Annotated[bool, typer.Option("--keep", help="go on serving afterwards")] = False) -> None:
+    """Start a prefill worker, a decode worker and a gateway on this machine, and stream one answer."""
+    from .demo import run_demo
+
+    run_demo(console, keep, f"{_own_name()} down demo", _announcer())
+
+
+@app.command()
+def up(spec: Annotated[Path, typer.Argument(help="YAML")], as_json: AsJson = False) -> None:
+    """Start the deployment of a spec: in the Ray cluster that runs, or else in one of its own. Returns once it serves."""
+    from .ray_session import launch
+    from .spec import load_spec
+
+    wanted = load_spec(spec)
+    deployment = launch(wanted)
+    try:
+        status = deployment.wait_until_ready(wanted.timeouts.start_s, _announcer())
+    except BaseException:
+        deployment.stop()
+        raise
+    _show(status, as_json)
+
+
+@app.command()
+def down(name: Name = None) -> None:
+    """Stop a deployment in order: answers under way are finished first. A Ray cluster that `up` started goes with it."""
+    from .ray_session import find
+
+    deployment = find(name)
+    deployment.stop(_announcer())
+    console.print(f"{deployment.record.name} is down")
+
+
+@app.command()
+def status(name: Name = None, as_json: AsJson = False) -> None:
+    """Show a deployment's places and traffic."""
+    from .ray_session import find, is_serving
+
+    now = find(name).status()
+    _show(now, as_json)
+    if not is_serving(now):
+        raise typer.Exit(EXIT_NOT_READY)
+
+
+@app.command()
+def top(name: Name = None) -> None:
+    """The same, live. Ctrl-C ends it."""
+    from rich.live import Live
+
+    from .ray_session import find
+    from .tables import deployment_view
+
+    deployment = find(name)
+    view = deployment_view(deployment.status())
+    with contextlib.suppress(KeyboardInterrupt), Live(view, console=console, screen=console.is_terminal) as live:
+        while True:
+            time.sleep(REFRESH_S)
+            live.update(deployment_view(deployment.status()))
+
+
+@app.command()
+def chat(
+    message: Annotated[str | None, typer.Argument(help="one question; without it, a conversation")] = None,
+    name: Annotated[str | None, typer.Option(help="of the deployment")] = None,
+    url: Annotated[str | None, typer.Option(help="of any OpenAI-compatible endpoint, instead: http://host:port")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="DIPTYCH_API_KEY")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+) -> None:
+    """Talk to a deployment. A conversation ends with an empty line or Ctrl-D."""
+    from .chat import Chat
+
+    conversation = Chat(url or _endpoint(name), api_key, max_tokens, temperature)
+    if message is not None:
+        _say(conversation.ask(message).pieces)
+        return
+    with contextlib.suppress(EOFError):
+        while text := console.input("[bold]> [/]").strip():
+            _say(conversation.ask(text).pieces)
+
+
+def main() -> None:
+    try:
+        app()
+    except DiptychError as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(EXIT_USAGE if isinstance(error, SpecError) else EXIT_FAILED)
+
+
+def _endpoint(name: str | None) -> str:
+    from . import records
+
+    record = records.find(name)
+    if record is None or record.endpoint is None:
+        raise ClusterError(f"no deployment {name or ''} serves here; --url names another endpoint".replace("  ", " "))
+    return record.endpoint
+
+
+def _show(status: "DeploymentStatus", as_json: bool) -> None:
+    from .tables import deployment_view
+
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(status)) + b"\n")
+    else:
+        console.print(deployment_view(status))
+
+
+def _say(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+
+
+def _announcer() -> Callable[["DeploymentStatus"], None]:
+    """Prints each change of a place's state on the standard error, once."""
+    seen: dict[str, tuple[object, str]] = {}
+    progress = Console(stderr=True)
+
+    def announce(status: "DeploymentStatus") -> None:
+        for place in status.places:
+            now = (place.state, place.error)
+            if seen.get(place.name) != now:
+                seen[place.name] = now
+                progress.print(f"  {place.name} {place.state or 'down'} {place.error}", style="dim", markup=False, highlight=False)
+
+    return announce
+
+
+def _own_name() -> str:
+    """As the user reached us, so that what we print can be typed."""
+    return "diptych" if shutil.which("diptych") == sys.argv[0] else os.path.relpath(sys.argv[0])
