@@ -111,7 +111,7 @@ class Dispatcher:
                 case RequestFailed():
                     self._on_failed(message)
                 case _:
-                    pass                      # a handoff's message is not for a gateway; the codec let it through as ours
+                    pass                      # what workers say to each other is nothing to a gateway
 
     def watch(self) -> None:
         now = self._clock()

@@ -29,7 +29,7 @@ async def respond(exchange: Exchange, answer: Answer, dialect: Dialect, job: Job
     watcher = asyncio.create_task(_abort_when_gone(exchange, answer))
     try:
         async with asyncio.timeout(timeout_s + WRITE_GRACE_S) as patience:
-            answer.on_slow(lambda: patience.reschedule(0))
+            answer.on_slow(lambda: None if patience.expired() else patience.reschedule(0))
             answer.start()
             if job.stream:
                 await _Stream(exchange, answer, dialect, headers).run(usage=job.include_usage)

@@ -200,17 +200,20 @@ class TestClient:
             await house.until(lambda: house.core.dispatcher.num_queued == 0)
             assert outcomes(house) == {"aborted": 1}
 
+    @pytest.mark.parametrize("n", [1, 3])
     @in_loop
-    async def test_that_does_not_read_is_dropped_and_nobody_waits_for_it(self, tmp_path):
+    async def test_that_does_not_read_is_dropped_and_nobody_waits_for_it(self, tmp_path, n):
         async with House(tmp_path, limits=Limits(max_buffered_tokens=20)) as house:
             house.says = tokens_of("x" * 100)
-            slow = house.open("POST", "/v1/completions", {"model": "tiny"} | STREAM)
+            slow = house.open("POST", "/v1/completions", {"model": "tiny"} | STREAM | {"n": n})
             slow.reading.clear()
             quick = await house.post("/v1/completions", STREAM)
             assert quick.text == "x" * 100
             await asyncio.wait_for(slow.task, 10)
-            assert outcomes(house) == {"finished": 1, "failed": 1}
-            await house.until(lambda: len(house.worker("decode-0").aborted) == 1)
+            counts = outcomes(house)
+            assert counts.pop("finished") == 1
+            assert counts["failed"] + counts.get("aborted", 0) == n
+            await house.until(lambda: len(house.worker("decode-0").aborted) == n)
 
     @in_loop
     async def test_that_reads_slowly_gets_all_of_it_in_fewer_writes(self, tmp_path):
