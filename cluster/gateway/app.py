@@ -149,6 +149,7 @@ class App:
             "created": self._core.created,
             "owned_by": "diptych",
             "max_model_len": self._core.max_model_len,
+            "vocab_size": self._core.model.vocab_size,
         }
 
     async def _health(self, call: Call) -> None:
