@@ -90,8 +90,8 @@ class KVReceiver:
         return any(h.landed is not None for h in self._handoffs.values())
 
     @property
-    def num_reserved_blocks(self) -> int:
-        return sum(len(h.blocks) for h in self._handoffs.values())
+    def requests(self) -> list[GenerateRequest]:
+        return [handoff.request for handoff in self._handoffs.values()]
 
     # what the writer tells
 

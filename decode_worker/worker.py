@@ -30,6 +30,9 @@ class DecodeWorker(Worker):
         super().drain()
         self._receiver.draining = True
 
+    def requests(self) -> list[GenerateRequest]:
+        return [*super().requests(), *self._receiver.requests]
+
     def num_handoffs(self) -> int:
         return len(self._receiver)
 

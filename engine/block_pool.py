@@ -10,6 +10,7 @@ At all times free + cached + held = total.
 """
 
 import hashlib
+import struct
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
@@ -18,12 +19,11 @@ from ..messages.ids import BlockHash, BlockId
 
 def chain_hashes(token_ids: Sequence[int], block_size: int, known: Sequence[BlockHash] = ()) -> list[BlockHash]:
     """Hashes of all full blocks of `token_ids`; `known` are the first ones, not computed again."""
-    hashes = list(known)
+    hashes, pack = list(known), struct.Struct(f"<{block_size}q").pack
     for index in range(len(hashes), len(token_ids) // block_size):
-        digest = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=16)
-        for token_id in token_ids[index * block_size : (index + 1) * block_size]:
-            digest.update(token_id.to_bytes(4, "little"))
-        hashes.append(BlockHash(digest.digest()))
+        before = hashes[-1] if hashes else b""
+        block = pack(*token_ids[index * block_size : (index + 1) * block_size])
+        hashes.append(BlockHash(hashlib.blake2b(before + block, digest_size=16).digest()))
     return hashes
 
 

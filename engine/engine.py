@@ -1,6 +1,6 @@
 """One model replica: sequences in, tokens out.
 
-    add / adopt ──► plan() ──► execute(plan) ──► StepResult: one TokenDelta per sequence that got on
+    add / adopt ──► plan() ──► execute(plan) ──► one SequenceStep per chunk, with a TokenDelta if a token follows
                        │            └─ model_runner computes, `on_layer` is told of each finished layer
                        └─ scheduler decides
 """
@@ -128,7 +128,7 @@ class Engine:
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.request.sampling
-        if sampling.max_tokens > 0 and token_id in sampling.stop_token_ids and sequence.num_outputs >= sampling.min_tokens:
+        if sampling.max_tokens > 0 and token_id in sampling.stop_token_ids and sequence.num_outputs > sampling.min_tokens:
             return FinishReason.STOP
         if sequence.num_outputs >= sampling.max_tokens or len(sequence.token_ids) >= self.limits.max_model_len:
             return FinishReason.LENGTH

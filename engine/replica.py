@@ -18,6 +18,9 @@ from .config import EngineConfig, WorkerConfig
 from .engine import Engine, EngineLimits
 from .model_runner import TorchRunner
 
+NUM_SAMPLES = 64                # of a weights file, evenly spread
+SAMPLE_BYTES = 64 << 10
+
 
 @dataclass(frozen=True)
 class Replica:
@@ -31,7 +34,7 @@ def build_replica(config: WorkerConfig) -> Replica:
     torch.set_num_threads(config.num_threads)
     folder, engine = Path(config.engine.model_path), config.engine
     model_config = ModelConfig.from_folder(folder)
-    dtype, device, load_format = _dtype(engine, model_config), torch.device(engine.device), LoadFormat(engine.load_format)
+    dtype, device, load_format = _dtype(engine, model_config), torch.device(engine.device), _load_format(engine)
     layout = KVLayout(
         model=fingerprint(folder, load_format),
         dtype=dtype,
@@ -40,7 +43,7 @@ def build_replica(config: WorkerConfig) -> Replica:
         head_dim=model_config.head_dim,
         block_size=engine.block_size,
     )
-    num_blocks = engine.num_blocks or engine.kv_memory_bytes // layout.block_bytes
+    num_blocks = _num_blocks(engine, layout)
     limits = _limits(engine, model_config, num_blocks)
     model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ReferenceOps())
     transport = ShmTransport(config.cluster, config.worker_id, config.epoch)
@@ -49,15 +52,27 @@ def build_replica(config: WorkerConfig) -> Replica:
 
 
 def fingerprint(folder: Path, load_format: LoadFormat) -> str:
-    """Equal for folders with the same config and (by the files' headers and sizes) the same weights."""
+    """Equal for folders with the same config and the same weights, as far as headers, sizes and samples of each file tell."""
     digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=16)
     digest.update(load_format.encode())
     if load_format is LoadFormat.SAFETENSORS:
         for path in sorted(folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
             with path.open("rb") as weights:
-                header = weights.read(int.from_bytes(weights.read(8), "little"))
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + header)
+                for start in range(0, size, max(size // NUM_SAMPLES, SAMPLE_BYTES)):
+                    weights.seek(start)
+                    digest.update(weights.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _num_blocks(engine: EngineConfig, layout: KVLayout) -> int:
+    if engine.num_blocks is not None:
+        return engine.num_blocks
+    if engine.kv_memory_bytes < layout.block_bytes:
+        one = f"one block of {layout.block_size} tokens takes {layout.block_bytes}"
+        raise PoolTooSmall(f"kv_memory_bytes {engine.kv_memory_bytes}: {one}")
+    return engine.kv_memory_bytes // layout.block_bytes
 
 
 def _limits(engine: EngineConfig, model: ModelConfig, num_blocks: int) -> EngineLimits:
@@ -68,6 +83,12 @@ def _limits(engine: EngineConfig, model: ModelConfig, num_blocks: int) -> Engine
     if not 0 < wanted <= room:
         raise PoolTooSmall(f"max_model_len {wanted}: the KV pool of {num_blocks} blocks holds {room} tokens")
     return EngineLimits(engine.block_size, wanted, engine.max_step_tokens, engine.max_sequences, engine.prefix_cache)
+
+
+def _load_format(engine: EngineConfig) -> LoadFormat:
+    if engine.load_format not in list(LoadFormat):
+        raise ModelError(f"load_format {engine.load_format!r} is none of {', '.join(LoadFormat)}")
+    return LoadFormat(engine.load_format)
 
 
 def _dtype(engine: EngineConfig, model: ModelConfig) -> torch.dtype:

@@ -2,7 +2,7 @@
 
     turn:  receive ─► commands from other threads ─► expire ─► tick (the role's own) ─► step ─► tokens out ─► heartbeat
 
-A role adds its side of the KV handoff by overriding the five methods at the end. Whatever it raises ends the process: a worker that is
+A role adds its side of the KV handoff by overriding the methods at the end. Whatever it raises ends the process: a worker that is
 in doubt about its state does not go on; the gateways route its requests anew and the controller starts another.
 """
 
@@ -30,11 +30,10 @@ from .outbox import TokenOutbox
 from .predictor import StepPredictor, features_of
 from .replica import Replica, build_replica
 from .scheduler import StepPlan
-from .sequence import Sequence, SequenceState
 
 
 class WorkerStatus(Struct, frozen=True):
-    """For people and metrics; a consistent snapshot as of the last turn."""
+    """For people and metrics; a consistent snapshot as of the last heartbeat."""
 
     load: LoadReport
     num_cached_blocks: int
@@ -222,9 +221,10 @@ class Worker(ABC):
             self._forget_gateway(gateway)
 
     def _forget_gateway(self, gateway: Address) -> None:
+        for request in self.requests():
+            if request.gateway == gateway:
+                self.abort(request.request_id)
         self.post.forget(gateway)
-        for sequence in [s for s in self.engine.sequences if s.request.gateway == gateway]:
-            self.abort(sequence.id)
 
     def _snapshot(self) -> WorkerStatus:
         transfer: TransferStats = self.replica.transport.stats
@@ -241,17 +241,20 @@ class Worker(ABC):
             draining=self._draining,
         )
 
-    def finish_if_known(self, request_id: RequestId) -> Sequence | None:
+    def finish_if_known(self, request_id: RequestId) -> None:
         sequence = self.engine.find(request_id)
-        if sequence is not None and sequence.state is not SequenceState.FINISHED:
+        if sequence is not None:
             self.engine.finish(sequence)
-        return sequence
 
     # a role's own
 
     def hands_off(self, request: GenerateRequest) -> bool:
         """Whether the request leaves this worker after its first token."""
         return False
+
+    def requests(self) -> list[GenerateRequest]:
+        """All that are under way here."""
+        return [sequence.request for sequence in self.engine.sequences]
 
     def before_step(self, plan: StepPlan) -> None:
         return None
@@ -264,7 +267,7 @@ class Worker(ABC):
 
     def idle_wait_s(self) -> float:
         """How long the loop may sleep when nothing was computed: short while somebody else's memory is waited for."""
-        return 0.001 if self.engine.has_work else self.config.heartbeat_s
+        return 0.001 if self.engine.has_work else max(0.0, self._next_beat - self.clock())
 
     @abstractmethod
     def setup(self) -> None:
