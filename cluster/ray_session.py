@@ -43,7 +43,7 @@ class Deployment:
         """Raises ClusterError if the controller does not answer."""
         from .controller_shell import decode_status
 
-        return decode_status(_ask(self.controller.status.remote()))
+        return decode_status(_ask(self.controller.status))
 
     def wait_until_ready(self, timeout_s: float, watch: Callable[[DeploymentStatus], None] = lambda status: None) -> DeploymentStatus:
         """Raises ClusterError with the places' own words as soon as one will not come up, or when the time is up."""
@@ -68,7 +68,7 @@ class Deployment:
         status = self.status()
         timeout_s = 2 * status.drain_s + STOP_MARGIN_S        # of the gateways, then of the workers
         deadline = time.monotonic() + timeout_s
-        _ask(self.controller.stop.remote())
+        _ask(self.controller.stop)
         while (status := self.status()).phase is not Phase.STOPPED:
             watch(status)
             if time.monotonic() > deadline:
@@ -86,10 +86,10 @@ class Deployment:
     def _forget(self) -> None:
         import ray
 
-        ray.shutdown()
         records.remove(self.record.name)
         head = self.record.head
         if head is not None and all(other.head != head for other in records.read_all()):
+            ray.shutdown()
             stop_head(head)
         _sweep_shared_memory(self.record.name)
 
@@ -207,15 +207,20 @@ def _controller(name: str) -> Any:
         raise ClusterError(f"no deployment {name!r} is running on this Ray") from None
 
 
-def _ask(answer: Any) -> Any:
+def _ask(method: Any) -> Any:
+    """What the controller's `method` returns. One that is being restarted is asked again."""
     import ray
 
-    try:
-        return ray.get(answer, timeout=ANSWER_TIMEOUT_S)
-    except ray.exceptions.GetTimeoutError:
-        raise ClusterError(f"the controller has not answered for {ANSWER_TIMEOUT_S:g} s") from None
-    except ray.exceptions.RayError as error:
-        raise ClusterError(f"the controller cannot answer: {error}") from None
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while True:
+        try:
+            return ray.get(method.remote(), timeout=max(0.1, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            raise ClusterError(f"the controller has not answered for {ANSWER_TIMEOUT_S:g} s") from None
+        except ray.exceptions.RayError as error:
+            if not isinstance(error, ray.exceptions.ActorUnavailableError) or time.monotonic() > deadline:
+                raise ClusterError(f"the controller cannot answer: {error}") from None
+        time.sleep(POLL_S)
 
 
 def _sweep_shared_memory(name: str) -> None:

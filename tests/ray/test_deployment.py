@@ -1,0 +1,94 @@
+"""A deployment on real Ray: it comes up, heals, says why it cannot, and leaves nothing behind."""
+
+import json
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from diptych.cluster.controller import Phase
+from diptych.cluster.ray_session import is_serving
+from diptych.messages.errors import ClusterError, SpecError
+from diptych.models.embedded.path import embedded_model_path
+
+from .conftest import StartCluster
+
+SMALL = {"workers": 1, "kv_memory": "32MiB"}
+SHM = Path("/dev/shm")
+
+
+def segments(name: str) -> list[str]:
+    return sorted(path.name for path in SHM.glob(f"diptych-{name}-*"))
+
+
+def test_killed_workers_and_gateway_come_back_and_answer_alike(cluster: StartCluster) -> None:
+    served = cluster()
+    assert httpx.get(f"{served.endpoint}/ready").status_code == 200
+    text = served.complete()["choices"][0]["text"]
+    for name in ("decode-0", "prefill-0"):
+        before = served.kill(name)
+        after = served.wait_until_back(before)
+        assert after.pid != before.pid
+        assert after.num_restarts == 1
+        assert served.complete()["choices"][0]["text"] == text
+    assert len(segments(served.status.name)) == 2, "the dead workers' segments are swept"
+
+
+def test_stopped_worker_is_replaced_after_the_answer_timeout(cluster: StartCluster) -> None:
+    served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 1.5})
+    before = served.kill("decode-0", signal.SIGSTOP)
+    after = served.wait_until_back(before)
+    assert before.pid is not None
+    assert not psutil.pid_exists(before.pid) or psutil.Process(before.pid).status() == psutil.STATUS_ZOMBIE
+    assert after.num_restarts == 1
+    served.complete()
+
+
+def test_a_new_controller_adopts_what_lives(cluster: StartCluster) -> None:
+    served = cluster(pools={"decode": SMALL})
+    pids, controller_pid = served.pids, served.status.pid
+    psutil.Process(controller_pid).kill()
+    served.complete()                                         # nobody needs it for that
+    status = served.wait_for(lambda status: status.pid != controller_pid and is_serving(status))
+    assert {place.name: place.pid for place in status.places} == pids
+    served.complete()
+    served.wait_until_back(served.kill("decode-0"))           # and it heals
+    served.complete()
+
+
+def test_stopping_leaves_no_process_and_no_segment(cluster: StartCluster) -> None:
+    served = cluster(router={"port": 0, "processes": 1})
+    name, pids = served.status.name, [*served.pids.values(), served.status.pid]
+    assert segments(name)
+    served.deployment.stop()
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=5.0)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    assert segments(name) == []
+
+
+def test_a_model_that_cannot_be_served_is_said_at_once(cluster: StartCluster, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(embedded_model_path(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchForCausalLM"], "model_type": "no_such"}))
+    with pytest.raises(ClusterError, match=r"decode-0: UnsupportedModel: .*") as caught:
+        cluster(model={"path": str(folder)})
+    assert "no_such" in str(caught.value) or "NoSuchForCausalLM" in str(caught.value)
+
+
+def test_a_taken_port_is_said_at_once(cluster: StartCluster) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"gateway-0 cannot listen on 127.0.0.1:{port}"):
+            cluster(pools={"decode": SMALL}, router={"port": port})
+
+
+def test_a_name_is_used_once(cluster: StartCluster) -> None:
+    served = cluster(pools={"decode": SMALL})
+    assert served.status.phase is Phase.READY
+    with pytest.raises(SpecError, match="is running already"):
+        cluster(name=served.status.name, pools={"decode": SMALL})
