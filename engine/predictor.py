@@ -33,18 +33,16 @@ CAREFUL_UNTIL = 64
 
 
 def features_of(plan: StepPlan) -> StepFeatures:
-    prompts = [chunk for chunk in plan.chunks if not _decodes(chunk)]
-    decodes = [chunk for chunk in plan.chunks if _decodes(chunk)]
+    prompts: list[Chunk] = []
+    decodes: list[Chunk] = []
+    for chunk in plan.chunks:
+        (decodes if chunk.sequence.is_decoding else prompts).append(chunk)
     return StepFeatures(
         prefill_tokens=sum(chunk.count for chunk in prompts),
         prefill_pairs=sum(attended_pairs(chunk.start, chunk.count) for chunk in prompts),
         num_decoding=len(decodes),
         decode_context=sum(chunk.end for chunk in decodes),
     )
-
-
-def _decodes(chunk: Chunk) -> bool:
-    return chunk.sequence.is_decoding
 
 
 class StepPredictor:

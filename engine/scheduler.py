@@ -133,6 +133,8 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         missing = self.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        if missing <= 0:
+            return True
         taken = self._pool.take(missing)
         if taken is not None:
             sequence.blocks += taken

@@ -65,7 +65,8 @@ class Sequence:
         return self.ttft_deadline, self.arrival
 
     def update_hashes(self, block_size: int) -> list[BlockHash]:
-        self.hashes = chain_hashes(self.token_ids, block_size, self.hashes)
+        if len(self.token_ids) // block_size > len(self.hashes):
+            self.hashes = chain_hashes(self.token_ids, block_size, self.hashes)
         return self.hashes
 
     def add_prompt_logprobs(self, start: int, scores: list[TokenLogprobs]) -> None:
