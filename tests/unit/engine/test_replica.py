@@ -1,0 +1,138 @@
+"""From a config to a replica: what does not fit is refused with its numbers and leaves no segment, and which weights share KV."""
+
+import json
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diptych.engine.config import EngineConfig, WorkerConfig
+from diptych.engine.replica import build_replica, fingerprint
+from diptych.kvtransfer.shm import SHM
+from diptych.messages.errors import ClusterError, DiptychError, ModelError, PoolTooSmall, UnsupportedModel, WeightMismatch
+from diptych.messages.ids import Epoch, WorkerId
+from diptych.models.loader import LoadFormat
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "torch_dtype": "bfloat16",
+}
+BLOCK_BYTES = 3 * 2 * 2 * 16 * 4 * 4        # layers, K and V, heads, tokens, head_dim, fp32
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    return tmp_path
+
+
+def config(folder: Path, **changes: Any) -> WorkerConfig:
+    plain = EngineConfig(str(folder), load_format="dummy", num_blocks=8)
+    return WorkerConfig(f"test{uuid4().hex[:8]}", WorkerId("decode-0"), Epoch(1), msgspec.structs.replace(plain, **changes))
+
+
+def refusal(worker: WorkerConfig) -> DiptychError:
+    with pytest.raises(DiptychError) as caught:
+        build_replica(worker)
+    assert not list(SHM.glob(f"diptych-{worker.cluster}*")), "a refused replica left its segment"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_blocks", "max_model_len"),
+    [
+        ({}, 8, 128),
+        ({"num_blocks": 100}, 100, 256),
+        ({"max_model_len": 50}, 8, 50),
+        ({"num_blocks": None, "kv_memory_bytes": 5 * BLOCK_BYTES + 1}, 5, 80),
+        ({"num_blocks": None, "kv_memory_bytes": BLOCK_BYTES}, 1, 16),
+        ({"block_size": 4}, 8, 32),
+    ],
+)
+def test_sizes(folder: Path, changes: dict[str, Any], num_blocks: int, max_model_len: int) -> None:
+    """Without max_model_len a sequence may be as long as model and pool allow."""
+    replica = build_replica(config(folder, **changes))
+    assert (replica.pool.num_blocks, replica.engine.limits.max_model_len) == (num_blocks, max_model_len)
+    assert replica.engine.pool.num_blocks == num_blocks
+    assert replica.pool.tensor.dtype == torch.float32, "auto means fp32 on a CPU, whatever the folder says"
+    replica.transport.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "text"),
+    [
+        ({"max_model_len": 257}, ModelError, "max_model_len 257 is over the model's 256 positions"),
+        ({"max_model_len": 129}, PoolTooSmall, "max_model_len 129: the KV pool of 8 blocks holds 128 tokens"),
+        ({"num_blocks": 0}, PoolTooSmall, "the KV pool of 0 blocks holds 0 tokens"),
+        (
+            {"num_blocks": None, "kv_memory_bytes": BLOCK_BYTES - 1},
+            PoolTooSmall,
+            f"kv_memory_bytes {BLOCK_BYTES - 1}: one block of 16 tokens takes {BLOCK_BYTES}",
+        ),
+        ({"dtype": "float8"}, ModelError, "dtype 'float8' is none of auto, float32, bfloat16, float16"),
+        ({"load_format": "gguf"}, ModelError, "load_format 'gguf' is none of safetensors, dummy"),
+        ({"model_path": "/no/such/folder"}, ModelError, "/no/such/folder"),
+        ({"load_format": "safetensors"}, WeightMismatch, ""),
+        ({"num_blocks": (1 << 50) // BLOCK_BYTES}, ClusterError, "bytes of shared memory wanted"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_numbers(folder: Path, changes: dict[str, Any], kind: type[DiptychError], text: str) -> None:
+    error = refusal(config(folder, **changes))
+    assert isinstance(error, kind), repr(error)
+    assert text in str(error)
+
+
+def test_an_unsupported_architecture_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(MODEL | {"architectures": ["GPT2LMHeadModel"]}))
+    assert isinstance(refusal(config(folder)), UnsupportedModel)
+
+
+def test_a_dtype_may_be_asked_for(folder: Path) -> None:
+    replica = build_replica(config(folder, dtype="bfloat16"))
+    assert replica.pool.tensor.dtype == torch.bfloat16
+    replica.transport.close()
+
+
+# Which weights share KV
+
+def fingerprint_of(folder: Path, weights: dict[str, torch.Tensor], **config_changes: Any) -> str:
+    (folder / "config.json").write_text(json.dumps(MODEL | config_changes))
+    save_file(weights, folder / "model.safetensors")
+    return fingerprint(folder, LoadFormat.SAFETENSORS)
+
+
+def test_a_fingerprint_tells_models_apart(folder: Path) -> None:
+    """Above all two fine-tunes of one base: their names, shapes and sizes are equal, and their KV is not."""
+    base = {"a": torch.zeros(600_000), "b": torch.zeros(600_000)}
+    tuned = {"a": base["a"], "b": base["b"] + 1e-3}
+    seen = [
+        fingerprint_of(folder, base),
+        fingerprint_of(folder, tuned),
+        fingerprint_of(folder, {"a": base["a"], "c": base["b"]}),
+        fingerprint_of(folder, {"a": base["a"], "b": base["b"][:-1]}),
+        fingerprint_of(folder, base, rope_theta=1e6),
+        fingerprint(folder, LoadFormat.DUMMY),
+    ]
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_fingerprint_is_of_what_is_in_the_folder_not_of_where_it_is(folder: Path) -> None:
+    weights = {"a": torch.arange(10.0)}
+    copy = folder / "copy"
+    copy.mkdir()
+    assert fingerprint_of(folder, weights) == fingerprint_of(copy, weights)
+    (copy / "README.md").write_text("other notes")
+    assert fingerprint(folder, LoadFormat.SAFETENSORS) == fingerprint(copy, LoadFormat.SAFETENSORS)
+    (copy / "model-2.safetensors").write_bytes((copy / "model.safetensors").read_bytes())
+    assert fingerprint(folder, LoadFormat.SAFETENSORS) != fingerprint(copy, LoadFormat.SAFETENSORS)

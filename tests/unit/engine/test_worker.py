@@ -1,0 +1,371 @@
+"""What both roles share, on a fake network and clock: refusals, deadlines, heartbeats, memberships, and the loop itself."""
+
+import threading
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from harness.fake_cluster import TIMEOUT_S, FakeCluster
+
+from diptych.engine.fake_runner import next_token
+from diptych.engine.worker import Worker
+from diptych.messages.codec import Message
+from diptych.messages.handoff import KVAccept, KVLanded
+from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
+from diptych.messages.membership import Membership, Role
+from diptych.messages.requests import (
+    Abort,
+    FailureKind,
+    GenerateRequest,
+    LoadUpdate,
+    RequestFailed,
+    Route,
+    SamplingParams,
+    StepTokens,
+    WorkerRef,
+)
+
+PROMPT = list(range(10))
+ROLES = [WorkerId("prefill-0"), WorkerId("decode-0")]
+PATHS = pytest.mark.parametrize("prefill", ["prefill-0", None], ids=["split", "local"])
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    return FakeCluster()
+
+
+@pytest.fixture(params=ROLES)
+def worker(request: pytest.FixtureRequest, cluster: FakeCluster) -> Worker:
+    return cluster.workers[request.param]
+
+
+def route_to(cluster: FakeCluster, worker: Worker) -> Route:
+    if worker.role is Role.DECODE:
+        return Route(worker.ref)
+    return Route(cluster.workers[WorkerId("decode-0")].ref, worker.ref)
+
+
+def ask(cluster: FakeCluster, route: Route, name: str = "r", prompt: list[int] = PROMPT, gateway: str | None = None) -> GenerateRequest:
+    asked = GenerateRequest(
+        request_id=RequestId(name),
+        gateway=Address(gateway) if gateway else cluster.gateway.address,
+        token_ids=tuple(prompt),
+        sampling=SamplingParams(max_tokens=4, seed=0, temperature=0.0),
+        route=route,
+        timeout_s=100.0,
+    )
+    cluster.gateway.send(route.first.address, asked)
+    return asked
+
+
+def answers(cluster: FakeCluster) -> list[Message]:
+    """All that has come to the gateway but heartbeats."""
+    cluster.network.deliver_all()
+    return [message for message in cluster.gateway.receive(0) if not isinstance(message, LoadUpdate)]
+
+
+def turn(cluster: FakeCluster, worker: Worker) -> list[Message]:
+    cluster.network.deliver_all()
+    worker.turn(0.0)
+    return answers(cluster)
+
+
+def run_until(cluster: FakeCluster, condition: Callable[[], bool]) -> None:
+    for _ in range(50):
+        if condition():
+            return
+        cluster.network.deliver_all()
+        cluster.fabric.land_all()
+        cluster.turn()
+    raise AssertionError("not within 50 rounds")
+
+
+def in_flight(cluster: FakeCluster, kind: type) -> list[Message]:
+    return [letter.message for letter in cluster.network.in_flight if isinstance(letter.message, kind)]
+
+
+# What is refused
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"epoch": Epoch(99)}, "meant for {id} epoch 99, this is {id} epoch {epoch}"),
+        ({"worker_id": WorkerId("other-7")}, "meant for other-7 epoch {epoch}, this is {id} epoch {epoch}"),
+    ],
+)
+def test_a_request_for_another_life_is_refused(cluster: FakeCluster, worker: Worker, change: dict[str, object], text: str) -> None:
+    meant: WorkerRef = msgspec.structs.replace(worker.ref, **change)
+    right = route_to(cluster, worker)
+    ask(cluster, Route(meant) if right.prefill is None else Route(right.decode, meant))
+    expected = text.format(id=worker.ref.worker_id, epoch=worker.ref.epoch)
+    assert turn(cluster, worker) == [RequestFailed(RequestId("r"), FailureKind.REFUSED, expected, True, worker.ref)]
+    assert worker.engine.sequences == []
+
+
+def test_a_decode_worker_takes_no_request_that_goes_by_prefill(cluster: FakeCluster) -> None:
+    prefill, decode = (cluster.workers[each] for each in ROLES)
+    asked = ask(cluster, Route(decode.ref, prefill.ref))
+    cluster.network.drop()
+    cluster.gateway.send(decode.ref.address, asked)
+    [failed] = turn(cluster, decode)
+    assert isinstance(failed, RequestFailed)
+    assert (failed.kind, failed.retryable) == (FailureKind.REFUSED, True)
+
+
+def test_draining_takes_nothing_new_and_finishes_what_it_has(cluster: FakeCluster, worker: Worker) -> None:
+    split = "prefill-0" if worker.role is Role.PREFILL else None
+    running = cluster.submit(PROMPT, 4, split)
+    run_until(cluster, lambda: bool(worker.engine.sequences))
+    worker.drain()
+    assert worker.member.draining
+    refused = cluster.submit(PROMPT, 4, split)
+    cluster.settle()
+    assert running.complete
+    assert refused.failure is not None
+    assert refused.failure.kind is FailureKind.REFUSED
+    assert refused.failure.retryable
+    assert f"{worker.ref.worker_id} is draining" in refused.failure.message
+    cluster.assert_nothing_leaked()
+
+
+def test_a_prompt_over_the_context_can_never_run(cluster: FakeCluster, worker: Worker) -> None:
+    ask(cluster, route_to(cluster, worker), prompt=[1] * 65)
+    expected = RequestFailed(RequestId("r"), FailureKind.INVALID, "65 tokens; this worker takes 1 to 64", False, worker.ref)
+    assert turn(cluster, worker) == [expected]
+
+
+def test_a_doubled_request_is_ignored(cluster: FakeCluster, worker: Worker) -> None:
+    asked = ask(cluster, route_to(cluster, worker))
+    cluster.network.double()
+    [first] = turn(cluster, worker) or turn(cluster, worker)
+    assert isinstance(first, StepTokens)
+    assert len(worker.engine.sequences) == 1
+    cluster.gateway.send(worker.ref.address, asked)
+    turn(cluster, worker)
+    assert len(worker.engine.sequences) == 1
+    assert worker.engine.scheduler.waiting == []
+
+
+def test_an_abort_of_what_is_unknown_is_nothing(cluster: FakeCluster, worker: Worker) -> None:
+    cluster.gateway.send(worker.ref.address, Abort(RequestId("never heard of")))
+    assert turn(cluster, worker) == []
+
+
+def test_an_abort_frees_at_once_and_is_not_answered(cluster: FakeCluster, worker: Worker) -> None:
+    asked = ask(cluster, route_to(cluster, worker))
+    run_until(cluster, lambda: worker.engine.pool.num_held > 0)
+    answers(cluster)
+    cluster.gateway.send(worker.ref.address, Abort(asked.request_id))
+    assert turn(cluster, worker) == []
+    assert worker.engine.sequences == []
+    assert worker.engine.pool.num_held == 0
+
+
+# Deadlines
+
+@PATHS
+def test_a_request_without_an_end_in_its_time_fails(cluster: FakeCluster, prefill: str | None) -> None:
+    """Held up because all blocks are taken by somebody else."""
+    worker = cluster.workers[WorkerId(prefill or "decode-0")]
+    taken = worker.engine.pool.take(worker.engine.pool.num_free) or []
+    answer = cluster.submit(PROMPT, 4, prefill)
+    for pause_s in (0.0, 99.9):
+        cluster.now += pause_s
+        cluster.network.deliver_all()
+        cluster.turn()
+    assert not answer.ended
+    cluster.now += 0.2
+    cluster.turn()
+    assert answers(cluster) == [
+        RequestFailed(answer.request.request_id, FailureKind.TIMEOUT, f"no end within 100 s on {worker.ref.worker_id}", True, worker.ref)
+    ]
+    worker.engine.pool.release(taken)
+    cluster.settle()
+    cluster.assert_nothing_leaked()
+
+
+# Memberships
+
+def test_an_older_membership_is_ignored(cluster: FakeCluster, worker: Worker) -> None:
+    worker.turn(0.0)
+    current = worker.membership
+    for version in (current.version - 1, current.version):
+        worker.update_membership(Membership(version, (), ()))
+        worker.turn(0.0)
+        assert worker.membership is current
+    worker.update_membership(Membership(current.version + 1, (), ()))
+    worker.turn(0.0)
+    assert worker.membership.workers == ()
+
+
+def without_gateway(cluster: FakeCluster) -> None:
+    cluster._version += 1
+    members = tuple(worker.member for worker in cluster.workers.values())
+    for worker in cluster.workers.values():
+        worker.update_membership(Membership(cluster._version, members, ()))
+
+
+@pytest.mark.parametrize(
+    ("prefill", "reached"),
+    [
+        ("prefill-0", GenerateRequest), ("prefill-0", KVAccept), ("prefill-0", KVLanded), ("prefill-0", StepTokens),
+        (None, GenerateRequest), (None, StepTokens),
+    ],
+)  # fmt: skip
+def test_a_gateway_that_is_gone_takes_its_requests_with_it(cluster: FakeCluster, prefill: str | None, reached: type) -> None:
+    """In every stage, also where the decode worker holds blocks for a sequence that does not run yet."""
+    cluster.submit(PROMPT, 40, prefill)
+    for _ in range(50):
+        if in_flight(cluster, reached):
+            break
+        cluster.network.deliver_all()
+        cluster.fabric.land_all()
+        cluster.turn()
+    assert in_flight(cluster, reached)
+    without_gateway(cluster)
+    cluster.turn()
+    if reached is GenerateRequest:
+        cluster.network.in_flight.clear()                  # it died before it was read
+    for worker in cluster.workers.values():
+        assert not worker.engine.sequences
+    cluster.settle()
+    cluster.assert_nothing_leaked()
+    num_steps = [worker._num_steps for worker in cluster.workers.values()]
+    assert max(num_steps) <= 6, "an answer of 40 tokens was computed for nobody"
+
+
+def test_other_gateways_requests_go_on(cluster: FakeCluster) -> None:
+    decode = cluster.workers[ROLES[1]]
+    both = (cluster.gateway.address, Address("fake://other"))
+    decode.update_membership(Membership(50, cluster.workers[ROLES[0]].membership.workers, both))
+    decode.turn(0.0)
+    ours, theirs = ask(cluster, Route(decode.ref), "ours"), ask(cluster, Route(decode.ref), "theirs", gateway="fake://other")
+    turn(cluster, decode)
+    decode.update_membership(Membership(51, (), both[:1]))
+    decode.turn(0.0)
+    assert [s.id for s in decode.engine.sequences] == [ours.request_id]
+    assert theirs.request_id != ours.request_id
+
+
+def test_a_dead_peer_is_forgotten(cluster: FakeCluster) -> None:
+    """What is queued for it will never be read."""
+    prefill, decode = (cluster.workers[each] for each in ROLES)
+    cluster.turn()
+    cluster.submit(PROMPT, 4)
+    cluster.network.deliver_all()
+    prefill.turn(0.0)
+    assert any(letter.to == decode.ref.address for letter in cluster.network.in_flight)
+    prefill.update_membership(Membership(99, (prefill.member,), (cluster.gateway.address,)))
+    prefill.turn(0.0)
+    assert not any(letter.to == decode.ref.address for letter in cluster.network.in_flight)
+    assert prefill.num_handoffs() == 0
+
+
+# Heartbeats and what a worker tells of itself
+
+def heartbeats(cluster: FakeCluster, worker: Worker, pause_s: float, num_turns: int) -> int:
+    num_beats = 0
+    for _ in range(num_turns):
+        cluster.now += pause_s
+        worker.turn(0.0)
+        num_beats += len(in_flight(cluster, LoadUpdate))
+        cluster.network.in_flight.clear()
+    return num_beats
+
+
+@pytest.mark.parametrize(("pause_s", "num_turns", "expected"), [(0.01, 1000, 200), (0.001, 1000, 20), (1.0, 10, 10)])
+def test_heartbeats_come_at_the_rate_and_no_faster(
+    cluster: FakeCluster, worker: Worker, pause_s: float, num_turns: int, expected: int
+) -> None:
+    """heartbeat_s is 0.05; a loop that turns more slowly beats once a turn."""
+    heartbeats(cluster, worker, 1.0, 1)
+    assert heartbeats(cluster, worker, pause_s, num_turns) == pytest.approx(expected, rel=0.2)
+
+
+def test_heartbeats_go_to_every_gateway_and_to_no_other(cluster: FakeCluster, worker: Worker) -> None:
+    gateways = (Address("fake://g1"), Address("fake://g2"))
+    worker.update_membership(Membership(99, worker.membership.workers, gateways))
+    cluster.now += 1
+    worker.turn(0.0)
+    sent = [(letter.to, letter.message) for letter in cluster.network.in_flight]
+    assert sent == [(gateway, LoadUpdate(worker.status().load)) for gateway in gateways]
+
+
+def test_an_idle_loop_wakes_for_its_next_heartbeat(cluster: FakeCluster, worker: Worker) -> None:
+    """Also after a message woke it in between: or beats would come at half the rate."""
+    worker.turn(0.0)
+    heartbeat_s = worker.config.heartbeat_s
+    assert worker.idle_wait_s() == pytest.approx(heartbeat_s)
+    cluster.now += 0.8 * heartbeat_s
+    worker.turn(0.0)
+    assert worker.idle_wait_s() == pytest.approx(0.2 * heartbeat_s)
+    cluster.now += heartbeat_s
+    assert worker.idle_wait_s() == 0.0
+
+
+def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:
+    decode = cluster.workers[ROLES[1]]
+    for i in range(6):
+        ask(cluster, Route(decode.ref), f"r{i}", prompt=[i] * 10)
+    turn(cluster, decode)
+    load = decode.load()
+    assert (load.num_waiting, load.num_running) == (5, 1)       # a step takes 8 tokens
+    assert load.num_waiting_tokens == 5 * 10 + 2
+    assert (load.num_blocks, load.num_free_blocks, load.block_size) == (16, 13, 4)
+    decode.turn(0.0)
+    cluster.now += 1                                            # the heartbeat comes in the middle of the third step
+    decode.turn(0.0)
+    status = decode.status()
+    assert (status.num_steps, status.num_tokens_computed) == (2, 16)
+    assert status.load.worker == decode.ref
+
+
+def test_member_says_what_others_need(cluster: FakeCluster, worker: Worker) -> None:
+    member = worker.member
+    assert (member.ref, member.role, member.draining) == (worker.ref, worker.role, False)
+    assert (member.num_blocks, member.block_size, member.max_model_len) == (16, 4, 64)
+    assert member.layout_hash == worker.replica.pool.layout.hash
+    assert [descriptor.transport for descriptor in member.descriptors] == ["fake"]
+
+
+# Tokens and the loop
+
+@PATHS
+def test_one_message_a_step_and_gateway(cluster: FakeCluster, prefill: str | None) -> None:
+    worker = cluster.workers[WorkerId(prefill or "decode-0")]
+    for i in range(3):
+        ask(cluster, route_to(cluster, worker), f"r{i}", prompt=[i, i])
+    [step] = turn(cluster, worker)
+    assert isinstance(step, StepTokens)
+    assert [delta.request_id for delta in step.deltas] == ["r0", "r1", "r2"]
+    assert [delta.token_ids for delta in step.deltas] == [(next_token([i, i]),) for i in range(3)]
+    assert step.load is not None
+
+
+@PATHS
+def test_an_answer_is_right(cluster: FakeCluster, prefill: str | None) -> None:
+    answer = cluster.submit(PROMPT, 9, prefill)
+    cluster.settle()
+    assert answer.complete
+    assert len(answer.tokens) == 9
+    assert cluster.num_spans == (prefill is not None)
+
+
+def test_run_ends_when_it_is_stopped(worker: Worker) -> None:
+    loop = threading.Thread(target=worker.run)
+    loop.start()
+    worker.update_membership(Membership(7, (), ()))
+    worker.stop()
+    loop.join(TIMEOUT_S)
+    assert not loop.is_alive()
+
+
+def test_what_a_turn_raises_ends_the_loop(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker in doubt about its state does not go on."""
+    def fail(now: float) -> None:
+        raise AssertionError("in doubt")
+
+    monkeypatch.setattr(worker, "tick", fail)
+    with pytest.raises(AssertionError, match="in doubt"):
+        worker.run()
