@@ -63,7 +63,7 @@ static void *copy_of(const void *bytes, size_t num_bytes)
 }
 
 EXPORT link_t *dx_link(
-    shim_t *shim, const uint8_t *uid, uint64_t base, uint64_t num_pages, const void *rkey, size_t rkey_bytes, const void *address,
+    shim_t *shim, const uint8_t *uid, uint64_t base, uint64_t num_pages, int memory_type, const void *rkey, size_t rkey_bytes, const void *address,
     size_t address_bytes)
 {
     link_t *link = calloc(1, sizeof *link + shim->num_imms * sizeof link->imms[0]);
@@ -73,6 +73,7 @@ EXPORT link_t *dx_link(
     memcpy(link->target_uid, uid, UID_BYTES);
     link->target_base = base;
     link->target_pages = num_pages;
+    link->target_memory_type = memory_type;
     link->rkey_buffer = copy_of(rkey, rkey_bytes);
     link->door_address = copy_of(address, address_bytes);
     link->active_end = &link->active;
@@ -137,7 +138,7 @@ static uint32_t merge(run_t *runs, const int64_t *source, const int64_t *target,
         if (joins && last->num_bytes + page_bytes <= MAX_PUT_BYTES)
             last->num_bytes += page_bytes;
         else
-            runs[num_runs++] = (run_t){(uint64_t)source[i] * page_bytes, (uint64_t)target[i] * page_bytes, page_bytes};
+            runs[num_runs++] = (run_t){.source = (uint64_t)source[i] * page_bytes, .target = (uint64_t)target[i] * page_bytes, .num_bytes = page_bytes};
     }
     return num_runs;
 }

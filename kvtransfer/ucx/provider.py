@@ -19,7 +19,9 @@ PATH_VARIABLE = "DIPTYCH_LIBUCP"
 SETTINGS = {
     "MM_ERROR_HANDLING": "y",               # or endpoints that report errors silently lose shared memory, and fall to TCP
     "KEEPALIVE_INTERVAL": "500ms",          # how soon shared memory shows a killed peer
-    "MAX_RMA_RAILS": "2",                   # this and the next two: NIXL's choice for RDMA
+    "TCP_TX_SEG_SIZE": "288k",              # a message of 256 KiB of pages in one piece
+    "TCP_RX_SEG_SIZE": "288k",
+    "MAX_RMA_RAILS": "2",                   # this and the next: NIXL's choice for RDMA
     "IB_PCI_RELAXED_ORDERING": "try",
     "RC_FENCE": "none",                     # a count leaves after a flush, so no fence is needed
 }

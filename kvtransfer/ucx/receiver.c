@@ -39,19 +39,44 @@ ucs_status_t door_open(shim_t *shim)
 
 /* guests */
 
+static bool read_count(count_t *count, const guest_t *guest, const void *header, size_t header_bytes)
+{
+    if (header_bytes != sizeof *count)
+        return false;
+    memcpy(count, header, sizeof *count);
+    return count->imm < guest->shim->num_imms;
+}
+
+static void land(guest_t *guest, const count_t *count)
+{
+    atomic_fetch_add_explicit(&guest->shim->counters[count->imm], count->num_pages, memory_order_release);
+    line_send(&guest->line, guest->line.ep, AM_ACK, count, sizeof *count, NULL, 0);
+}
+
 static ucs_status_t hear_count(
     void *arg, const void *header, size_t header_bytes, void *body, size_t body_bytes, const ucp_am_recv_param_t *param)
 {
     (void)body, (void)body_bytes, (void)param;
-    guest_t *guest = arg;
     count_t count;
-    if (header_bytes != sizeof count)
+    if (read_count(&count, arg, header, header_bytes))
+        land(arg, &count);
+    return UCS_OK;
+}
+
+static ucs_status_t hear_pages(
+    void *arg, const void *header, size_t header_bytes, void *body, size_t body_bytes, const ucp_am_recv_param_t *param)
+{
+    guest_t *guest = arg;
+    shim_t *shim = guest->shim;
+    uint64_t pool_bytes = shim->num_pages * shim->page_bytes;
+    count_t count;
+    bool here = shim->memory_type == UCS_MEMORY_TYPE_HOST && !(param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV);
+    if (!here || !read_count(&count, guest, header, header_bytes))
         return UCS_OK;
-    memcpy(&count, header, sizeof count);
-    if (count.imm >= guest->shim->num_imms)
+    if (body_bytes != count.num_pages * shim->page_bytes || body_bytes > pool_bytes || count.offset > pool_bytes - body_bytes)
         return UCS_OK;
-    atomic_fetch_add_explicit(&guest->shim->counters[count.imm], count.num_pages, memory_order_release);
-    line_send(&guest->line, guest->line.ep, AM_ACK, &count.job, sizeof count.job, NULL, 0);
+    memcpy((char *)shim->pool + count.offset, body, body_bytes);
+    land(guest, &count);
     return UCS_OK;
 }
 
@@ -71,6 +96,8 @@ static ucs_status_t guest_open(shim_t *shim, guest_t *guest, const caller_t *cal
     ucs_status_t status = line_open(shim, &guest->line);
     if (status == UCS_OK)
         status = line_listen(&guest->line, AM_COUNT, hear_count, guest);
+    if (status == UCS_OK)
+        status = line_listen(&guest->line, AM_PAGES, hear_pages, guest);
     if (status == UCS_OK)
         status = line_listen(&guest->line, AM_BYE, hear_bye, guest);
     if (status == UCS_OK)

@@ -5,6 +5,8 @@
      link (writer)  DOWN ──► DIALING ──HELLO──► door (receiver): older guests of that writer are torn down, a new one is opened
                       ▲         └──◄──WELCOME── guest
                       │       OPEN: puts ══► pool;  flush;  COUNT {imm, pages} ──► guest: counter += pages;  ◄── ACK
+                      │       where only TCP reaches (there UCX's puts are messages anyhow, and its emulation of them aborts a target
+                      │       whose writer has gone):   PAGES ──► guest: copied, counter += pages;   ◄── ACK
                       └── fault or stall: the endpoint is closed by force, its worker destroyed, its jobs are lost; dialled again
 
    A line (a worker of its own with one endpoint) is what either side of a link lives in, so that tearing it down ends whatever may still
@@ -22,7 +24,7 @@
 
 enum { DX_OK = 0, DX_GONE = 1, DX_RANGE = 2, DX_MEMORY = 3, DX_FAILED = 4 };    /* what Python makes its exceptions from */
 enum { UID_BYTES = 16, TEXT_BYTES = 256, MAX_MESSAGE_BYTES = 1 << 16 };
-enum { AM_HELLO = 1, AM_WELCOME = 2, AM_COUNT = 3, AM_ACK = 4, AM_BYE = 5 };
+enum { AM_HELLO = 1, AM_WELCOME = 2, AM_PAGES = 3, AM_COUNT = 4, AM_ACK = 5, AM_BYE = 6 };
 #define MS INT64_C(1000000)
 #define EXPORT __attribute__((visibility("default")))
 
@@ -41,9 +43,10 @@ typedef struct {
 
 typedef struct {
     uint64_t job;
+    uint64_t offset;                 /* of PAGES, in the receiver's pool */
     uint32_t imm;
     uint32_t num_pages;
-} count_t;
+} count_t;                           /* of PAGES and COUNT, and sent back as their ACK */
 
 typedef struct {
     ucp_worker_h worker;             /* NULL: the line is down */
@@ -53,11 +56,12 @@ typedef struct {
     _Atomic int fault;               /* the first error of either endpoint, a ucs_status_t; 0: none */
 } line_t;
 
-typedef struct run {                 /* neighbours here and there: one put */
+typedef struct run {                 /* neighbours here and there: one put, or one message */
     uint64_t source, target, num_bytes;
+    count_t count;                   /* a message's header, which must stay as long as it is under way */
 } run_t;
 
-typedef enum { JOB_POSTING, JOB_FLUSHING, JOB_FLUSHED, JOB_COUNTING, JOB_COUNTED } job_state_t;
+typedef enum { JOB_POSTING, JOB_FLUSHING, JOB_COUNTING } job_state_t;
 
 typedef struct job {
     struct job *next;
@@ -66,8 +70,10 @@ typedef struct job {
     count_t count;
     uint32_t num_runs, next_run;
     uint32_t num_puts_out;
-    bool cut;                        /* stopped before all of it was posted: flushed, never counted */
-    int64_t started_ns;
+    uint32_t num_owed;               /* pages that an ACK is owed for */
+    bool cut;                        /* stopped before all of it was posted */
+    bool flushed;
+    int64_t started_ns, moved_ns;
     run_t runs[];
 } job_t;
 
@@ -85,15 +91,17 @@ typedef struct link {
     struct shim *shim;
     uint8_t target_uid[UID_BYTES];
     uint64_t target_base, target_pages;
+    int target_memory_type;
     void *rkey_buffer, *door_address;
 
     /* the thread's own */
     line_t line;
+    bool by_message;                 /* PAGES instead of puts */
     ucp_rkey_h rkey;
     void *welcome;                   /* the guest's address, once it has come */
     job_t *active, **active_end;
     uint32_t num_active, num_puts_out;
-    int64_t retry_ns, deadline_ns, moved_ns, backoff_ns;
+    int64_t retry_ns, deadline_ns, backoff_ns;
 
     /* guarded by the shim's lock */
     link_state_t state;
@@ -178,9 +186,13 @@ ucs_status_t door_open(shim_t *shim);
 unsigned receiver_turn(shim_t *shim);
 void receiver_close(shim_t *shim);
 
-/* writer.c */
+/* jobs.c */
 void jobs_append(job_t ***end, job_t *job);
 void job_end(job_t *job, bool lost);
+void take_queued(link_t *link);
+bool advance_jobs(link_t *link);
+
+/* link.c */
 unsigned link_turn(link_t *link);
 void link_break(link_t *link, const char *why);
 void link_free(link_t *link);

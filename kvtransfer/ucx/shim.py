@@ -9,6 +9,7 @@ from typing import NewType
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from ...messages.errors import ClusterError, DiptychError, PeerGone, TransferError
 from ...messages.ids import Imm
@@ -27,6 +28,18 @@ PageIds = npt.NDArray[np.int64]
 class MemoryType(IntEnum):
     HOST = 0
     CUDA = 1
+
+
+class Location(Struct, frozen=True, array_like=True):
+    """What a writer must know of a receiver; packed into MemoryDescriptor.location."""
+
+    version: int
+    uid: bytes                    # of this life of the receiver
+    base: int                     # address of its pool, in its own memory
+    num_pages: int
+    memory_type: MemoryType
+    rkey: bytes
+    address: bytes                # of its door
 
 
 class _Code(IntEnum):
@@ -56,7 +69,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dx_num_landed": (c_uint64, (c_void_p, c_uint32)),
     "dx_reset": (None, (c_void_p, c_uint32)),
     "dx_fence": (c_int, (c_void_p, c_char_p, c_double)),
-    "dx_link": (c_void_p, (c_void_p, c_char_p, c_uint64, c_uint64, c_char_p, c_size_t, c_char_p, c_size_t)),
+    "dx_link": (c_void_p, (c_void_p, c_char_p, c_uint64, c_uint64, c_int, c_char_p, c_size_t, c_char_p, c_size_t)),
     "dx_await_open": (c_int, (c_void_p, c_double, c_char_p)),
     "dx_unlink": (None, (c_void_p,)),
     "dx_write": (c_int, (c_void_p, _PAGES, _PAGES, c_size_t, c_uint32, c_char_p)),
@@ -147,8 +160,10 @@ class Shim:
     def fence(self, uid: bytes, timeout_s: float) -> bool:
         return bool(self._call("dx_fence", self._handle, uid, timeout_s))
 
-    def link(self, uid: bytes, base: int, num_pages: int, rkey: bytes, address: bytes) -> Link:
-        link = self._call("dx_link", self._handle, uid, base, num_pages, rkey, len(rkey), address, len(address))
+    def link(self, target: Location) -> Link:
+        """Starts dialling. Raises ClusterError."""
+        where = (target.uid, target.base, target.num_pages, target.memory_type)
+        link = self._call("dx_link", self._handle, *where, target.rkey, len(target.rkey), target.address, len(target.address))
         if link is None:
             raise ClusterError("no memory for a link")
         assert isinstance(link, int)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
+import psutil
 import torch
 
 from ...messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
@@ -23,23 +24,12 @@ from ...messages.membership import MemoryDescriptor
 from ..layout import KVLayout
 from ..shm import host_identity
 from ..transport import NUM_IMMS, KVPool, Peer, TransferStats
-from .shim import UID_BYTES, Link, MemoryType, Shim
+from .shim import UID_BYTES, Link, Location, MemoryType, Shim
 
 PROTOCOL_VERSION = 1
 SLOW_LANES = ("tcp/",)
 
 logger = logging.getLogger(__name__)
-
-
-class Location(msgspec.Struct, frozen=True, array_like=True):
-    """What a writer must know; packed into MemoryDescriptor.location."""
-
-    version: int
-    uid: bytes                    # of this life of the receiver
-    base: int                     # address of its pool, in its own memory
-    num_pages: int
-    rkey: bytes
-    address: bytes                # of its door
 
 
 class UcxTransport:
@@ -65,22 +55,31 @@ class UcxTransport:
             tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
             self._shim.register(tensor.data_ptr(), num_bytes, layout.page_bytes, MemoryType.CUDA)
         self._page_bytes = layout.page_bytes
-        self._base = tensor.data_ptr()
         self._shim.start()
         return KVPool(layout, tensor.view(layout.dtype).view(layout.shape(num_blocks)))
 
     def _allocate_host(self, num_bytes: int, page_bytes: int) -> torch.Tensor:
+        free = psutil.virtual_memory().available
+        if num_bytes > free:                                      # UCX would try, and fill the machine's memory
+            raise ClusterError(f"{num_bytes} bytes of host memory wanted, {free} free")
         try:
             address = self._shim.allocate(num_bytes, page_bytes)
         except ClusterError as error:
-            raise ClusterError(f"{num_bytes} bytes of host memory wanted from UCX: {error}") from None
+            raise ClusterError(f"{num_bytes} bytes of host memory wanted from UCX, {free} free: {error}") from None
         memory = (ctypes.c_uint8 * num_bytes).from_address(address)
         weakref.finalize(memory, self._shim.release).atexit = False      # whoever holds the tensor holds the memory
         return torch.frombuffer(memory, dtype=torch.uint8).zero_()          # now: first touches are slow
 
     def register(self, pool: KVPool) -> MemoryDescriptor:
-        num_pages = pool.tensor.nbytes // pool.layout.page_bytes
-        location = Location(PROTOCOL_VERSION, self._uid, self._base, num_pages, self._shim.rkey, self._shim.address)
+        location = Location(
+            version=PROTOCOL_VERSION,
+            uid=self._uid,
+            base=pool.tensor.data_ptr(),
+            num_pages=pool.tensor.nbytes // pool.layout.page_bytes,
+            memory_type=MemoryType.CUDA if pool.tensor.is_cuda else MemoryType.HOST,
+            rkey=self._shim.rkey,
+            address=self._shim.address,
+        )
         logger.info("ucx %s from %s: pool of %d bytes", self._shim.version, self._shim.library, pool.tensor.nbytes)
         return MemoryDescriptor(
             transport=self.name,
@@ -107,7 +106,7 @@ class UcxTransport:
         if descriptor.page_bytes != self._page_bytes:
             raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {self._page_bytes} here")
         known = descriptor.location in self._links
-        link = self._links[descriptor.location] if known else self._link(descriptor)
+        link = self._links[descriptor.location] if known else self._shim.link(_decode(descriptor))
         try:
             lanes = self._shim.await_open(link, self._connect_timeout_s)
         except PeerGone as error:
@@ -118,10 +117,6 @@ class UcxTransport:
         if not known:
             _report(descriptor, lanes)
         return Peer(descriptor)
-
-    def _link(self, descriptor: MemoryDescriptor) -> Link:
-        location = _decode(descriptor)
-        return self._shim.link(location.uid, location.base, location.num_pages, location.rkey, location.address)
 
     def disconnect(self, peer: Peer) -> None:
         link = self._links.pop(peer.descriptor.location, None)

@@ -1,0 +1,131 @@
+"""A `ucx` transport in a process of its own, called over a pipe: what is killed and stopped in the tests and measured in the benchmark."""
+
+import multiprocessing as mp
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import torch
+from diptych.kvtransfer.layout import KVLayout
+from diptych.kvtransfer.ucx.transport import UcxTransport
+from diptych.messages.ids import Imm
+from diptych.messages.membership import MemoryDescriptor
+
+CALL_TIMEOUT_S = 60.0
+
+
+def byte_layout(page_bytes: int) -> KVLayout:
+    """One layer, so that a page is a block."""
+    return KVLayout("bytes", torch.uint8, num_layers=1, num_kv_heads=1, head_dim=page_bytes // 32, block_size=16)
+
+
+def pages_of(tensor: torch.Tensor) -> torch.Tensor:
+    """[num_pages, page bytes]."""
+    return tensor.view(tensor.shape[0], -1)
+
+
+class Served:
+    """What runs in the process; `UcxPeer` has the same methods on the other side of the pipe."""
+
+    def __init__(self, page_bytes: int, num_pages: int, stall_s: float) -> None:
+        torch.set_num_threads(1)
+        self.transport = UcxTransport(stall_s=stall_s)
+        self.pool = self.transport.allocate(byte_layout(page_bytes), num_pages)
+        self.descriptor = self.transport.register(self.pool)
+
+    def describe(self) -> MemoryDescriptor:
+        return self.descriptor
+
+    def reset(self, imm: int) -> None:
+        self.transport.reset(Imm(imm))
+
+    def num_landed(self, imm: int) -> int:
+        return self.transport.num_landed(Imm(imm))
+
+    def landed_at(self, imm: int, num_pages: int, timeout_s: float) -> float:
+        """The monotonic clock when that many were counted, which all processes of a host share."""
+        deadline = time.monotonic() + timeout_s
+        while self.transport.num_landed(Imm(imm)) < num_pages:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.transport.num_landed(Imm(imm))} of {num_pages} pages after {timeout_s} s")
+            time.sleep(1e-4)
+        return time.monotonic()
+
+    def read(self) -> bytes:
+        return pages_of(self.pool.tensor).numpy().tobytes()
+
+    def fence(self, writer: MemoryDescriptor) -> bool:
+        return self.transport.fence(writer, timeout_s=5.0)
+
+    def write_for_ever(self, target: MemoryDescriptor, imm: int) -> None:
+        peer = self.transport.connect(target)
+        everything = range(self.pool.num_blocks)
+        while True:
+            self.transport.write_pages(peer, everything, everything, Imm(imm))
+            while not self.transport.stop(peer, Imm(imm), 0.01):
+                continue
+
+
+def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float) -> None:
+    served = Served(page_bytes, num_pages, stall_s)
+    pipe.send(served.descriptor)
+    while True:
+        method, arguments = pipe.recv()
+        if method == "close":
+            served.transport.close()
+            return
+        try:
+            pipe.send(getattr(served, method)(*arguments))
+        except Exception as error:
+            pipe.send(error)
+
+
+class UcxPeer:
+    def __init__(self, page_bytes: int, num_pages: int, stall_s: float = 5.0) -> None:
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s), daemon=True)
+        self.process.start()
+        self.descriptor: MemoryDescriptor = self._answer()
+
+    def call(self, method: str, *arguments: object) -> object:
+        self.pipe.send((method, arguments))
+        return self._answer()
+
+    def tell(self, method: str, *arguments: object) -> None:
+        """For what never answers."""
+        self.pipe.send((method, arguments))
+
+    def _answer(self) -> object:
+        if not self.pipe.poll(CALL_TIMEOUT_S):
+            raise TimeoutError(f"no answer of process {self.process.pid} in {CALL_TIMEOUT_S} s")
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self) -> int | None:
+        """Its exit code after an orderly close, or a kill."""
+        if self.process.is_alive():
+            self.pipe.send(("close", ()))
+            self.process.join(20.0)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join(20.0)
+        return self.process.exitcode
+
+
+@contextmanager
+def ucx_peer(page_bytes: int, num_pages: int, stall_s: float = 5.0) -> Iterator[UcxPeer]:
+    peer = UcxPeer(page_bytes, num_pages, stall_s)
+    try:
+        yield peer
+    finally:
+        peer.end()

@@ -1,0 +1,260 @@
+"""The `ucx` transport between processes: what arrives, what a stop means, and what is left when either side is killed or stalls."""
+
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+import torch
+from diptych.kvtransfer.transport import KVPool, Peer
+from diptych.kvtransfer.ucx.build import build_shim
+from diptych.kvtransfer.ucx.provider import find_libucp
+from diptych.kvtransfer.ucx.transport import UcxTransport
+from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
+from diptych.messages.ids import Imm
+from harness.ucx_peer import UcxPeer, byte_layout, pages_of, ucx_peer
+
+PAGE_BYTES = 4096
+NUM_PAGES = 2048
+EVERYTHING = range(NUM_PAGES)
+LANES = {"shared memory": None, "tcp": "tcp,self"}
+
+
+def why_not() -> str | None:
+    try:
+        find_libucp()
+        build_shim()
+    except ClusterError as error:
+        return str(error)
+    return None
+
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+
+class Writer:
+    def __init__(self, stall_s: float = 5.0) -> None:
+        self.transport = UcxTransport(connect_timeout_s=2.0, stall_s=stall_s)
+        self.pool: KVPool = self.transport.allocate(byte_layout(PAGE_BYTES), NUM_PAGES)
+        self.fill(0)
+
+    def fill(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        pages_of(self.pool.tensor)[:] = torch.randint(0, 256, (NUM_PAGES, PAGE_BYTES), dtype=torch.uint8, generator=generator)
+
+    def page(self, index: int) -> bytes:
+        return pages_of(self.pool.tensor)[index].numpy().tobytes()
+
+
+@pytest.fixture
+def writer() -> Iterator[Writer]:
+    writer = Writer()
+    yield writer
+    writer.transport.close()
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[UcxPeer]:
+    """One for all tests that leave it unharmed."""
+    with ucx_peer(PAGE_BYTES, NUM_PAGES) as peer:
+        yield peer
+    assert peer.process.exitcode == 0
+
+
+def until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.001)
+
+
+def page_of(pool: bytes, index: int) -> bytes:
+    return pool[index * PAGE_BYTES : (index + 1) * PAGE_BYTES]
+
+
+def write_until_refused(writer: Writer, peer: Peer, imm: Imm, timeout_s: float) -> PeerGone:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            writer.transport.write_pages(peer, EVERYTHING, EVERYTHING, imm)
+        except PeerGone as error:
+            return error
+        time.sleep(0.002)
+    raise AssertionError(f"still accepted after {timeout_s} s")
+
+
+def assert_works(writer: Writer, peer: Peer, receiver: UcxPeer, seed: int) -> None:
+    """A whole pool, permuted, arrives and is counted exactly."""
+    imm = Imm(seed)
+    writer.fill(seed)
+    target = random.Random(seed).sample(EVERYTHING, NUM_PAGES)
+    receiver.call("reset", imm)
+    writer.transport.write_pages(peer, EVERYTHING, target, imm)
+    receiver.call("landed_at", imm, NUM_PAGES, 20.0)
+    pool = receiver.call("read")
+    assert isinstance(pool, bytes)
+    assert all(page_of(pool, target[i]) == writer.page(i) for i in EVERYTHING)
+    assert writer.transport.stop(peer, imm, 5.0)
+    assert receiver.call("num_landed", imm) == NUM_PAGES
+
+
+def test_permuted_pages_arrive_and_are_counted(writer: Writer, receiver: UcxPeer) -> None:
+    peer = writer.transport.connect(receiver.descriptor)
+    assert_works(writer, peer, receiver, seed=1)
+    assert writer.transport.stats.num_bytes == NUM_PAGES * PAGE_BYTES
+    assert writer.transport.stats.busy_s > 0
+
+
+def test_neighbours_travel_together_and_land_apart(writer: Writer, receiver: UcxPeer) -> None:
+    """Runs that are longer than one put, broken on one side only, and repeated sources."""
+    peer = writer.transport.connect(receiver.descriptor)
+    source = [*range(100, 300), *range(10, 20), 5, 5, 5]
+    target = [*range(1000, 1200), *range(500, 505), *range(600, 605), 7, 9, 8]
+    receiver.call("reset", 9)
+    writer.transport.write_pages(peer, source, target, Imm(9))
+    receiver.call("landed_at", 9, len(source), 10.0)
+    pool = receiver.call("read")
+    assert isinstance(pool, bytes)
+    assert all(page_of(pool, there) == writer.page(here) for here, there in zip(source, target, strict=True))
+
+
+def test_many_tickets_at_once(writer: Writer, receiver: UcxPeer) -> None:
+    peer = writer.transport.connect(receiver.descriptor)
+    order = random.Random(3).sample(EVERYTHING, NUM_PAGES)
+    shares = [order[i::64] for i in range(64)]                      # 64 tickets of 32 pages in 8 writes each
+    for imm in range(64):
+        receiver.call("reset", imm)
+    for part in range(8):
+        for imm, share in enumerate(shares):
+            pages = share[part::8]
+            writer.transport.write_pages(peer, pages, pages, Imm(imm))
+    for imm, share in enumerate(shares):
+        receiver.call("landed_at", imm, len(share), 10.0)
+    assert receiver.call("read") == pages_of(writer.pool.tensor).numpy().tobytes()
+    assert all(writer.transport.stop(peer, Imm(imm), 5.0) for imm in range(64))
+    assert [receiver.call("num_landed", imm) for imm in range(64)] == [len(share) for share in shares]
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_after_a_stop_nothing_more_lands(lanes: str, receiver: UcxPeer, monkeypatch: pytest.MonkeyPatch) -> None:
+    if LANES[lanes] is not None:
+        monkeypatch.setenv("UCX_TLS", LANES[lanes])
+    writer = Writer()
+    peer = writer.transport.connect(receiver.descriptor)
+    receiver.call("reset", 20)
+    for _ in range(64):
+        writer.transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(20))
+    receiver.call("landed_at", 20, 1, 10.0)
+    assert writer.transport.stop(peer, Imm(20), 10.0)
+    counted, before = receiver.call("num_landed", 20), receiver.call("read")
+    assert isinstance(counted, int)
+    assert counted < 64 * NUM_PAGES
+    writer.fill(21)                                                 # would show if anything still left
+    time.sleep(0.3)
+    assert receiver.call("num_landed", 20) == counted
+    assert receiver.call("read") == before
+    assert_works(writer, peer, receiver, seed=20)                   # the same counter again
+    writer.transport.close()
+
+
+def test_stop_without_writes_is_true_at_once(writer: Writer, receiver: UcxPeer) -> None:
+    peer = writer.transport.connect(receiver.descriptor)
+    assert writer.transport.stop(peer, Imm(30), 0.0)
+    assert writer.transport.busy_s(peer, Imm(30)) == 0.0
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_a_killed_receiver_is_reported_and_survived(lanes: str, monkeypatch: pytest.MonkeyPatch, receiver: UcxPeer) -> None:
+    if LANES[lanes] is not None:
+        monkeypatch.setenv("UCX_TLS", LANES[lanes])
+    writer = Writer()
+    with ucx_peer(PAGE_BYTES, NUM_PAGES) as victim:
+        peer = writer.transport.connect(victim.descriptor)
+        writer.transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(1))
+        victim.signal(signal.SIGKILL)
+        victim.process.join(10.0)                                    # a zombie looks alive to UCX; the ACKs that it owes tell, later
+        write_until_refused(writer, peer, Imm(1), 3.0)
+        assert not writer.transport.stop(peer, Imm(1), 0.0)          # for all that we know it might still land
+        with pytest.raises(PeerGone, match="earlier pages were lost|link is down"):
+            writer.transport.write_pages(peer, [0], [0], Imm(1))
+        other = writer.transport.connect(receiver.descriptor)        # while the dead one is still being dialled
+        assert_works(writer, other, receiver, seed=40)
+        writer.transport.disconnect(peer)                            # the controller has confirmed its death
+        assert writer.transport.stop(peer, Imm(1), 0.0)
+    assert_works(writer, other, receiver, seed=41)
+    writer.transport.close()
+
+
+def test_a_killed_writer_harms_nobody(writer: Writer, receiver: UcxPeer) -> None:
+    with ucx_peer(PAGE_BYTES, NUM_PAGES) as victim:
+        receiver.call("reset", 50)
+        victim.tell("write_for_ever", receiver.descriptor, 50)
+        receiver.call("landed_at", 50, NUM_PAGES, 20.0)
+        victim.signal(signal.SIGKILL)
+        victim.process.join(10.0)
+        assert receiver.call("fence", victim.descriptor) is True
+        counted, before = receiver.call("num_landed", 50), receiver.call("read")
+        time.sleep(0.2)
+        assert (receiver.call("num_landed", 50), receiver.call("read")) == (counted, before)
+    peer = writer.transport.connect(receiver.descriptor)
+    assert_works(writer, peer, receiver, seed=51)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_a_stalled_receiver_is_cut_off_and_fenced(lanes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGSTOP shows in no error; after SIGCONT what was on its way must be dead before `stop` says so."""
+    if LANES[lanes] is not None:
+        monkeypatch.setenv("UCX_TLS", LANES[lanes])
+    writer = Writer(stall_s=0.5)
+    with ucx_peer(PAGE_BYTES, NUM_PAGES) as stalled:
+        peer = writer.transport.connect(stalled.descriptor)
+        stalled.signal(signal.SIGSTOP)
+        write_until_refused(writer, peer, Imm(1), 10.0)
+        assert not writer.transport.stop(peer, Imm(1), 0.2)
+        stalled.signal(signal.SIGCONT)
+        until(lambda: writer.transport.stop(peer, Imm(1), 0.0), 10.0)
+        counted, before = stalled.call("num_landed", 1), stalled.call("read")
+        writer.fill(60)
+        time.sleep(0.5)
+        assert (stalled.call("num_landed", 1), stalled.call("read")) == (counted, before)
+        assert_works(writer, writer.transport.connect(stalled.descriptor), stalled, seed=61)
+    writer.transport.close()
+
+
+def test_a_dead_receiver_cannot_be_connected_to(writer: Writer, receiver: UcxPeer) -> None:
+    with ucx_peer(PAGE_BYTES, 8) as victim:
+        victim.signal(signal.SIGKILL)
+        victim.process.join(10.0)
+        with pytest.raises(PeerGone, match="no link to ucx peer"):
+            writer.transport.connect(victim.descriptor)
+    assert_works(writer, writer.transport.connect(receiver.descriptor), receiver, seed=70)
+
+
+def test_what_does_not_fit_is_refused(writer: Writer, receiver: UcxPeer) -> None:
+    descriptor = receiver.descriptor
+    with pytest.raises(LayoutMismatch, match="pages of 8192 bytes there, 4096 here"):
+        writer.transport.connect(msgspec.structs.replace(descriptor, page_bytes=8192))
+    with pytest.raises(TransferError, match="not ours"):
+        writer.transport.connect(msgspec.structs.replace(descriptor, location=b"\x00"))
+    peer = writer.transport.connect(descriptor)
+    for source, target, imm in (([0], [NUM_PAGES], 0), ([-1], [0], 0), ([NUM_PAGES], [0], 0), ([0, 1], [0], 0), ([0], [0], 4096)):
+        with pytest.raises(TransferError):
+            writer.transport.write_pages(peer, source, target, Imm(imm))
+    assert writer.transport.stop(peer, Imm(0), 0.0)
+
+
+def test_the_pool_outlives_its_transport() -> None:
+    writer = Writer()
+    expected = writer.page(5)
+    writer.transport.close()
+    writer.transport.close()
+    assert writer.page(5) == expected
+
+
+def test_more_memory_than_there_is_is_refused() -> None:
+    transport = UcxTransport()
+    with pytest.raises(ClusterError, match=f"{2**50} bytes of host memory wanted"):
+        transport.allocate(byte_layout(2**30), 2**20)
+    transport.close()
