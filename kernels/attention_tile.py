@@ -7,7 +7,7 @@ Keys and values come from the pool [num_blocks, num_layers, 2, kv_heads, block_s
 layer on and steps whole blocks with 64-bit offsets: a pool has more than 2^31 elements.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -21,10 +21,12 @@ def page_rows(table, start, end, block_stride, TILE: tl.constexpr, BLOCK_SIZE: t
     """
     if BLOCK_SIZE % TILE == 0:      # one page holds the tile
         block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-        return block * block_stride + (start % BLOCK_SIZE + tl.arange(0, TILE)) * HEAD_DIM
-    positions = start + tl.arange(0, TILE)
-    blocks = tl.load(table + positions // BLOCK_SIZE, mask=positions < end, other=0).to(tl.int64)
-    return blocks * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
+        rows = block * block_stride + (start % BLOCK_SIZE + tl.arange(0, TILE)) * HEAD_DIM
+    else:
+        positions = start + tl.arange(0, TILE)
+        blocks = tl.load(table + positions // BLOCK_SIZE, mask=positions < end, other=0).to(tl.int64)
+        rows = blocks * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
+    return rows
 
 
 @triton.jit

@@ -13,7 +13,7 @@ of query rows are passed over, with context 0 answered with zeros.
 A decode reads 2 · context · kv_heads · head_dim elements and does 4 · group FLOPs with each, so bytes bound it.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from dataclasses import dataclass
 

@@ -14,9 +14,22 @@ from torch import Tensor
 class Paging:
     """Which query rows belong to which of B sequences, and where each sequence's keys and values lie."""
 
-    query_starts: Tensor      # [B+1] int32: rows query_starts[i] to query_starts[i+1] are sequence i's newest tokens
+    query_starts: Tensor      # [B+1] int32: rows query_starts[i] to query_starts[i+1], one at least, are sequence i's newest tokens
     context_lens: Tensor      # [B] int32: tokens in the KV cache, those of this step included
     block_tables: Tensor      # [B, max_blocks] int32: padding is 0 and is never used
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """The RMSNorm of every query head and every key head that some models put before the rotation."""
+
+    q: Tensor                 # [head_dim]
+    k: Tensor                 # [head_dim]
+    eps: float
+
+
+class UnsupportedByKernels(ValueError):
+    """This device's kernels cannot take a model's shape or type; the text names it and what they take."""
 
 
 class Ops(Protocol):
@@ -44,6 +57,15 @@ class Ops(Protocol):
 
     def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Stores k, v [T, kv_heads, head_dim] of one layer at slots [T] int64, which are distinct."""
+        ...
+
+    def rope_write_kv(
+        self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, positions: Tensor, cos_sin: Tensor,
+        kv_pool: Tensor, layer: int, slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """What happens between the projection and attention, as one operation: q and k are normed, if the model has `norms`, and rotated;
+        k and v are stored → q. May overwrite q, k and v.
+        """
         ...
 
     def paged_attention(self, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None) -> Tensor:

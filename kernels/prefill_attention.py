@@ -10,7 +10,7 @@ Sequences with one query row are passed over: `decode_attention` has them. FLOPs
 and visible key.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from dataclasses import dataclass
 

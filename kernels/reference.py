@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import Paging
+from .ops import HeadNorms, Paging
 
 
 class ReferenceOps:
@@ -38,6 +38,16 @@ class ReferenceOps:
         blocks, offsets = slots // block_size, slots % block_size
         kv_pool[:, layer, 0][blocks, :, offsets] = k
         kv_pool[:, layer, 1][blocks, :, offsets] = v
+
+    def rope_write_kv(
+        self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, positions: Tensor, cos_sin: Tensor,
+        kv_pool: Tensor, layer: int, slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        if norms is not None:
+            q, k = self.rms_norm(q, norms.q, norms.eps), self.rms_norm(k, norms.k, norms.eps)
+        q, k = self.rope(q, k, positions, cos_sin)
+        self.write_kv(kv_pool, layer, k, v, slots)
+        return q
 
     def paged_attention(self, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None) -> Tensor:
         contexts, out = paging.context_lens.tolist(), torch.empty_like(q)

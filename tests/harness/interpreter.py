@@ -26,8 +26,11 @@ def make_exact() -> None:
 
 
 def _convert(values: Any, source: Any, target: Any, _: Any) -> Any:
-    """The bits of `values`, an array of type `source` in whatever numpy type holds it, as `target`."""
-    converted = _tensor(values, source).to(TORCH[target])
+    """The bits of `values`, an array of type `source` in whatever numpy type holds it, as `target`; fp8 saturates, as on the device."""
+    exact = _tensor(values, source)
+    if target == tl.float8e4nv:
+        exact = exact.float().clamp(-448, 448)
+    converted = exact.to(TORCH[target])
     torch_bits, numpy_bits = BITS[converted.element_size()]
     return converted.view(torch_bits).numpy().view(numpy_bits)
 

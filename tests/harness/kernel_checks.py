@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diptych.kernels.ops import Paging
+from diptych.kernels import norms, rope_kv, silu_mul
+from diptych.kernels.decode_attention import decode_attention
+from diptych.kernels.ops import HeadNorms, Paging
+from diptych.kernels.prefill_attention import prefill_attention
 from diptych.kernels.reference import ReferenceOps
+from diptych.kernels.triton_ops import TritonOps
 
 REFERENCE = ReferenceOps()
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -54,6 +58,10 @@ class Guarded:
         self._edges = GUARD * dtype.itemsize, (GUARD + size) * dtype.itemsize
         self.tensor = self._buffer[GUARD : GUARD + size].view(tuple(shape))
 
+    def holding(self, values: Tensor) -> Tensor:
+        """The tensor, with these values for an operation that works in place."""
+        return self.tensor.copy_(values)
+
     def assert_untouched_around(self) -> None:
         first, last = self._edges
         now = self._buffer.view(torch.uint8)
@@ -92,14 +100,17 @@ class AttentionInputs:
     paging: Paging
 
 
-def attention_inputs(case: AttentionCase, device: Device) -> AttentionInputs:
-    """All sequences' blocks shuffled in one pool of three layers, with block 0 (the tables' padding) and others in nobody's hands."""
+def attention_inputs(case: AttentionCase, device: Device, blocks_before: int = 0) -> AttentionInputs:
+    """All sequences' blocks shuffled in one pool of three layers, with block 0 (the tables' padding) and others in nobody's hands.
+
+    With `blocks_before`, so many more that are nobody's lie before all of them.
+    """
     generator, layer = device.generator(), 1
     num_heads, kv_heads = case.heads
     contexts = [queries + earlier for queries, earlier in case.lengths]
     counts = [-(-context // case.block_size) for context in contexts]
-    ids = (torch.randperm(sum(counts) + 2, generator=generator) + 1).tolist()
-    pool = torch.full((len(ids) + 1, 3, 2, kv_heads, case.block_size, case.head_dim), torch.nan)
+    ids = (torch.randperm(sum(counts) + 2, generator=generator) + 1 + blocks_before).tolist()
+    pool = torch.full((blocks_before + len(ids) + 1, 3, 2, kv_heads, case.block_size, case.head_dim), torch.nan)
     tables = torch.zeros(len(counts), max(counts, default=0) + 1, dtype=torch.int32)
     for i, (context, count) in enumerate(zip(contexts, counts, strict=True)):
         tables[i, :count] = torch.tensor([ids.pop() for _ in range(count)])
@@ -124,12 +135,9 @@ def expected_attention(case: AttentionCase, inputs: AttentionInputs) -> Tensor:
     return REFERENCE.paged_attention(inputs.q.float(), inputs.wide_pool, inputs.layer, inputs.paging, case.scale, case.window)
 
 
-def check_attention(case: AttentionCase, device: Device, splits: int = 1) -> None:
+def check_attention(case: AttentionCase, device: Device, splits: int = 1, blocks_before: int = 0) -> None:
     """Both kernels on one batch: each writes its own sequences' rows, no other place, and leaves the pool as it was."""
-    from diptych.kernels.decode_attention import decode_attention
-    from diptych.kernels.prefill_attention import prefill_attention
-
-    inputs = attention_inputs(case, device)
+    inputs = attention_inputs(case, device, blocks_before)
     pool_before, q_before = bits(inputs.kv_pool), bits(inputs.q)
     out = Guarded(inputs.q.shape, case.dtype, device)
     arguments = (out.tensor, inputs.q, inputs.kv_pool, inputs.layer, inputs.paging, case.scale, case.window, inputs.kv_scales)
@@ -141,3 +149,115 @@ def check_attention(case: AttentionCase, device: Device, splits: int = 1) -> Non
     out.assert_untouched_around()
     assert torch.equal(bits(inputs.kv_pool), pool_before)
     assert torch.equal(bits(inputs.q), q_before)
+
+
+def check_norms(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> None:
+    generator = device.generator()
+    x, residual = (torch.randn(2, num_rows, n, generator=generator) * 5).to(device.name, dtype)
+    weight = torch.randn(n, generator=generator).to(device.name, dtype)
+    out = Guarded((num_rows, n), dtype, device)
+    norms.rms_norm(out.tensor, x, weight, 1e-5)
+    assert_close(out.tensor, REFERENCE.rms_norm(x.float(), weight.float(), 1e-5), TOLERANCE[dtype], device)
+    out.assert_untouched_around()
+
+    normed, total = Guarded((num_rows, n), dtype, device), Guarded((num_rows, n), dtype, device)
+    norms.add_rms_norm(normed.holding(x), normed.tensor, total.holding(residual), weight, 1e-5)
+    assert torch.equal(total.tensor, x + residual)
+    assert_close(normed.tensor, REFERENCE.rms_norm(total.tensor.float(), weight.float(), 1e-5), TOLERANCE[dtype], device)
+    normed.assert_untouched_around()
+    total.assert_untouched_around()
+
+
+def check_silu_mul(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> None:
+    gate_up = (torch.randn(num_rows, 2 * n, generator=device.generator()) * 4).to(device.name, dtype)
+    out = Guarded((num_rows, n), dtype, device)
+    silu_mul.silu_mul(out.tensor, gate_up)
+    assert_close(out.tensor, REFERENCE.silu_mul(gate_up.float()), TOLERANCE[dtype], device)
+    out.assert_untouched_around()
+
+
+@dataclass(frozen=True)
+class RopeCase:
+    num_tokens: int
+    heads: tuple[int, int] = (8, 2)
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
+    head_norms: bool = False
+    padding: int = 0          # rows at the end that are nobody's: their slot is -1
+
+
+def check_rope_write_kv(case: RopeCase, device: Device) -> None:
+    """q in place; k and v at their slots and nowhere else, in a layer of their own, exactly as the pool's type rounds them."""
+    generator, layer, num_blocks = device.generator(), 2, case.num_tokens // case.block_size + 3
+    num_heads, kv_heads = case.heads
+    qkv = torch.randn(case.num_tokens, num_heads + 2 * kv_heads, case.head_dim, generator=generator).to(device.name, case.dtype)
+    angles = torch.rand(50, case.head_dim // 2, generator=generator) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1).to(device.name)
+    positions = torch.randint(0, 50, (case.num_tokens,), generator=generator).to(device.name)
+    unused, *places = torch.randperm(num_blocks * case.block_size, generator=generator).tolist()
+    slots = torch.tensor(places[: case.num_tokens - case.padding] + [-1] * case.padding, device=device.name)
+    weights = torch.randn(2, case.head_dim, generator=generator).to(device.name, case.dtype)
+    norms_of = {dtype: HeadNorms(*weights.to(dtype), 1e-6) if case.head_norms else None for dtype in (case.dtype, torch.float32)}
+    pool = Guarded((num_blocks, 3, 2, kv_heads, case.block_size, case.head_dim), case.kv_dtype or case.dtype, device)
+    scales = None if case.kv_dtype is None else (torch.rand(3, 2, kv_heads, generator=generator) / 90 + 0.005).to(device.name)
+
+    fused = qkv.clone()
+    q, k, v = fused.split([num_heads, kv_heads, kv_heads], dim=1)
+    rope_kv.rope_write_kv(q, k, v, norms_of[case.dtype], positions, cos_sin, pool.tensor, layer, slots, scales)
+
+    expected_pool = torch.full(pool.tensor.shape, torch.nan, device=device.name)
+    wide = [part.clone() for part in qkv.float().split([num_heads, kv_heads, kv_heads], dim=1)]
+    real_slots = slots.where(slots >= 0, unused)          # the reference knows no padding: it goes where it is wiped again
+    rotated = REFERENCE.rope_write_kv(*wide, norms_of[torch.float32], positions, cos_sin, expected_pool, layer, real_slots)
+    expected_pool[unused // case.block_size, layer, :, :, unused % case.block_size] = torch.nan
+    stored = pool.tensor.float() if scales is None else pool.tensor.float() * scales[None, :, :, :, None, None]
+    written = ~expected_pool.isnan()
+    assert torch.equal(~stored.isnan(), written), "another place of the pool was written, or one was not"
+    tolerance = TOLERANCE[case.dtype]
+    assert_close(fused[:, :num_heads], rotated, tolerance, device)
+    assert_close(stored[written], expected_pool[written], tolerance if scales is None else 4e-2, device)
+    pool.assert_untouched_around()
+
+
+def check_rope_alone(case: RopeCase, device: Device) -> None:
+    generator = device.generator()
+    both = torch.randn(case.num_tokens, sum(case.heads), case.head_dim, generator=generator).to(device.name, case.dtype)
+    q, k = both.split(case.heads, dim=1)
+    positions, cos_sin = torch.arange(case.num_tokens, device=device.name), torch.randn(case.num_tokens, case.head_dim, generator=generator)
+    expected = REFERENCE.rope(q.float(), k.float(), positions, cos_sin.to(device.name))
+    rope_kv.rope(q, k, None, positions, cos_sin.to(device.name))
+    assert_close(q, expected[0], TOLERANCE[case.dtype], device)
+    assert_close(k, expected[1], TOLERANCE[case.dtype], device)
+
+
+def check_padded_decode(device: Device) -> None:
+    """A captured batch's padding (context 0, a table of zeros) becomes zeros and disturbs no other row."""
+    case = AttentionCase(lengths=((1, 30), (1, 4), (1, 0)))
+    inputs = attention_inputs(case, device)
+    inputs.paging.context_lens[2] = 0
+    for splits in (1, 2):
+        out = Guarded(inputs.q.shape, case.dtype, device)
+        decode_attention(out.tensor, inputs.q, inputs.kv_pool, inputs.layer, inputs.paging, case.scale, None, None, splits)
+        alone = Paging(inputs.paging.query_starts[:3], inputs.paging.context_lens[:2], inputs.paging.block_tables[:2])
+        expected = REFERENCE.paged_attention(inputs.q[:2], inputs.kv_pool, inputs.layer, alone, case.scale, None)
+        assert_close(out.tensor[:2], expected, TOLERANCE[case.dtype], device)
+        assert not out.tensor[2].any()
+        out.assert_untouched_around()
+
+
+def check_empty(device: Device) -> None:
+    """No tokens: nothing is launched, shapes come back."""
+    ops, int32, name = TritonOps(num_sms=1), torch.int32, device.name
+    heads, pool = torch.empty(0, 4, 64, device=name), torch.empty(2, 1, 2, 4, 16, 64, device=name)
+    positions, table = torch.empty(0, dtype=torch.int64, device=name), torch.empty(9, 64, device=name)
+    paging = Paging(*(torch.zeros(shape, dtype=int32, device=name) for shape in ((1,), (0,), (0, 1))))
+    rows, weight = torch.empty(0, 8, device=name), torch.ones(8, device=name)
+    assert ops.rms_norm(rows, weight, 1e-5).shape == rows.shape
+    assert ops.add_rms_norm(rows, rows, weight, 1e-5)[0].shape == rows.shape
+    assert ops.silu_mul(rows).shape == (0, 4)
+    assert ops.rope(heads, heads, positions, table)[0].shape == heads.shape
+    assert ops.rope_write_kv(heads, heads, heads, None, positions, table, pool, 0, positions).shape == heads.shape
+    ops.write_kv(pool, 0, heads, heads, positions)
+    assert ops.paged_attention(heads, pool, 0, paging, 1.0, None).shape == heads.shape

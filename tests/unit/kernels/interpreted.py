@@ -3,10 +3,30 @@
 import pytest
 import torch
 from harness.interpreter import make_exact
-from harness.kernel_checks import AttentionCase, Device, check_attention
+from harness.kernel_checks import (
+    REFERENCE,
+    AttentionCase,
+    Device,
+    RopeCase,
+    assert_close,
+    check_attention,
+    check_empty,
+    check_norms,
+    check_padded_decode,
+    check_rope_alone,
+    check_rope_write_kv,
+    check_silu_mul,
+)
+from harness.kernel_model import logits_of_steps, random_weights
+
+from diptych.kernels.triton_ops import TritonOps
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
 torch.set_num_threads(1)
 make_exact()
+# An empty share of a context has no sum of weights: its logarithm is -inf, as meant.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
 
 
 @pytest.fixture
@@ -21,8 +41,8 @@ def device() -> Device:
         AttentionCase(lengths=((1, 0), (1, 63))),
         AttentionCase(lengths=((1, 40),), heads=(3, 3), head_dim=96, block_size=32),
         AttentionCase(lengths=((1, 33), (1, 6)), heads=(7, 1), block_size=64, window=9),
-        AttentionCase(lengths=((1, 50),), heads=(4, 2), head_dim=128, dtype=torch.bfloat16),
-        AttentionCase(lengths=((1, 61),), heads=(2, 1), head_dim=128, block_size=64, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
+        AttentionCase(lengths=((1, 50),), heads=(4, 2), head_dim=128, dtype=BF16),
+        AttentionCase(lengths=((1, 61),), heads=(2, 1), head_dim=128, block_size=64, dtype=BF16, kv_dtype=FP8),
         AttentionCase(lengths=((1, 37),), heads=(17, 1), block_size=32, dtype=torch.float16),
         AttentionCase(lengths=((1, 37),), heads=(2, 1), head_dim=256, block_size=16, dtype=torch.float16),
     ],
@@ -37,11 +57,58 @@ def test_decode_attention(case: AttentionCase, splits: int, device: Device) -> N
         AttentionCase(lengths=((2, 0), (30, 33))),
         AttentionCase(lengths=((9, 40),), heads=(3, 3), head_dim=96, block_size=32),
         AttentionCase(lengths=((13, 30), (5, 2)), heads=(7, 1), block_size=64, window=9),
-        AttentionCase(lengths=((33, 31),), heads=(4, 2), head_dim=128, dtype=torch.bfloat16),
-        AttentionCase(lengths=((20, 41),), heads=(2, 1), head_dim=128, block_size=64, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn),
+        AttentionCase(lengths=((33, 31),), heads=(4, 2), head_dim=128, dtype=BF16),
+        AttentionCase(lengths=((20, 41),), heads=(2, 1), head_dim=128, block_size=64, dtype=BF16, kv_dtype=FP8),
         AttentionCase(lengths=((3, 60),), heads=(2, 1), head_dim=256, block_size=16, dtype=torch.float16),
         AttentionCase(lengths=((1, 20), (6, 20), (1, 0), (17, 1)), heads=(4, 2)),
     ],
 )
 def test_prefill_attention_beside_decodes(case: AttentionCase, device: Device) -> None:
     check_attention(case, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize(("num_rows", "n"), [(1, 2048), (3, 2500), (37, 64), (33, 96)])
+def test_norms(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> None:
+    check_norms(num_rows, n, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize(("num_rows", "n"), [(1, 1024), (5, 1500), (3, 3)])
+def test_silu_mul(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> None:
+    check_silu_mul(num_rows, n, dtype, device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        RopeCase(num_tokens=1),
+        RopeCase(num_tokens=19, heads=(10, 9), padding=4),
+        RopeCase(num_tokens=5, heads=(3, 1), head_dim=96, block_size=32, dtype=torch.float16, head_norms=True),
+        RopeCase(num_tokens=9, heads=(9, 3), head_dim=128, block_size=64, dtype=BF16, head_norms=True),
+        RopeCase(num_tokens=9, heads=(4, 4), head_dim=256, dtype=BF16, kv_dtype=FP8, padding=1),
+    ],
+)
+def test_rope_write_kv(case: RopeCase, device: Device) -> None:
+    check_rope_write_kv(case, device)
+
+
+@pytest.mark.parametrize("case", [RopeCase(num_tokens=7), RopeCase(num_tokens=1, heads=(9, 9), head_dim=96, dtype=BF16)])
+def test_rope_alone(case: RopeCase, device: Device) -> None:
+    check_rope_alone(case, device)
+
+
+def test_padding_of_a_decode_batch(device: Device) -> None:
+    check_padded_decode(device)
+
+
+def test_no_tokens(device: Device) -> None:
+    check_empty(device)
+
+
+def test_a_model_over_the_kernels(device: Device) -> None:
+    """Every operation as the model calls it, on the strided views that it passes."""
+    weights = random_weights(device.generator(), device.name)
+    expected, found = (logits_of_steps(ops, weights, device.name) for ops in (REFERENCE, TritonOps(num_sms=4)))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, 1e-4, device)

@@ -7,8 +7,8 @@ pytest.importorskip("triton")
 
 from harness.hopper import Launch, Resources, captured, resources
 
-from diptych.kernels import decode_attention, prefill_attention
-from diptych.kernels.ops import Paging
+from diptych.kernels import decode_attention, norms, prefill_attention, rope_kv, silu_mul
+from diptych.kernels.ops import HeadNorms, Paging
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 SHARED_BYTES_OF_AN_SM = 227 * 1024
@@ -63,3 +63,35 @@ def test_attention(
     with captured(prefill_attention, "_prefill_kernel") as launches:
         prefill_attention.prefill_attention(out, q, pool, 31, paging(4), 0.1, window, scales)
     assert "wgmma.mma_async" in compiled(launches[0]).ptx, "products are not on Hopper's own matrix instructions"
+
+
+@pytest.mark.parametrize("n", [896, 4096, 8192])
+def test_norms(n: int) -> None:
+    with captured(norms, "_norm_kernel") as launches:
+        norms.rms_norm(meta(64, n), meta(64, n), meta(n), 1e-5)
+        norms.add_rms_norm(meta(64, n), meta(64, n), meta(64, n), meta(n), 1e-5)
+    for launch in launches:
+        assert only_wide_loads(compiled(launch))
+
+
+def test_silu_mul() -> None:
+    with captured(silu_mul, "_silu_mul_kernel") as launches:
+        silu_mul.silu_mul(meta(64, 14336), meta(64, 28672))
+    assert only_wide_loads(compiled(launches[0]))
+
+
+def only_wide_loads(found: Resources) -> bool:
+    """16 bytes a thread, wherever a vector is read."""
+    return found.ptx.count("ld.global.v4") == found.ptx.count("ld.global") > 0
+
+
+@pytest.mark.parametrize(("head_dim", "kv_dtype"), [(64, BF16), (96, BF16), (128, BF16), (128, FP8), (256, FP8)])
+def test_rope_write_kv(head_dim: int, kv_dtype: torch.dtype) -> None:
+    int64, fp32 = torch.int64, torch.float32
+    q, k, v = meta(64, 48, head_dim).split([32, 8, 8], dim=1)
+    pool, scales = meta(20_000, 32, 2, 8, 64, head_dim, dtype=kv_dtype), meta(32, 2, 8, dtype=fp32) if kv_dtype is FP8 else None
+    head_norms = HeadNorms(meta(head_dim), meta(head_dim), 1e-6)
+    positions, cos_sin = meta(64, dtype=int64), meta(8192, head_dim, dtype=fp32)
+    with captured(rope_kv, "_rope_kernel") as launches:
+        rope_kv.rope_write_kv(q, k, v, head_norms, positions, cos_sin, pool, 31, positions, scales)
+    assert compiled(launches[0]).registers <= 128

@@ -1,0 +1,102 @@
+"""The `Ops` protocol over the Triton kernels, for one CUDA device. Nothing here waits for the device: a CUDA graph can capture all of it.
+
+Two things padding rows of a captured graph rely on: a slot of -1 stores nothing, and a sequence of context 0 is answered with zeros.
+"""
+
+import torch
+from torch import Tensor
+
+from . import norms as norm_kernels
+from . import rope_kv
+from .decode_attention import decode_attention, num_splits
+from .ops import HeadNorms, Paging, UnsupportedByKernels
+from .prefill_attention import prefill_attention
+from .silu_mul import silu_mul
+
+HEAD_DIMS = (64, 96, 128, 256)
+BLOCK_SIZES = (16, 32, 64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
+
+
+class TritonOps:
+    """kv_scales [num_layers, 2, kv_heads] fp32: what keys and values of an fp8 pool were divided by when stored; None for 1."""
+
+    def __init__(self, num_sms: int, kv_scales: Tensor | None = None) -> None:
+        self._num_sms = num_sms
+        self._kv_scales = kv_scales
+
+    @classmethod
+    def on(cls, device: torch.device) -> "TritonOps":
+        return cls(torch.cuda.get_device_properties(device).multi_processor_count)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if x.numel():
+            norm_kernels.rms_norm(out.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), weight, eps)
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if x.numel():
+            norm_kernels.add_rms_norm(x, x, residual, weight, eps)
+        return x, residual
+
+    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        if len(q):
+            rope_kv.rope(q, k, None, positions, cos_sin)
+        return q, k
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        out = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+        if len(out):
+            silu_mul(out, gate_up)
+        return out
+
+    def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        self._check(k, kv_pool)
+        if len(k):
+            rope_kv.write_kv(kv_pool, layer, k, v, slots, self._kv_scales)
+
+    def rope_write_kv(
+        self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, positions: Tensor, cos_sin: Tensor,
+        kv_pool: Tensor, layer: int, slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        self._check(q, kv_pool)
+        if len(q):
+            rope_kv.rope_write_kv(q, k, v, norms, positions, cos_sin, kv_pool, layer, slots, self._kv_scales)
+        return q
+
+    def paged_attention(self, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None) -> Tensor:
+        self._check(q, kv_pool)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if not len(q):
+            return out
+        num_sequences, max_context = len(paging.context_lens), paging.block_tables.shape[1] * kv_pool.shape[4]
+        splits = num_splits(num_sequences, kv_pool.shape[3], max_context, self._num_sms)
+        decode_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales, splits)
+        if len(q) > num_sequences:      # some sequence has more than one row
+            prefill_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales)
+        return out
+
+    def _check(self, heads: Tensor, kv_pool: Tensor) -> None:
+        """heads: q or k, [T, its heads, head_dim]."""
+        check_supported(kv_pool.shape[5], kv_pool.shape[4], heads.dtype)
+        if kv_pool.dtype is not FP8 and (kv_pool.dtype is not heads.dtype or self._kv_scales is not None):
+            raise UnsupportedByKernels(f"KV of {kv_pool.dtype} for a model of {heads.dtype}: it is {heads.dtype}, or {FP8} with scales")
+        assert heads.shape[2] == kv_pool.shape[5], f"head_dim {heads.shape[2]} for a pool of {kv_pool.shape[5]}"
+        assert heads.stride(2) == 1, "a head is not contiguous"
+        assert kv_pool.is_contiguous()
+
+
+def check_supported(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    """Raises UnsupportedByKernels, before anything is compiled or allocated."""
+    if head_dim not in HEAD_DIMS:
+        raise UnsupportedByKernels(f"head_dim {head_dim}: the CUDA kernels take {_listed(HEAD_DIMS)}")
+    if block_size not in BLOCK_SIZES:
+        raise UnsupportedByKernels(f"block_size {block_size}: the CUDA kernels take {_listed(BLOCK_SIZES)}")
+    if dtype not in DTYPES:
+        raise UnsupportedByKernels(f"dtype {dtype}: the CUDA kernels take {_listed(DTYPES)}")
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return ", ".join(map(str, values))

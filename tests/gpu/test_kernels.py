@@ -1,0 +1,124 @@
+"""The Triton kernels on a GPU, against the same references as in the interpreter, at the shapes that are served."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from harness.kernel_checks import (
+    REFERENCE,
+    AttentionCase,
+    Device,
+    RopeCase,
+    assert_close,
+    check_attention,
+    check_empty,
+    check_norms,
+    check_padded_decode,
+    check_rope_alone,
+    check_rope_write_kv,
+    check_silu_mul,
+)
+from harness.kernel_model import logits_of_steps, random_weights
+
+from diptych.kernels.selection import ops_for
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+ROWS = [1, 7, 64, 1000]
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device.fresh("cuda")
+
+
+@pytest.mark.parametrize("splits", [1, 2, 37])
+@pytest.mark.parametrize("heads", [(32, 8), (28, 4), (8, 8), (64, 2)])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_decode_attention(head_dim: int, block_size: int, heads: tuple[int, int], splits: int, device: Device) -> None:
+    lengths = tuple((1, earlier) for earlier in (0, 1, 15, 16, 63, 64, 777, 4095))
+    check_attention(AttentionCase(lengths, heads, head_dim, block_size, dtype=BF16), device, splits)
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (28, 4), (8, 8)])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_prefill_attention_beside_decodes(head_dim: int, block_size: int, heads: tuple[int, int], device: Device) -> None:
+    lengths = ((1, 300), (2, 0), (700, 0), (129, 1000), (1, 0), (64, 64), (33, 5))
+    check_attention(AttentionCase(lengths, heads, head_dim, block_size, dtype=BF16), device, splits=3)
+
+
+@pytest.mark.parametrize("window", [1, 100, 1024])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_windows(block_size: int, window: int, device: Device) -> None:
+    lengths = ((1, 300), (1, 2000), (700, 0), (129, 1500))
+    check_attention(AttentionCase(lengths, (32, 8), 128, block_size, window, BF16), device, splits=4)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_fp8_kv(head_dim: int, dtype: torch.dtype, device: Device) -> None:
+    lengths = ((1, 300), (1, 2000), (700, 0), (129, 1500))
+    check_attention(AttentionCase(lengths, (32, 8), head_dim, 64, dtype=dtype, kv_dtype=FP8), device, splits=4)
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_other_types(dtype: torch.dtype, device: Device) -> None:
+    check_attention(AttentionCase(((1, 300), (1, 2000), (90, 77)), (32, 8), 128, 64, dtype=dtype), device, splits=4)
+
+
+def test_a_long_prompt(device: Device) -> None:
+    check_attention(AttentionCase(((8192, 0), (1, 16000), (512, 15000)), (8, 2), 128, 64, dtype=BF16), device, splits=16)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("n", [64, 96, 896, 4096, 8192, 16384])
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_norms(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> None:
+    check_norms(num_rows, n, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("n", [3, 4864, 14336])
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_silu_mul(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> None:
+    check_silu_mul(num_rows, n, dtype, device)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, FP8])
+@pytest.mark.parametrize("head_norms", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("num_tokens", ROWS)
+def test_rope_write_kv(num_tokens: int, head_dim: int, head_norms: bool, kv_dtype: torch.dtype | None, device: Device) -> None:
+    check_rope_write_kv(RopeCase(num_tokens, (32, 8), head_dim, 64, BF16, kv_dtype, head_norms, padding=num_tokens // 3), device)
+
+
+@pytest.mark.parametrize("num_tokens", ROWS)
+def test_rope_alone(num_tokens: int, device: Device) -> None:
+    check_rope_alone(RopeCase(num_tokens, (32, 8), 128), device)
+
+
+def test_padding_of_a_decode_batch(device: Device) -> None:
+    check_padded_decode(device)
+
+
+def test_no_tokens(device: Device) -> None:
+    check_empty(device)
+
+
+def test_a_model_over_the_kernels(device: Device) -> None:
+    """fp32, so that what differs is a kernel and not a rounding; matrix products of both sides are exact fp32."""
+    weights = random_weights(device.generator(), device.name)
+    kernels = ops_for(torch.device("cuda"), 64, 16, FP32)
+    expected, found = (logits_of_steps(ops, weights, device.name) for ops in (REFERENCE, kernels))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, 1e-4, device)
+
+
+def test_blocks_beyond_32_bits_of_offset(device: Device) -> None:
+    """A pool of more than 2^31 elements, the context in its last blocks."""
+    case = AttentionCase(((1, 200), (90, 77)), (8, 8), 128, 64, dtype=BF16)
+    check_attention(case, device, splits=2, blocks_before=6000)
