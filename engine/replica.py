@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.reference import ReferenceOps
+from ..kernels.ops import Ops, UnsupportedByKernels
+from ..kernels.selection import ops_for
 from ..kvtransfer.layout import KVLayout
 from ..kvtransfer.shm import ShmTransport
 from ..kvtransfer.transport import KVPool, Transport
@@ -45,7 +46,8 @@ def build_replica(config: WorkerConfig) -> Replica:
     )
     num_blocks = _num_blocks(engine, layout)
     limits = _limits(engine, model_config, num_blocks)
-    model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ReferenceOps())
+    ops = _ops(device, model_config, engine, dtype)
+    model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ops)
     transport = ShmTransport(config.cluster, config.worker_id, config.epoch)
     pool = transport.allocate(layout, num_blocks)
     return Replica(Engine(TorchRunner(model, pool, device), num_blocks, limits), pool, transport)
@@ -83,6 +85,13 @@ def _limits(engine: EngineConfig, model: ModelConfig, num_blocks: int) -> Engine
     if not 0 < wanted <= room:
         raise PoolTooSmall(f"max_model_len {wanted}: the KV pool of {num_blocks} blocks holds {room} tokens")
     return EngineLimits(engine.block_size, wanted, engine.max_step_tokens, engine.max_sequences, engine.prefix_cache)
+
+
+def _ops(device: torch.device, model: ModelConfig, engine: EngineConfig, dtype: torch.dtype) -> Ops:
+    try:
+        return ops_for(device, model.head_dim, engine.block_size, dtype)
+    except UnsupportedByKernels as refused:
+        raise ModelError(f"{model.architecture} in blocks of {engine.block_size} tokens: {refused}") from refused
 
 
 def _load_format(engine: EngineConfig) -> LoadFormat:
