@@ -135,10 +135,8 @@ def test_greedy_equals_transformers_on_the_running_cluster(served: Cluster) -> N
 def test_colocated_gives_the_same_tokens_and_logprobs(served: Cluster, ray_head: str, tmp_path: Path) -> None:
     def sample(cluster: Cluster) -> list[tuple[list[str], list[float]]]:
         with openai.OpenAI(base_url=f"{cluster.endpoint}/v1", api_key=KEY) as client:
-            choices = [
-                client.completions.create(model=cluster.model, prompt=prompt, seed=9, max_tokens=20, temperature=0.8, top_p=0.95, logprobs=0)
-                for prompt in PROMPTS
-            ]
+            sampling = {"seed": 9, "max_tokens": 20, "temperature": 0.8, "top_p": 0.95, "logprobs": 0}
+            choices = [client.completions.create(model=cluster.model, prompt=prompt, **sampling) for prompt in PROMPTS]
         return [(c.choices[0].logprobs.tokens, c.choices[0].logprobs.token_logprobs) for c in choices]
 
     apart = sample(served)
@@ -157,8 +155,7 @@ def test_a_death_under_load_is_a_pause(served: Cluster, victim: str) -> None:
         client = client_of(served)
         alone = [await stream(client, served.model, prompt, seed) for seed, prompt in enumerate(PROMPTS)]
         tasks = [asyncio.create_task(stream(client, served.model, PROMPTS[i % 5], i % 5)) for i in range(16)]
-        while not any(place.load and place.load.num_running for place in served.status.places):
-            await asyncio.sleep(0.02)
+        await asyncio.to_thread(served.wait_for, lambda status: any(p.load and p.load.num_running for p in status.places))
         before = served.kill(victim)
         answers = await asyncio.gather(*tasks)
         assert answers == [alone[i % 5] for i in range(16)]
