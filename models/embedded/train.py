@@ -5,7 +5,8 @@
     → float16 safetensors, read back, and judged on the held-out documents, each from its start
     → training.json: every figure measured in this run
 
-Seeded throughout: the same Python, the same torch and the same CPU give the same model.
+Seeded throughout: the same Python, the same torch and the same CPU give the same model. A run that was killed goes on with `--resume`
+from its last evaluation: with the float16 weights stored there, the same text, and optimizers that begin anew (so not bit for bit).
 """
 
 import argparse
@@ -15,7 +16,8 @@ import platform
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,7 +31,8 @@ from .corpus import Document
 
 MAX_POSITIONS = 2048
 SAMPLE_DOCUMENTS = 24  # held-out documents shipped beside the model, so that anybody can recompute a loss
-EVALUATE_EVERY_STEPS = 250
+EVALUATE_EVERY_STEPS = 125
+PROGRESS = "progress.json"  # there as long as a run is unfinished
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,42 +54,62 @@ class Recipe:
     decay_share: float = 0.5  # of the steps, at the end: linear to zero
     weight_decay: float = 0.05
 
-    def lr_scale(self, step: int) -> float:
+    def lr_scale(self, step: int, first_step: int) -> float:
         decay_steps = self.num_steps * self.decay_share
-        return min(1.0, (step + 1) / self.warmup_steps, (self.num_steps - step) / decay_steps)
+        return min(1.0, (step - first_step + 1) / self.warmup_steps, (self.num_steps - step) / decay_steps)
 
     def row_tokens_at(self, step: int) -> int:
         is_long = step >= self.num_steps * (1 - self.long_row_share)
         return min(MAX_POSITIONS, self.tokens_per_step) if is_long else self.row_tokens
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a run has come: what progress.json holds."""
+
+    num_steps: int = 0
+    wall_s: float = 0.0
+    resumed_at_steps: list[int] = field(default_factory=list)
+    losses_by_step: dict[str, dict[str, float]] = field(default_factory=dict)  # nats per token: "training" (last batch), "held_out"
+
+    @classmethod
+    def read(cls, folder: Path) -> "Progress":
+        progress = cls(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+        progress.resumed_at_steps.append(progress.num_steps)
+        return progress
+
+    def write(self, folder: Path) -> None:
+        (folder / PROGRESS).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model anew.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; made if missing")
     parser.add_argument("--steps", type=int, default=Recipe().num_steps, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in the folder")
     arguments = parser.parse_args()
     training, held_out = corpus.split(corpus.documents())
-    train(arguments.out, Recipe(num_steps=arguments.steps), training, held_out)
+    progress = Progress.read(arguments.out) if arguments.resume else Progress()
+    train(arguments.out, Recipe(num_steps=arguments.steps), training, held_out, progress)
 
 
-def train(folder: Path, recipe: Recipe, training: Sequence[Document], held_out: Sequence[Document]) -> dict[str, object]:
+def train(
+    folder: Path, recipe: Recipe, training: Sequence[Document], held_out: Sequence[Document], progress: Progress
+) -> dict[str, object]:
     """Writes the whole model folder and returns what training.json says."""
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer([document.text for document in training], recipe.vocab_size)
-    write_tokenizer(folder, tokenizer)
-    model = build_model(recipe)
-    started_s, losses = time.monotonic(), {}
-    for step, loss in enumerate(fit(model, recipe, tokenizer, training)):
-        if (step + 1) % EVALUATE_EVERY_STEPS == 0 or step + 1 == recipe.num_steps:
-            losses[step + 1] = {"training": round(loss, 4), "held_out": round(held_out_loss(model, tokenizer, held_out).nats_per_token, 4)}
-            write_model(folder, model, recipe)
-            print(f"step {step + 1}/{recipe.num_steps} {losses[step + 1]} {time.monotonic() - started_s:.0f} s", flush=True)
-    wall_s = time.monotonic() - started_s
+    if progress.num_steps == 0:
+        write_tokenizer(folder, train_tokenizer([document.text for document in training], recipe.vocab_size))
+        write_model(folder, build_model(recipe), recipe)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    fit(model, recipe, tokenizer, training, held_out, folder, progress)
     write_held_out_sample(folder, held_out[:: max(1, len(held_out) // SAMPLE_DOCUMENTS)])
-    report = measured(folder, recipe, tokenizer, training, held_out) | {"training_wall_s": round(wall_s), "losses_by_step": losses}
+    report = measured(folder, recipe, tokenizer, training, held_out) | {"training": asdict(progress)}
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / PROGRESS).unlink()
     return report
 
 
@@ -173,20 +196,43 @@ def write_model(folder: Path, model: LlamaForCausalLM, recipe: Recipe) -> None:
 # Training
 
 
-def fit(model: LlamaForCausalLM, recipe: Recipe, tokenizer: Tokenizer, training: Sequence[Document]) -> Iterator[float]:
-    """One optimizer step and its loss (nats per token, before the step) at a time."""
-    tokens = token_stream(training, tokenizer, recipe.seed)
+def fit(
+    model: LlamaForCausalLM,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    training: Sequence[Document],
+    held_out: Sequence[Document],
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """The steps that are left; every EVALUATE_EVERY_STEPS the held-out loss is measured and model and progress are written."""
+    started_s = time.monotonic() - progress.wall_s
+    for loss in optimizer_steps(model, recipe, tokenizer, training, progress.num_steps):
+        progress.num_steps += 1
+        if progress.num_steps % EVALUATE_EVERY_STEPS == 0 or progress.num_steps == recipe.num_steps:
+            judged = held_out_loss(model, tokenizer, held_out)
+            progress.losses_by_step[str(progress.num_steps)] = {"training": round(loss, 4), "held_out": round(judged.nats_per_token, 4)}
+            progress.wall_s = round(time.monotonic() - started_s)
+            write_model(folder, model, recipe)
+            progress.write(folder)
+            print(f"step {progress.num_steps}/{recipe.num_steps}: {loss:.4f}, held out {judged.nats_per_token:.4f}", flush=True)
+
+
+def optimizer_steps(
+    model: LlamaForCausalLM, recipe: Recipe, tokenizer: Tokenizer, training: Sequence[Document], first_step: int
+) -> Iterator[float]:
+    """Makes one step at a time and tells its loss (nats per token, before the step)."""
+    tokens = islice(token_stream(training, tokenizer, recipe.seed), first_step * recipe.tokens_per_step, None)
     optimizers = optimizers_of(model, recipe)
     base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    for step in range(recipe.num_steps):
-        row_tokens = recipe.row_tokens_at(step)
-        batch = torch.tensor([next(tokens) for _ in range(recipe.tokens_per_step)]).view(-1, row_tokens)
+    for step in range(first_step, recipe.num_steps):
+        batch = torch.tensor([next(tokens) for _ in range(recipe.tokens_per_step)]).view(-1, recipe.row_tokens_at(step))
         loss = loss_of(model, batch)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, lrs in zip(optimizers, base_lrs, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * recipe.lr_scale(step)
+                group["lr"] = lr * recipe.lr_scale(step, first_step)
             optimizer.step()
             optimizer.zero_grad()
         yield loss.item()
