@@ -1,0 +1,135 @@
+"""Commands as they are typed, with their exit codes; what needs a cluster is in tests/ray."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from rich.console import Console
+
+from diptych.cluster import cli, records
+from diptych.cluster.controller import LifeState, Phase
+from diptych.cluster.places import PlaceKind
+from diptych.cluster.pulse import DeploymentStatus, PlaceStatus
+from diptych.cluster.ray_head import Head
+from diptych.cluster.records import Record
+from diptych.cluster.tables import deployment_view, duration, size
+from diptych.messages.errors import ClusterError
+from diptych.messages.ids import Address, Epoch, WorkerId
+from diptych.messages.requests import LoadReport, WorkerRef
+
+from .conftest import ScriptedEndpoint
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))           # where a running Ray would be noted
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["diptych", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_help_needs_neither_ray_nor_torch() -> None:
+    code = "import sys, diptych.cluster.cli; sys.exit(bool({'ray', 'torch', 'httpx'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_a_wrong_spec_is_exit_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("{name: a, model: {path: embedded}, pools: {decode: {workers: 0}}}")
+    assert typed(monkeypatch, "up", str(spec)) == cli.EXIT_USAGE
+    assert "pools.decode.workers: must be >= 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["down", "status", "top", "chat"])
+def test_without_a_deployment_exit_1(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed(monkeypatch, command) == cli.EXIT_FAILED
+    assert "no deployment" in capsys.readouterr().err
+
+
+def test_unknown_option_is_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert typed(monkeypatch, "status", "--colour") == cli.EXIT_USAGE
+
+
+def test_a_dead_ray_address_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert typed(monkeypatch, "status", "x") == cli.EXIT_FAILED
+    assert "RAY_ADDRESS=127.0.0.1:1: nothing listens there" in capsys.readouterr().err
+
+
+def test_one_shot_chat(endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint.answers("Hello", " [there]")
+    assert typed(monkeypatch, "chat", "Hi", "--url", endpoint.url) == 0
+    assert capsys.readouterr().out == "Hello [there]\n"
+
+
+def test_records_come_and_go() -> None:
+    one = Record("one", "127.0.0.1:1", head=None, endpoint="http://127.0.0.1:8000")
+    records.write(one)
+    assert records.find(None) == records.find("one") == one
+    assert records.find("two") is None
+    records.write(Record("two", "127.0.0.1:1", head=None))
+    with pytest.raises(ClusterError, match="which deployment\\? one, two"):
+        records.find(None)
+    records.remove("one")
+    assert [record.name for record in records.read_all()] == ["two"]
+
+
+def test_a_record_of_a_dead_head_is_forgotten(tmp_path: Path) -> None:
+    alive = psutil.Process()
+    records.write(Record("dead", "127.0.0.1:1", Head(alive.pid, alive.create_time() - 1000, "127.0.0.1:1", str(tmp_path))))
+    records.write(Record("alive", "127.0.0.1:1", Head(alive.pid, alive.create_time(), "127.0.0.1:1", str(tmp_path))))
+    assert [record.name for record in records.read_all()] == ["alive"]
+    assert records.find("dead") is None
+
+
+def test_a_damaged_record_is_named() -> None:
+    records.write(Record("bad", "127.0.0.1:1", head=None))
+    (records.folder() / "bad.json").write_text("{")
+    with pytest.raises(ClusterError, match=r"bad\.json"):
+        records.read_all()
+
+
+def a_status(**changes: object) -> DeploymentStatus:
+    ref = WorkerRef(WorkerId("decode-0"), Epoch(3), Address("tcp://127.0.0.1:5"))
+    load = LoadReport(ref, 1, 20, 2, 0, num_blocks=64, num_free_blocks=60, block_size=16)
+    ready = PlaceStatus("decode-0", PlaceKind.DECODE, LifeState.READY, Epoch(3), 77, 61.0, 1, "", False, load, None)
+    down = PlaceStatus("decode-1", PlaceKind.DECODE, None, None, None, 0.0, 3, "ModelError: no [weights]", True, None, None)
+    status = DeploymentStatus("a", Phase.FAILED, "tiny", "random", "0.0.0.0", 80, pid=1, drain_s=1.0, places=(ready, down))
+    return msgspec.structs.replace(status, **changes)
+
+
+def test_the_view_shows_states_loads_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(width=200).print(deployment_view(a_status()))
+    text = capsys.readouterr().out
+    for shown in ("decode-0", "ready", "1m01s", "4 / 64", "failed", "ModelError: no [weights]", "http://127.0.0.1:80"):
+        assert shown in text
+
+
+def test_json_is_the_whole_status(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    cli._show(a_status(), as_json=True)
+    tree = json.loads(capsysbinary.readouterr().out)
+    assert [place["state"] for place in tree["places"]] == ["ready", None]
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "endpoint"),
+    [("127.0.0.1", 8, "http://127.0.0.1:8"), ("::", 8, "http://[::1]:8"), ("::1", 8, "http://[::1]:8"), ("0.0.0.0", None, None)],
+)
+def test_endpoint(host: str, port: int | None, endpoint: str | None) -> None:
+    assert a_status(host=host, port=port).endpoint == endpoint
+
+
+def test_sizes_and_durations() -> None:
+    assert [size(n) for n in (0, 1536, 5 << 30)] == ["0 B", "1.5 KiB", "5.0 GiB"]
+    assert [duration(s) for s in (5.9, 61, 7260)] == ["5s", "1m01s", "2h01m"]

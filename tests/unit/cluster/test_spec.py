@@ -1,0 +1,130 @@
+"""What a spec may say, and what is said of one that is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diptych.cluster.places import PlaceKind, PlaceName, count, gateway_config, places_of, worker_config
+from diptych.cluster.spec import load_spec, parse_spec
+from diptych.messages.errors import SpecError
+from diptych.messages.ids import Epoch
+
+GOOD = """
+name: llama-8b
+model: {path: weights, dtype: bfloat16, name: llama}
+slo: {ttft_ms: 300, tpot_ms: 30, attainment: 0.9}
+pools:
+  prefill: {workers: 2, max_step_tokens: 64}
+  decode:  {workers: 3, kv_memory: 8MiB, num_threads: 4}
+router: {policy: round_robin, host: 0.0.0.0, port: 8001, processes: 2, local_path: true}
+transfer: {transports: [shm], handoff_timeout_s: 5}
+security: {api_keys_file: keys.txt}
+timeouts: {request_s: 33}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "weights").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "weights" / name).write_text("{}")
+    (tmp_path / "keys.txt").write_text("# ours\nfirst\n\nsecond\n")
+    (tmp_path / "spec.yaml").write_text(GOOD)
+    return tmp_path
+
+
+def minimal(**sections: Any) -> dict[str, Any]:
+    return {"name": "tiny", "model": {"path": "weights"}, "pools": {"decode": {"workers": 1}}, **sections}
+
+
+def refusal(tree: dict[str, Any], folder: Path) -> str:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(tree, folder)
+    return str(caught.value)
+
+
+def test_a_whole_spec_becomes_configs(folder: Path) -> None:
+    spec = load_spec(folder / "spec.yaml")
+    places = places_of(spec)
+    assert [count(places, kind) for kind in PlaceKind] == [2, 3, 2]
+
+    decode = worker_config(spec, PlaceName(PlaceKind.DECODE, 2), Epoch(7))
+    assert (decode.worker_id, decode.epoch, decode.cluster) == ("decode-2", 7, "llama-8b")
+    assert (decode.num_threads, decode.handoff_timeout_s) == (4, 5)
+    assert (decode.engine.kv_memory_bytes, decode.engine.dtype, decode.engine.max_step_tokens) == (8 << 20, "bfloat16", 512)
+    assert decode.engine.model_path == str(folder / "weights")
+    assert worker_config(spec, PlaceName(PlaceKind.PREFILL, 0), Epoch(7)).engine.max_step_tokens == 64
+
+    gateway = gateway_config(spec, PlaceName(PlaceKind.GATEWAY, 1))
+    assert (gateway.gateway_id, gateway.model_name, gateway.policy, gateway.reuse_port) == ("gateway-1", "llama", "round_robin", True)
+    assert gateway.api_keys == {"first", "second"}
+    assert gateway.policy_options.local_path
+    assert gateway.limits.request_timeout_s == 33
+
+
+def test_the_smallest_spec_is_colocated_and_on_the_loopback(folder: Path) -> None:
+    spec = parse_spec(minimal(), folder)
+    assert count(places_of(spec), PlaceKind.PREFILL) == 0
+    assert spec.router.host == "127.0.0.1"
+    assert spec.model.served_name == "weights"
+
+
+def test_embedded_model(tmp_path: Path) -> None:
+    spec = parse_spec(minimal(model={"path": "embedded"}), tmp_path)
+    assert (Path(spec.model.path) / "config.json").is_file()
+
+
+def test_survives_the_way_to_the_controller(folder: Path) -> None:
+    spec = load_spec(folder / "spec.yaml")
+    assert type(spec).model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"pools": {"decode": {"workers": 0}}}, "pools.decode.workers: must be >= 1, not 0"),
+        ({"pools": {"decode": {"workers": 1, "tp": 2}}}, "pools.decode.tp: must be 1, not 2"),
+        ({"pools": {"prefill": {"workers": 1}}}, "pools.decode: is missing"),
+        ({"pools": {"decode": {"workers": 1, "num_blocks": 4, "kv_memory": 1024}}}, "pools.decode.num_blocks: give this or kv_memory"),
+        ({"pools": {"decode": {"workers": 1}, "prefill": {"workers": 1, "block_size": 32}}}, "pools.prefill.block_size: is 32"),
+        ({"pools": {"decode": {"workers": 1, "kv_memory": "8MB"}}}, "pools.decode.kv_memory: must be a number with one of KiB, MiB, GiB"),
+        ({"pools": {"decode": {"workers": 1, "batch": 1}}}, "pools.decode.batch: unknown key"),
+        ({"model": {"path": "nowhere"}}, "model.path: no folder"),
+        ({"model": {"path": "."}}, "has no config.json"),
+        ({"model": {"path": "weights", "device": "cuda"}}, "model.device: 'cuda' is not there yet"),
+        ({"router": {"policy": "fastest"}}, "router.policy: 'fastest' is unknown; known: round_robin"),
+        ({"router": {"port": 0, "processes": 2}}, "router.port: must be a fixed port"),
+        ({"router": {"port": 65536}}, "router.port: "),
+        ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports: 'carrier_pigeon' is not there yet"),
+        ({"transfer": {"transports": []}}, "transfer.transports: must name at least one"),
+        ({"security": {"api_keys_file": "none.txt"}}, "security.api_keys_file: no file"),
+        ({"security": {"api_keys_file": "empty.txt"}}, "holds no key"),
+        ({"timeouts": {"start_s": float("inf")}}, "timeouts.start_s: "),
+        ({"name": "Not A Name"}, "name: "),
+        ({"nmae": 1}, "nmae: unknown key"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_path(folder: Path, sections: dict[str, Any], text: str) -> None:
+    (folder / "empty.txt").write_text("# none yet\n")
+    assert text in refusal(minimal(**sections), folder)
+
+
+def test_all_faults_are_named_at_once(folder: Path) -> None:
+    text = refusal(minimal(router={"policy": "x"}, model={"path": "nowhere"}), folder)
+    assert len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a: [", "not YAML"), ("- 1", "must be a mapping"), ("name: a\nname: b", "'name' is given twice, line 1"), ("", "must be a mapping")],
+)
+def test_what_is_no_spec(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    with pytest.raises(SpecError, match=said):
+        load_spec(tmp_path / "spec.yaml")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="No such file"):
+        load_spec(tmp_path / "spec.yaml")
