@@ -10,6 +10,7 @@ from enum import StrEnum
 from ..engine.config import EngineConfig, WorkerConfig
 from ..messages.ids import Epoch, GatewayId, WorkerId
 from .gateway.config import GatewayConfig, Limits
+from .router.policy import Objectives
 from .router.registry import PolicyOptions
 from .spec import PoolSpec, Spec
 
@@ -60,7 +61,8 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
         model_path=spec.model.path,
         model_name=spec.model.served_name,
         policy=spec.router.policy,
-        policy_options=PolicyOptions(local_path=spec.router.local_path),
+        policy_options=PolicyOptions(local_path=spec.router.local_path, seed=2 * place.index),
+        objectives=Objectives(_seconds(spec.slo.ttft_ms), _seconds(spec.slo.tpot_ms)),
         host=spec.router.host,
         port=spec.router.port,
         reuse_port=spec.router.processes > 1,
@@ -71,6 +73,10 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
 
 def count(places: Iterable[PlaceName], kind: PlaceKind) -> int:
     return sum(place.kind is kind for place in places)
+
+
+def _seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1e3
 
 
 def _pool(spec: Spec, kind: PlaceKind) -> PoolSpec:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
+from ..router.policy import Objectives
 from .choice import Choice, Piece
 from .detokenizer import Vocabulary
 from .dialects import PromptTokensDetails, Usage
@@ -18,7 +19,9 @@ from .jobs import Job
 
 
 class Answer:
-    def __init__(self, job: Job, dispatcher: Dispatcher, vocabulary: Vocabulary, arrived_at: float, deadline: float) -> None:
+    def __init__(
+        self, job: Job, dispatcher: Dispatcher, vocabulary: Vocabulary, arrived_at: float, deadline: float, objectives: Objectives
+    ) -> None:
         self._job = job
         self._dispatcher = dispatcher
         self._woken: dict[int, None] = {}
@@ -29,7 +32,7 @@ class Answer:
         self._cached_tokens = [0] * job.num_choices
         self._generations = [
             Generation(
-                prompt=Prompt(f"{job.response_id}-{index}", job.prompt_of(index).token_ids, job.sampling_of(index), deadline),
+                prompt=Prompt(f"{job.response_id}-{index}", job.prompt_of(index).token_ids, job.sampling_of(index), deadline, objectives),
                 wake=partial(self._wake, index),
                 arrived_at=arrived_at,
             )

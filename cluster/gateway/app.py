@@ -132,7 +132,8 @@ class App:
 
     async def _answer(self, call: Call, job: Job, dialect: Dialect) -> None:
         timeout_s = self._core.config.limits.request_timeout_s
-        answer = Answer(job, self._core.dispatcher, self._core.model.vocabulary, call.arrived_at, call.arrived_at + timeout_s)
+        core, deadline = self._core, call.arrived_at + timeout_s
+        answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, core.config.objectives)
         await respond(call.exchange, answer, dialect, job, call.headers, timeout_s)
 
     async def _models(self, call: Call) -> None:

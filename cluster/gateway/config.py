@@ -3,6 +3,7 @@
 from msgspec import Struct
 
 from ...messages.ids import GatewayId
+from ..router.policy import Objectives
 from ..router.registry import PolicyOptions
 
 
@@ -27,6 +28,7 @@ class GatewayConfig(Struct, frozen=True):
     model_name: str                           # what clients call it
     policy: str = "least_loaded"
     policy_options: PolicyOptions = PolicyOptions()
+    objectives: Objectives = Objectives()
     host: str = "127.0.0.1"
     port: int = 0                             # 0: any free one
     reuse_port: bool = False                  # several gateway processes share the port

@@ -117,7 +117,7 @@ class Dispatcher:
         now = self._clock()
         for generation in list(self._running.values()):
             self._watch_running(generation, now)
-        for generation in list(self._queued):
+        for generation in sorted(self._queued, key=lambda each: each.ttft_slack_s(now)):       # among equals: in order of arrival
             self._watch_queued(generation, now)
 
     def _watch_running(self, generation: Generation, now: float) -> None:
@@ -188,7 +188,7 @@ class Dispatcher:
         attempt.progress_at, attempt.has_tokens = now, True
         generation.deliver(ready, now)
         if ready[-1].finish is not None:
-            self._drop_attempt(generation)
+            self._drop_attempt(generation, num_outputs=len(generation.outputs))
             self._end(generation, GenerationState.FINISHED)
         elif generation.num_fresh_tokens > self._limits.max_buffered_tokens:
             self._leave_workers(generation)
@@ -202,6 +202,7 @@ class Dispatcher:
         generation = self._running.get(span.request_id)
         if generation is not None and generation.attempt is not None:
             self._arrived(generation.attempt)
+            self._loads.moved(generation.attempt.route, len(generation.prompt.token_ids), span.transfer_s)
 
     def _arrived(self, attempt: Attempt) -> None:
         attempt.handed_over = True
@@ -263,10 +264,10 @@ class Dispatcher:
         if worker in self._peers:             # nobody knocks at a dead worker's door: the Post would keep it open
             self._post.send(worker.address, Abort(request_id))
 
-    def _drop_attempt(self, generation: Generation) -> None:
+    def _drop_attempt(self, generation: Generation, num_outputs: int | None = None) -> None:
         if generation.attempt is not None:
             del self._running[generation.attempt.request_id]
-            self._loads.ended(generation.attempt.request_id, generation.attempt.route)
+            self._loads.ended(generation.attempt.request_id, generation.attempt.route, num_outputs)
             generation.attempt = None
 
     def _end(self, generation: Generation, state: GenerationState, error: DiptychError | None = None) -> None:

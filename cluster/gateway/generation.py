@@ -11,6 +11,7 @@
 It ends exactly once, in one of the last four. Tokens wait in `fresh` until the answer takes them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -20,7 +21,7 @@ import msgspec
 from ...messages.errors import DiptychError
 from ...messages.ids import Address, RequestId
 from ...messages.requests import GenerateRequest, Route, SamplingParams, TokenDelta, WorkerRef
-from ..router.policy import RoutingRequest
+from ..router.policy import NO_OBJECTIVES, Objectives, RoutingRequest
 from .ordering import InOrder
 
 
@@ -52,6 +53,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     deadline: float                           # on the dispatcher's clock
+    objectives: Objectives = NO_OBJECTIVES
 
 
 @dataclass
@@ -110,8 +112,21 @@ class Generation:
             self.num_fresh_tokens += len(delta.token_ids)
         self.fresh += deltas
 
+    def ttft_slack_s(self, now: float) -> float:
+        """Until the first token is due; negative once it is late, infinite without an objective."""
+        ttft_s = self.prompt.objectives.ttft_s
+        return math.inf if ttft_s is None else self.arrived_at + ttft_s - now
+
     def routing_request(self) -> RoutingRequest:
-        return RoutingRequest(self._token_ids(), self.prompt.sampling.max_tokens - len(self.outputs), self.avoid)
+        """A retry is never refused for an objective: the client has waited, or reads already."""
+        return RoutingRequest(
+            token_ids=self._token_ids(),
+            max_new_tokens=self.prompt.sampling.max_tokens - len(self.outputs),
+            avoid=self.avoid,
+            objectives=self.prompt.objectives,
+            arrived_at=self.arrived_at,
+            may_be_late=self.num_attempts > 0,
+        )
 
     def start_attempt(self, route: Route, gateway: Address, now: float) -> GenerateRequest:
         """The next attempt continues after what has been delivered, with the same seed."""
@@ -119,6 +134,7 @@ class Generation:
         request_id = RequestId(f"{self.prompt.name}-{self.num_attempts}")
         self.attempt = Attempt(request_id, route, InOrder(len(self.outputs)), progress_at=now)
         self.move(GenerationState.RUNNING)
+        objectives = self.prompt.objectives
         return GenerateRequest(
             request_id=request_id,
             gateway=gateway,
@@ -127,6 +143,8 @@ class Generation:
             route=route,
             timeout_s=self.prompt.deadline - now,
             num_prior_outputs=len(self.outputs),
+            ttft_slo_s=None if objectives.ttft_s is None else self.ttft_slack_s(now),
+            tpot_slo_s=objectives.tpot_s,
         )
 
     def _token_ids(self) -> tuple[int, ...]:

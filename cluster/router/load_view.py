@@ -1,8 +1,10 @@
 """What this gateway believes of the workers: who lives, and how loaded they are.
 
     Membership ── who exists ─────────────┐
-    LoadReport ── last known load ────────┼──► view(now) ──► ClusterView
-    sent() ────── what no report shows ───┘
+    LoadReport ── last known load ────────┤
+    sent() ────── what no report shows ───┼──► view(now) ──► ClusterView
+    moved() ───── how fast links are ─────┤
+    ended() ───── how long answers are ───┘
 
 A report is older than what was sent after it. So each request counts, on top of the report, on the worker that
     receives it:   until a report arrives SETTLE_S after it was sent (by then the worker has read it);
@@ -15,9 +17,12 @@ from dataclasses import dataclass, field
 from ...messages.ids import RequestId
 from ...messages.membership import Member, Membership, Role
 from ...messages.requests import LoadReport, Route, WorkerRef
+from ...messages.steps import StepFeatures, attended_pairs
 from .policy import ClusterView, WorkerLoad
 
 SETTLE_S = 0.05
+MEMORY = 0.98
+"""Of means over ended requests and measured transfers: about the last 50 count."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,23 @@ class _Worker:
     member: Member
     heard_at: float
     report: LoadReport | None = None
+    reported_at: float | None = None
     sent: dict[RequestId, _Sent] = field(default_factory=dict)          # until the next settled report
     expected: dict[RequestId, _Sent] = field(default_factory=dict)      # to decode here, being prefilled elsewhere
+    _load: WorkerLoad | None = None
+
+    def changed(self) -> None:
+        self._load = None
 
     def load(self) -> WorkerLoad:
+        if self._load is None:
+            self._load = self._compute_load()
+        return self._load
+
+    def _compute_load(self) -> WorkerLoad:
         report, pending = self.report, [*self.sent.values(), *self.expected.values()]
         free = report.num_free_blocks if report else self.member.num_blocks
+        work = report.work if report and report.work else StepFeatures()
         return WorkerLoad(
             ref=self.member.ref,
             num_requests=(report.num_waiting + report.num_running + report.num_reserved if report else 0) + len(pending),
@@ -45,6 +61,14 @@ class _Worker:
             num_blocks=self.member.num_blocks,
             num_free_blocks=free - sum(each.num_blocks for each in pending),
             block_size=self.member.block_size,
+            prefill_pairs=work.prefill_pairs + sum(attended_pairs(0, each.num_tokens) for each in self.sent.values()),
+            num_decoding=work.num_decoding,
+            decode_context=work.decode_context,
+            queue=report.queue if report else (),
+            max_step_tokens=report.max_step_tokens if report else 0,
+            prefill_share=report.prefill_share if report else 0.0,
+            step_model=report.step_model if report else None,
+            reported_at=self.reported_at,
         )
 
 
@@ -53,6 +77,8 @@ class LoadView:
         self._silent_after_s = silent_after_s
         self._workers: dict[WorkerRef, _Worker] = {}
         self._version = -1
+        self._links: dict[tuple[WorkerRef, WorkerRef], float] = {}
+        self._mean_outputs: float | None = None
 
     def set_membership(self, membership: Membership, now: float) -> bool:
         """False if it is no newer than the last. A worker that is new has until `silent_after_s` to be heard of."""
@@ -64,7 +90,9 @@ class LoadView:
         for member in membership.workers:
             worker = known.get(member.ref) or _Worker(member, heard_at=now)
             worker.member = member
+            worker.changed()
             self._workers[member.ref] = worker
+        self._links = {link: speed for link, speed in self._links.items() if all(end in self._workers for end in link)}
         return True
 
     def heard(self, ref: WorkerRef, report: LoadReport | None, now: float) -> None:
@@ -74,26 +102,40 @@ class LoadView:
             return
         worker.heard_at = now
         if report is not None:
-            worker.report = report
+            worker.report, worker.reported_at = report, now
+            worker.changed()
             worker.sent = {request_id: sent for request_id, sent in worker.sent.items() if now - sent.at < SETTLE_S}
 
     def sent(self, request_id: RequestId, route: Route, num_tokens: int, now: float) -> None:
         """A request with `num_tokens` to prefill has left for `route`."""
         if first := self._workers.get(route.first):
             first.sent[request_id] = _Sent(now, num_tokens, -(-num_tokens // first.member.block_size))
+            first.changed()
         decode = self._workers.get(route.decode)
         if route.prefill is not None and decode is not None:
             decode.expected[request_id] = _Sent(now, num_tokens, -(-num_tokens // decode.member.block_size))
+            decode.changed()
 
     def arrived(self, request_id: RequestId, route: Route) -> None:
         """The decode worker has it: its reports show it from now on."""
         if worker := self._workers.get(route.decode):
             worker.expected.pop(request_id, None)
+            worker.changed()
 
-    def ended(self, request_id: RequestId, route: Route) -> None:
+    def ended(self, request_id: RequestId, route: Route, num_outputs: int | None = None) -> None:
+        """`num_outputs`: of an answer that came to its own end."""
         self.arrived(request_id, route)
         if worker := self._workers.get(route.first):
             worker.sent.pop(request_id, None)
+            worker.changed()
+        if num_outputs is not None:
+            self._mean_outputs = _mean(self._mean_outputs, num_outputs)
+
+    def moved(self, route: Route, num_tokens: int, transfer_s: float) -> None:
+        """The KV of a prompt took its link so long."""
+        if route.prefill is not None and num_tokens > 0:
+            link = (route.prefill, route.decode)
+            self._links[link] = _mean(self._links.get(link), transfer_s / num_tokens)
 
     def lives(self, ref: WorkerRef, now: float) -> bool:
         worker = self._workers.get(ref)
@@ -110,6 +152,8 @@ class LoadView:
         return ClusterView(
             prefill=tuple(worker.load() for worker in usable if worker.member.role is Role.PREFILL),
             decode=tuple(worker.load() for worker in usable if worker.member.role is Role.DECODE),
+            links=self._links,
+            mean_outputs=self._mean_outputs,
         )
 
     @property
@@ -120,3 +164,7 @@ class LoadView:
     def reports(self) -> tuple[LoadReport, ...]:
         """The last one of each worker that has sent any."""
         return tuple(worker.report for worker in self._workers.values() if worker.report is not None)
+
+
+def _mean(before: float | None, value: float) -> float:
+    return value if before is None else MEMORY * before + (1 - MEMORY) * value

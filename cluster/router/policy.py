@@ -8,17 +8,32 @@ A policy keeps at most what it chose before (a turn, a seed, an index of prefixe
 simulator runs it unchanged. A Route that it returns is taken.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from msgspec import Struct
 
 from ...messages.requests import Route, WorkerRef
+from ...messages.steps import StepModel
+
+
+class Objectives(Struct, frozen=True):
+    """What a request is promised; None: nothing."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None               # mean over the answer
+
+
+NO_OBJECTIVES = Objectives()
 
 
 class RoutingRequest(Struct, frozen=True):
     token_ids: tuple[int, ...]                # prompt, then outputs of earlier attempts
     max_new_tokens: int                       # still to come, at most
     avoid: frozenset[WorkerRef] = frozenset()  # an earlier attempt failed there: chosen only if there is nobody else
+    objectives: Objectives = NO_OBJECTIVES
+    arrived_at: float | None = None           # policy's clock: what the TTFT objective counts from; None: now
+    may_be_late: bool = False                 # it is not refused for an objective that cannot be met (any more)
 
 
 class WorkerLoad(Struct, frozen=True):
@@ -30,6 +45,14 @@ class WorkerLoad(Struct, frozen=True):
     num_blocks: int
     num_free_blocks: int
     block_size: int                           # tokens
+    prefill_pairs: int = 0                    # of num_waiting_tokens, with what they attend to
+    num_decoding: int = 0                     # of num_requests, as of the report
+    decode_context: int = 0                   # tokens that those attend to
+    queue: tuple[tuple[float, int], ...] = () # (seconds from the report to the TTFT deadline, prompt tokens) of what waits, soonest first
+    max_step_tokens: int = 0                  # 0: not told
+    prefill_share: float = 0.0                # of this worker's time, lately
+    step_model: StepModel | None = None
+    reported_at: float | None = None          # policy's clock; None: never
 
     @property
     def used_share(self) -> float:
@@ -40,6 +63,8 @@ class WorkerLoad(Struct, frozen=True):
 class ClusterView(Struct, frozen=True):
     prefill: tuple[WorkerLoad, ...]
     decode: tuple[WorkerLoad, ...]
+    links: Mapping[tuple[WorkerRef, WorkerRef], float] = {}    # (prefill, decode) → seconds per prompt token moved, as measured
+    mean_outputs: float | None = None         # tokens of an answer, of those that ended lately; None: none has
 
 
 class Queue(Struct, frozen=True):

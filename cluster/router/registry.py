@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from ...messages.errors import SpecError
 from ...messages.requests import Route
+from .goodput import Goodput, GoodputOptions
 from .pickers import LeastLoaded, LoadKey, Picker, PowerOfTwo, Random, RoundRobin, decode_load, prefill_load
 from .policy import ClusterView, Decision, Policy, Queue, Refuse, RoutingRequest, WorkerLoad
 from .prefix_aware import PrefixAware
@@ -17,6 +18,7 @@ class PolicyOptions(Struct, frozen=True):
     local_path: bool = False                  # decode workers prefill by themselves, even if there are prefill workers
     max_requests_per_worker: int = 1024       # a pool whose workers all have so many refuses
     seed: int = 0                             # of policies that draw
+    serves_late: bool = False                 # goodput: what cannot keep its objectives is served late instead of refused
 
 
 class PerPool:
@@ -58,6 +60,9 @@ POLICIES: dict[str, Callable[[PolicyOptions], Policy]] = {
     "least_loaded": _per_pool(lambda load, seed: LeastLoaded(load)),
     "power_of_two": _per_pool(lambda load, seed: PowerOfTwo(load, seed)),
     "prefix_aware": _per_pool(lambda load, seed: PrefixAware(load)),
+    "goodput": lambda options: Goodput(
+        GoodputOptions(options.local_path, options.max_requests_per_worker, options.serves_late, options.seed)
+    ),
 }
 
 

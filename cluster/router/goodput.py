@@ -1,0 +1,205 @@
+"""Sends a request where both its promises are predicted to be kept, at the least cost to the cluster.
+
+    every (P, D) pair and every local path of a sample of the pools
+        │ estimate.py: TTFT, KV arrival, TPOT, memory
+        ▼
+    some keep both promises ──► Route: of those, the one that uses least capacity
+    none, but TTFT could still be kept ──► Queue: somebody may end in time
+    none can keep TTFT any more ──► Refuse at once, with the time until one could; or, if it may be late, Route: the least late
+
+*Capacity used* is the rise of a potential: each resource touched (a prefill queue against TTFT, a decode step against TPOT, KV memory)
+is priced STEEPNESS**load, so a worker near its limit is dear and an idle one nearly free. (Exponential prices on loads are what makes
+online assignment competitive: Aspnes, Azar, Fiat, Plotkin, Waarts, "On-line routing of virtual circuits with applications to load
+balancing and machine scheduling", JACM 1997.)
+
+A pool larger than SAMPLE is sampled anew for each request, plus the worker with the longest prefix of the prompt: gateways that share
+a stale view do not all run to the same worker.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from ...messages.requests import Route, WorkerRef
+from .estimate import PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill, model_of
+from .policy import ClusterView, Decision, Queue, Refuse, RoutingRequest, WorkerLoad
+from .prefix_aware import PrefixIndex, chain
+
+SAMPLE = 4
+STEEPNESS = 50.0
+MAX_LOAD = 4.0                                # loads beyond are equally hopeless
+FIRST_OUTPUTS_GUESS = 128.0                   # tokens, until an answer has ended
+NO_TTFT_SCALE_S = 1.0                         # what queues are measured against without an objective
+NO_TPOT_SCALE_S = 0.05
+MIN_RETRY_AFTER_S = 0.1
+FULL_RETRY_AFTER_S = 1.0
+
+
+class Prediction(Struct, frozen=True):
+    """What one way would give. Seconds count from the decision."""
+
+    route: Route
+    ttft_s: float
+    kv_arrival_s: float                       # the decode worker can go on
+    tpot_s: float
+    memory: float                             # of the decode worker's pool, held once the request has its expected end
+    cost: float
+    keeps_ttft: bool
+    keeps_tpot: bool                          # and its KV fits
+
+    @property
+    def keeps_both(self) -> bool:
+        return self.keeps_ttft and self.keeps_tpot
+
+
+class Explanation(Struct, frozen=True):
+    """A decision and all that it was taken on: a value to log."""
+
+    decision: Decision
+    predictions: tuple[Prediction, ...]       # best first
+    num_outputs: float                        # expected
+    ttft_slack_s: float
+
+
+class GoodputOptions(Struct, frozen=True):
+    local_only: bool = False
+    max_requests_per_worker: int = 1024
+    serves_late: bool = False                 # what cannot keep its promises is served as well as it can be, not refused
+    seed: int = 0
+
+
+class Goodput:
+    def __init__(self, options: GoodputOptions, index: PrefixIndex | None = None) -> None:
+        self._options = options
+        self._index = index or PrefixIndex()
+        self._random = random.Random(options.seed)
+
+    def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision:
+        hashes = _hashes(request, view)
+        decision = self._explain(request, view, now, hashes).decision
+        if isinstance(decision, Route):
+            for worker in (decision.prefill, decision.decode):
+                if worker is not None:
+                    self._index.insert(hashes, worker)
+        return decision
+
+    def explain(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
+        """What `choose` would say and why (on another sample of the pools); nothing is remembered."""
+        return self._explain(request, view, now, _hashes(request, view))
+
+    def _explain(self, request: RoutingRequest, view: ClusterView, now: float, hashes: Sequence[int]) -> Explanation:
+        work = _work(request, view, now)
+        if not view.decode:
+            return Explanation(Queue("no decode worker is alive"), (), work.num_outputs, work.ttft_slack_s)
+        predictions = self._predictions(request, work, view, now, hashes)
+        decision = self._decide(request, work, predictions)
+        return Explanation(decision, tuple(predictions), work.num_outputs, work.ttft_slack_s)
+
+    def _predictions(
+        self, request: RoutingRequest, work: Work, view: ClusterView, now: float, hashes: Sequence[int]
+    ) -> list[Prediction]:
+        prefill = () if self._options.local_only else view.prefill
+        depths = self._index.matched(hashes, [worker.ref for worker in (*prefill, *view.decode)])
+
+        def prefilled(worker: WorkerLoad) -> PrefillEstimate:
+            return estimate_prefill(worker, work, _num_cached(worker, depths, work), now)
+
+        senders = [(worker, prefilled(worker)) for worker in self._sample(request, prefill, depths)]
+        predictions = []
+        for decode in self._sample(request, view.decode, depths):
+            own = prefilled(decode)
+            predictions.append(_predict(request, work, decode, None, own, own.ttft_s))
+            for sender, estimate in senders:
+                moved_s = view.links.get((sender.ref, decode.ref), 0.0) * work.num_tokens
+                predictions.append(_predict(request, work, decode, sender, estimate, max(estimate.ttft_s, moved_s)))
+        predictions.sort(key=lambda each: (not each.keeps_both, each.cost))
+        return predictions
+
+    def _sample(self, request: RoutingRequest, pool: Sequence[WorkerLoad], depths: dict[WorkerRef, int]) -> list[WorkerLoad]:
+        """Of those that take more, SAMPLE drawn at random and the one that holds most of the prompt."""
+        limit = self._options.max_requests_per_worker
+        below = [worker for worker in pool if worker.num_requests < limit]
+        usable = [worker for worker in below if worker.ref not in request.avoid] if request.avoid else below
+        usable = usable or below
+        if len(usable) <= SAMPLE:
+            return usable
+        drawn = self._random.sample(usable, SAMPLE)
+        holder = max(usable, key=lambda worker: depths[worker.ref])
+        return drawn if holder in drawn or not depths[holder.ref] else [*drawn, holder]
+
+    def _decide(self, request: RoutingRequest, work: Work, predictions: list[Prediction]) -> Decision:
+        if not predictions:
+            return Refuse(f"every decode worker has {self._options.max_requests_per_worker} requests or more", FULL_RETRY_AFTER_S)
+        if predictions[0].keeps_both:
+            return predictions[0].route
+        if request.may_be_late or self._options.serves_late or (request.objectives.ttft_s is None and request.objectives.tpot_s is None):
+            return min(predictions, key=lambda each: _lateness(request, work, each)).route
+        soonest = min(predictions, key=lambda each: each.ttft_s)
+        if any(each.keeps_ttft for each in predictions):
+            best_s = min(each.tpot_s for each in predictions)
+            return Queue(f"nobody has room and keeps {_ms(request.objectives.tpot_s)} a token; the best is {_ms(best_s)}")
+        late_s = soonest.ttft_s - work.ttft_slack_s
+        text = f"the first token is due in {_ms(work.ttft_slack_s)} and would come in {_ms(soonest.ttft_s)} at the soonest"
+        return Refuse(text, max(MIN_RETRY_AFTER_S, late_s))
+
+
+def _predict(
+    request: RoutingRequest, work: Work, decode: WorkerLoad, sender: WorkerLoad | None, prefill: PrefillEstimate, kv_arrival_s: float
+) -> Prediction:
+    estimate = estimate_decode(decode, work, kv_arrival_s, prefill.own_s if sender is None else 0.0)
+    gaps = max(1.0, work.num_outputs - 1)
+    tpot_s = estimate.tpot_s + (kv_arrival_s - prefill.ttft_s) / gaps
+    needed = blocks_at_end(decode, work)
+    held = decode.num_blocks - decode.num_free_blocks
+    ttft_scale_s, tpot_scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S, request.objectives.tpot_s or NO_TPOT_SCALE_S
+    cost = (
+        _rise(prefill.backlog_s / ttft_scale_s, (prefill.backlog_s + prefill.own_s) / ttft_scale_s)
+        + _rise(estimate.before_s / tpot_scale_s, tpot_s / tpot_scale_s)
+        + _rise(held / decode.num_blocks, (held + needed) / decode.num_blocks)
+    )
+    margin = 1 + model_of(sender or decode).error if (sender or decode).step_model else 1.0
+    return Prediction(
+        route=Route(decode=decode.ref, prefill=None if sender is None else sender.ref),
+        ttft_s=prefill.ttft_s,
+        kv_arrival_s=kv_arrival_s,
+        tpot_s=tpot_s,
+        memory=(held + needed) / decode.num_blocks,
+        cost=cost,
+        keeps_ttft=request.objectives.ttft_s is None or prefill.ttft_s * margin <= work.ttft_slack_s,
+        keeps_tpot=(request.objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s <= request.objectives.tpot_s)
+        and needed + decode.num_decoding <= decode.num_free_blocks,
+    )
+
+
+def _rise(before: float, after: float) -> float:
+    return float(STEEPNESS ** min(after, MAX_LOAD) - STEEPNESS ** min(before, MAX_LOAD))
+
+
+def _lateness(request: RoutingRequest, work: Work, prediction: Prediction) -> float:
+    """How many times over its worst promise; without promises, how long the whole answer takes."""
+    ttft = prediction.ttft_s / max(work.ttft_slack_s, 1e-3) if request.objectives.ttft_s is not None else 0.0
+    tpot = prediction.tpot_s / request.objectives.tpot_s if request.objectives.tpot_s is not None else 0.0
+    answer_s = prediction.ttft_s + prediction.tpot_s * work.num_outputs
+    return max(ttft, tpot, prediction.memory) if ttft or tpot else answer_s * max(1.0, prediction.memory)
+
+
+def _work(request: RoutingRequest, view: ClusterView, now: float) -> Work:
+    expected = min(view.mean_outputs or FIRST_OUTPUTS_GUESS, request.max_new_tokens)
+    waited_s = 0.0 if request.arrived_at is None else now - request.arrived_at
+    slack_s = math.inf if request.objectives.ttft_s is None else request.objectives.ttft_s - waited_s
+    return Work(len(request.token_ids), max(1.0, expected), slack_s)
+
+
+def _hashes(request: RoutingRequest, view: ClusterView) -> list[int]:
+    return chain(request.token_ids, view.decode[0].block_size) if view.decode else []
+
+
+def _num_cached(worker: WorkerLoad, depths: dict[WorkerRef, int], work: Work) -> int:
+    """At least the last token is computed."""
+    return min(depths[worker.ref] * worker.block_size, work.num_tokens - 1)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.0f} ms"
