@@ -75,7 +75,7 @@ class BlockPool:
     def publish(self, block: BlockId, block_hash: BlockHash) -> None:
         """A held block is full and computed: others may match it. The first block of a hash wins."""
         assert block in self._refs, f"block {block} is published but nobody holds it"
-        if self._prefix_cache and block_hash not in self._by_hash and block not in self._hash_of:
+        if self._prefix_cache and block_hash not in self._by_hash:
             self._by_hash[block_hash] = block
             self._hash_of[block] = block_hash
 
