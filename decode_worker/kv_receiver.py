@@ -28,6 +28,7 @@ from ..messages.ids import BlockId, Imm, RequestId
 from ..messages.membership import Membership
 from ..messages.post import Post
 from ..messages.requests import FailureKind, GenerateRequest, TokenDelta, WorkerRef
+from .admission import has_room
 
 MAX_REMEMBERED_TICKETS = 65_536
 
@@ -231,8 +232,7 @@ class KVReceiver:
         num_live = sum(h.imm is not None for h in self._handoffs.values()) + len(scheduler.running)
         prefix = pool.match(handoff.offer.block_hashes)
         num_new = handoff.offer.num_blocks - len(prefix)
-        # One block for each that runs: a handoff that lands only to preempt, or to be preempted, was moved for nothing.
-        if not self._imms or num_live >= self._engine.limits.max_sequences or (num_live and num_new + num_live > pool.num_available):
+        if not self._imms or not has_room(pool, num_new, num_live, self._engine.limits.max_sequences):
             return False
         blocks = pool.take(num_new, prefix)
         if blocks is None:
