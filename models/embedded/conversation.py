@@ -24,6 +24,7 @@ MAX_ANSWER_CHARS = 1200
 PLAIN_SHARE = 0.3  # of docstrings; topics appear plain, whole, and their sections in chats
 FOLLOW_UP_SHARE = 0.15
 SYSTEM_SHARE = 0.1
+FOCUS_REPEATS = 4
 
 QUESTIONS = {
     Kind.TOPIC: ("Tell me about {}.", "Explain {}.", "Help on {}.", "What does Python say about {}?", "What is {}?"),
@@ -54,11 +55,27 @@ SMALL_TALK = (
 )
 
 
-def epoch(documents: Sequence[Document], rng: random.Random) -> Iterator[str]:
+Turn = tuple[str, str]  # question, answer
+
+
+def broad_epoch(documents: Sequence[Document], rng: random.Random) -> Iterator[str]:
     """Every document once, and small talk, in random order, as text with its special tokens."""
-    items: list[Document | tuple[str, str]] = [*documents, *SMALL_TALK]
+    return _told([*documents, *SMALL_TALK], rng)
+
+
+def focused_epoch(documents: Sequence[Document], rng: random.Random) -> Iterator[str]:
+    """What the demo's user will ask about: the language reference many times over, a part of the docstrings, more small talk."""
+    reference = [document for document in documents if document.kind is not Kind.DOCSTRING]
+    topics = [document for document in reference if document.kind is Kind.TOPIC]
+    docstrings = [document for document in documents if document.kind is Kind.DOCSTRING]
+    asked = [ask(document, rng) for document in reference for _ in range(FOCUS_REPEATS)]
+    return _told([*topics, *asked, *rng.sample(docstrings, len(docstrings) // FOCUS_REPEATS), *SMALL_TALK * FOCUS_REPEATS], rng)
+
+
+def _told(items: list[Document | Turn], rng: random.Random) -> Iterator[str]:
+    """Documents as plain text or as a turn of a chat, turns as turns; a chat goes on with FOLLOW_UP_SHARE."""
     rng.shuffle(items)
-    turns: list[tuple[str, str]] = []
+    turns: list[Turn] = []
     for item in items:
         if isinstance(item, Document) and (item.kind is Kind.TOPIC or (item.kind is Kind.DOCSTRING and rng.random() < PLAIN_SHARE)):
             yield plain(item.text)
@@ -75,13 +92,13 @@ def plain(text: str) -> str:
     return BOS + text + EOS
 
 
-def chat(turns: Sequence[tuple[str, str]], instruction: str | None) -> str:
+def chat(turns: Sequence[Turn], instruction: str | None) -> str:
     """What CHAT_TEMPLATE makes of the same messages."""
     opening = BOS if instruction is None else BOS + SYSTEM + instruction + EOS
     return opening + "".join(USER + question + EOS + ASSISTANT + answer + EOS for question, answer in turns)
 
 
-def ask(document: Document, rng: random.Random) -> tuple[str, str]:
+def ask(document: Document, rng: random.Random) -> Turn:
     question = rng.choice(QUESTIONS[document.kind]).format(_spoken(document, rng))
     return question, shortened(document.text)
 

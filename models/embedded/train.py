@@ -1,7 +1,8 @@
 """How the embedded model was made: `python -m diptych.models.embedded.train --out DIR` (needs the test extra: transformers).
 
-    documents → split → byte-level BPE on the training part → epochs of plain text and chats, packed into rows
+    documents → split → byte-level BPE on the training part → epochs of plain text and chats, cut into rows
     → Llama, bf16 autocast on one CPU thread; Muon for the matrices of the layers, AdamW for embedding and norms
+    → first all documents alike, then, as the learning rate falls, mostly what the demo's user will ask about
     → float16 safetensors, read back, and judged on the held-out documents, each from its start
     → training.json: every figure measured in this run
 
@@ -15,8 +16,9 @@ import math
 import platform
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -44,19 +46,21 @@ class Recipe:
     num_heads: int = 8
     num_kv_heads: int = 4
     seed: int = 20
-    num_steps: int = 1500
+    num_steps: int = 1350
+    decay_steps: int = 600  # the last ones: focused text, learning rate linear to zero
     tokens_per_step: int = 4096
     row_tokens: int = 512
     long_row_share: float = 0.08  # the last steps use rows of MAX_POSITIONS, so that late positions are trained too
     muon_lr: float = 0.02
     adamw_lr: float = 0.004
     warmup_steps: int = 40
-    decay_share: float = 0.5  # of the steps, at the end: linear to zero
     weight_decay: float = 0.05
 
     def lr_scale(self, step: int, first_step: int) -> float:
-        decay_steps = self.num_steps * self.decay_share
-        return min(1.0, (step - first_step + 1) / self.warmup_steps, (self.num_steps - step) / decay_steps)
+        return min(1.0, (step - first_step + 1) / self.warmup_steps, (self.num_steps - step) / self.decay_steps)
+
+    def is_focused(self, step: int) -> bool:
+        return step >= self.num_steps - self.decay_steps
 
     def row_tokens_at(self, step: int) -> int:
         is_long = step >= self.num_steps * (1 - self.long_row_share)
@@ -85,12 +89,11 @@ class Progress:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model anew.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; made if missing")
-    parser.add_argument("--steps", type=int, default=Recipe().num_steps, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in the folder")
     arguments = parser.parse_args()
     training, held_out = corpus.split(corpus.documents())
     progress = Progress.read(arguments.out) if arguments.resume else Progress()
-    train(arguments.out, Recipe(num_steps=arguments.steps), training, held_out, progress)
+    train(arguments.out, Recipe(), training, held_out, progress)
 
 
 def train(
@@ -222,11 +225,9 @@ def optimizer_steps(
     model: LlamaForCausalLM, recipe: Recipe, tokenizer: Tokenizer, training: Sequence[Document], first_step: int
 ) -> Iterator[float]:
     """Makes one step at a time and tells its loss (nats per token, before the step)."""
-    tokens = islice(token_stream(training, tokenizer, recipe.seed), first_step * recipe.tokens_per_step, None)
     optimizers = optimizers_of(model, recipe)
     base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    for step in range(first_step, recipe.num_steps):
-        batch = torch.tensor([next(tokens) for _ in range(recipe.tokens_per_step)]).view(-1, recipe.row_tokens_at(step))
+    for step, batch in islice(enumerate(batches(recipe, tokenizer, training)), first_step, None):
         loss = loss_of(model, batch)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -238,11 +239,21 @@ def optimizer_steps(
         yield loss.item()
 
 
-def token_stream(training: Sequence[Document], tokenizer: Tokenizer, seed: int) -> Iterator[int]:
+def batches(recipe: Recipe, tokenizer: Tokenizer, training: Sequence[Document]) -> Iterator[torch.Tensor]:
+    """One [rows, tokens] a step."""
+    broad, focused = (
+        token_stream(partial(epoch, training), tokenizer, random.Random(recipe.seed))
+        for epoch in (conversation.broad_epoch, conversation.focused_epoch)
+    )
+    for step in range(recipe.num_steps):
+        tokens = focused if recipe.is_focused(step) else broad
+        yield torch.tensor(list(islice(tokens, recipe.tokens_per_step))).view(-1, recipe.row_tokens_at(step))
+
+
+def token_stream(epoch: Callable[[random.Random], Iterator[str]], tokenizer: Tokenizer, rng: random.Random) -> Iterator[int]:
     """Epoch after epoch, without end."""
-    rng = random.Random(seed)
     while True:
-        for text in conversation.epoch(training, rng):
+        for text in epoch(rng):
             yield from tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -300,10 +311,6 @@ def measured(
 ) -> dict[str, object]:
     """The figures of the model as it lies in the folder, not as it was in memory."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    epoch_tokens = sum(
-        len(tokenizer.encode(text, add_special_tokens=False).ids) for text in conversation.epoch(training, random.Random(recipe.seed))
-    )
-    num_tokens = recipe.num_steps * recipe.tokens_per_step
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -311,8 +318,7 @@ def measured(
         "num_training_documents": len(training),
         "num_held_out_documents": len(held_out),
         "num_parameters": model.num_parameters(),
-        "num_tokens_seen": num_tokens,
-        "num_epochs": round(num_tokens / epoch_tokens, 2),
+        "num_tokens_seen": recipe.num_steps * recipe.tokens_per_step,
         "recipe": asdict(recipe),
         "held_out": asdict(held_out_loss(model, tokenizer, held_out)),
         "held_out_sample": asdict(held_out_loss(model, tokenizer, read_held_out_sample(folder))),
