@@ -1,4 +1,4 @@
-"""Exits with 1 and says what to do if pip would fetch CUDA packages: `no_cuda.py [pip options] requirement…`. For machines without a GPU."""
+"""`no_cuda.py [pip options] requirement…` exits with 1, and says what to do, if pip would fetch CUDA packages. For use without a GPU."""
 
 import json
 import subprocess
