@@ -1,0 +1,71 @@
+"""The commands as a user types them, each a process of its own, on a Ray head of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from diptych.cluster import records
+
+SPEC = """
+name: test-commands
+model: {path: embedded}
+pools: {decode: {workers: 1, kv_memory: 32MiB}}
+router: {port: 0}
+security: {api_keys_file: keys.txt}
+"""
+
+
+@pytest.fixture
+def no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder, in a world where no Ray is known; nothing of one may be left at the end."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    before = ray_processes()
+    yield tmp_path
+    assert ray_processes() - before == set()
+    assert [path for path in Path("/dev/shm").glob("diptych-*") if "demo" in path.name or "test-commands" in path.name] == []
+
+
+def ray_processes() -> set[int]:
+    found = set()
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any("ray" in word for word in process.info["cmdline"] or ()):
+            found.add(process.pid)
+    return found
+
+
+def diptych(*words: str, folder: Path, code: int = 0) -> str:
+    command = [sys.executable, "-c", "from diptych.cluster.cli import main; main()", *words]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == code, f"{ended.stdout}\n{ended.stderr}"
+    return ended.stdout + ended.stderr
+
+
+def test_demo(no_ray: Path) -> None:
+    text = diptych("demo", folder=no_ray)
+    for shown in ("> ", "TTFT", "TPOT", "KV moved", "prefill-0 → decode-0", "shm", "GB/s", "/v1", "All stopped"):
+        assert shown in text
+    assert records.read_all() == []
+
+
+def test_up_status_chat_down(no_ray: Path) -> None:
+    (no_ray / "spec.yaml").write_text(SPEC)
+    (no_ray / "keys.txt").write_text("secret\n")
+    shown = diptych("up", "spec.yaml", "--json", folder=no_ray)
+    status = json.loads(shown[shown.index("{") : shown.rindex("}") + 1])
+    assert status["phase"] == "ready"
+    assert "running already" in diptych("up", "spec.yaml", folder=no_ray, code=2)
+    assert "decode-0" in diptych("status", folder=no_ray)
+    assert diptych("chat", "What is a list?", "--api-key", "secret", "--max-tokens", "5", folder=no_ray).strip()
+    assert "401" in diptych("chat", "Hi", "--api-key", "wrong", folder=no_ray, code=1)
+    assert "is down" in diptych("down", folder=no_ray)
+    diptych("status", folder=no_ray, code=1)
