@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import torch
+
 from diptych.kvtransfer.layout import KVLayout
 from diptych.kvtransfer.ucx.transport import UcxTransport
 from diptych.messages.ids import Imm
@@ -89,17 +90,17 @@ class UcxPeer:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s), daemon=True)
         self.process.start()
-        self.descriptor: MemoryDescriptor = self._answer()
+        self.descriptor: MemoryDescriptor = self.answer()
 
     def call(self, method: str, *arguments: object) -> object:
         self.pipe.send((method, arguments))
-        return self._answer()
+        return self.answer()
 
     def tell(self, method: str, *arguments: object) -> None:
         """For what never answers."""
         self.pipe.send((method, arguments))
 
-    def _answer(self) -> object:
+    def answer(self) -> object:
         if not self.pipe.poll(CALL_TIMEOUT_S):
             raise TimeoutError(f"no answer of process {self.process.pid} in {CALL_TIMEOUT_S} s")
         answer = self.pipe.recv()

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 import torch
+from harness.ucx_peer import UcxPeer, byte_layout, pages_of, ucx_peer
+
 from diptych.kvtransfer.transport import KVPool, Peer
 from diptych.kvtransfer.ucx.build import build_shim
 from diptych.kvtransfer.ucx.provider import find_libucp
 from diptych.kvtransfer.ucx.transport import UcxTransport
 from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
 from diptych.messages.ids import Imm
-from harness.ucx_peer import UcxPeer, byte_layout, pages_of, ucx_peer
 
 PAGE_BYTES = 4096
 NUM_PAGES = 2048
@@ -177,7 +178,7 @@ def test_a_killed_receiver_is_reported_and_survived(lanes: str, monkeypatch: pyt
         victim.process.join(10.0)                                    # a zombie looks alive to UCX; the ACKs that it owes tell, later
         write_until_refused(writer, peer, Imm(1), 3.0)
         assert not writer.transport.stop(peer, Imm(1), 0.0)          # for all that we know it might still land
-        with pytest.raises(PeerGone, match="earlier pages were lost|link is down"):
+        with pytest.raises(PeerGone, match=r"earlier pages were lost|link is down"):
             writer.transport.write_pages(peer, [0], [0], Imm(1))
         other = writer.transport.connect(receiver.descriptor)        # while the dead one is still being dialled
         assert_works(writer, other, receiver, seed=40)

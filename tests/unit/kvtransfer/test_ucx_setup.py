@@ -1,0 +1,100 @@
+"""Finding UCX and building the shim: the order, the settings, and errors that say what to do."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from diptych.kvtransfer.ucx import build, provider
+from diptych.messages.errors import ClusterError
+
+
+@contextmanager
+def only(monkeypatch: pytest.MonkeyPatch, **found: str) -> Iterator[None]:
+    """Of all providers just these have something."""
+    with monkeypatch.context() as patch:
+        patch.delenv(provider.PATH_VARIABLE, raising=False)
+        for name in ("_loaded", "_system", "_nixl_wheel", "_libucx_wheel"):
+            patch.setattr(provider, name, lambda name=name: found.get(name))
+        yield
+
+
+def test_the_order_of_providers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ["_loaded", "_system", "_nixl_wheel", "_libucx_wheel"]
+    for i, name in enumerate(names):
+        with only(monkeypatch, **{later: later for later in names[i:]}):
+            assert provider.find_libucp() == name
+    explicit = tmp_path / "libucp.so"
+    explicit.touch()
+    with only(monkeypatch, **{name: name for name in names}):
+        monkeypatch.setenv(provider.PATH_VARIABLE, str(explicit))
+        assert provider.find_libucp() == str(explicit)
+
+
+def test_no_ucx_at_all_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    with only(monkeypatch), pytest.raises(ClusterError, match=r"pip install diptych\[ucx\]"):
+        provider.find_libucp()
+
+
+def test_an_explicit_path_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(provider.PATH_VARIABLE, str(tmp_path / "gone.so"))
+    with pytest.raises(ClusterError, match=r"gone\.so: there is no such file"):
+        provider.find_libucp()
+
+
+def test_the_environment_overrides_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in provider.SETTINGS:
+        monkeypatch.delenv(f"UCX_{name}", raising=False)
+    assert "KEEPALIVE_INTERVAL=500ms\n" in provider.settings_text()
+    monkeypatch.setenv("UCX_KEEPALIVE_INTERVAL", "3s")
+    assert "KEEPALIVE_INTERVAL" not in provider.settings_text()
+
+
+def test_loading_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_LOG_LEVEL", "info")
+    before = dict(os.environ)
+    with provider.quiet_loading():
+        assert os.environ["UCX_LOG_LEVEL"] == "info"
+        assert os.environ["UCX_ERROR_SIGNALS"] == ""
+    assert dict(os.environ) == before
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@needs_compiler
+def test_the_shim_is_built_once_and_again_for_other_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "a.c").write_text("int a(void) { return 1; }\n")
+    monkeypatch.setattr(build, "FOLDER", folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = build.build_shim()
+    built_at = first.stat().st_mtime_ns
+    assert build.build_shim() == first
+    assert first.stat().st_mtime_ns == built_at
+    (folder / "a.c").write_text("int a(void) { return 2; }\n")
+    second = build.build_shim()
+    assert second != first
+    assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, second.name])
+
+
+@needs_compiler
+def test_a_failed_build_gives_the_compilers_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.c").write_text("int a(void) { return nothing; }\n")
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ClusterError, match="nothing"):
+        build.build_shim()
+    assert list(build.cache_folder().iterdir()) == []
+
+
+def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ClusterError, match="needs a C compiler"):
+        build.build_shim()
