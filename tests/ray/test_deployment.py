@@ -10,6 +10,7 @@ import httpx
 import psutil
 import pytest
 
+from diptych.cluster import ray_session, records
 from diptych.cluster.controller import Phase
 from diptych.cluster.ray_session import is_serving
 from diptych.messages.errors import ClusterError, SpecError
@@ -75,7 +76,7 @@ def test_a_model_that_cannot_be_served_is_said_at_once(cluster: StartCluster, tm
     shutil.copytree(embedded_model_path(), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchForCausalLM"], "model_type": "no_such"}))
-    with pytest.raises(ClusterError, match=r"decode-0: UnsupportedModel: .*") as caught:
+    with pytest.raises(ClusterError, match=r"(prefill|decode)-0: UnsupportedModel: ") as caught:
         cluster(model={"path": str(folder)})
     assert "no_such" in str(caught.value) or "NoSuchForCausalLM" in str(caught.value)
 
@@ -85,6 +86,20 @@ def test_a_taken_port_is_said_at_once(cluster: StartCluster) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ClusterError, match=f"gateway-0 cannot listen on 127.0.0.1:{port}"):
             cluster(pools={"decode": SMALL}, router={"port": port})
+
+
+def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(cluster: StartCluster) -> None:
+    import ray
+
+    first = cluster(pools={"decode": SMALL})
+    pids, name = first.pids, first.status.name
+    ray.kill(first.deployment.controller)                     # for good
+    with pytest.raises(ClusterError, match=f"no deployment '{name}' is running"):
+        ray_session.take_down(name, lambda status: None)      # this Ray is not ours to stop
+    records.remove(name)
+    second = cluster(name=name, pools={"decode": SMALL})
+    assert not set(second.pids.values()) & set(pids.values())
+    second.complete()
 
 
 def test_a_name_is_used_once(cluster: StartCluster) -> None:
