@@ -10,7 +10,7 @@ from pathlib import Path
 from ...messages.errors import ClusterError
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
+FLAGS = ("-std=gnu11", "-D_GNU_SOURCE", "-O2", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
 TIMEOUT_S = 120.0
 
 

@@ -147,7 +147,7 @@ static int why_refused(link_t *link, uint32_t imm, char *text)
 {
     if (link->state != LINK_OPEN || link->leaving)
         return say(text, DX_GONE, "the link is down", link->why);
-    if (link->imms[imm].lost_in != 0)
+    if (link->imms[imm].lost_job > link->imms[imm].stopped_through)
         return say(text, DX_GONE, "earlier pages were lost with the link", link->why);
     return DX_OK;
 }

@@ -45,16 +45,16 @@ static ucs_status_t configure(ucp_config_t *config, const char *settings)
     return UCS_OK;
 }
 
-static ucs_status_t open_context(shim_t *shim, const char *settings)
+static ucs_status_t open_context(ucp_context_h *context, uint64_t features, const char *settings)
 {
     ucp_config_t *config;
-    ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES, .features = UCP_FEATURE_RMA | UCP_FEATURE_AM | UCP_FEATURE_WAKEUP};
+    ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES, .features = features};
     ucs_status_t status = ucp.ucp_config_read(NULL, NULL, &config);
     if (status != UCS_OK)
         return status;
     status = configure(config, settings);
     if (status == UCS_OK)
-        status = ucp.ucp_init_version(API_MAJOR, API_MINOR, &params, config, &shim->context);
+        status = ucp.ucp_init_version(API_MAJOR, API_MINOR, &params, config, context);
     ucp.ucp_config_release(config);
     return status;
 }
@@ -69,7 +69,9 @@ EXPORT int dx_open(const char *library, const char *settings, const uint8_t *uid
         free(shim);
         return say(text, DX_MEMORY, "shim", strerror(ENOMEM));
     }
-    ucs_status_t status = open_context(shim, settings);
+    ucs_status_t status = open_context(&shim->context, UCP_FEATURE_AM | UCP_FEATURE_WAKEUP | UCP_FEATURE_RMA, settings);
+    if (status == UCS_OK && (status = open_context(&shim->doorway, UCP_FEATURE_AM | UCP_FEATURE_WAKEUP, "TLS=tcp\nNET_DEVICES=all\n")) != UCS_OK)
+        ucp.ucp_cleanup(shim->context);
     if (status != UCS_OK) {
         free(shim->counters);
         free(shim);
@@ -151,6 +153,7 @@ EXPORT void dx_release(shim_t *shim)
         ucp.ucp_rkey_buffer_release(shim->rkey_buffer);
     if (shim->memory != NULL)
         ucp.ucp_mem_unmap(shim->context, shim->memory);
+    ucp.ucp_cleanup(shim->doorway);
     ucp.ucp_cleanup(shim->context);
     close(shim->wake_fd);
     pthread_cond_destroy(&shim->changed);

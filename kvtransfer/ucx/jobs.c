@@ -19,8 +19,10 @@ void job_end(job_t *job, bool lost)
     link_t *link = job->link;
     imm_state_t *imm = &link->imms[job->count.imm];
     imm->num_live--;
-    if (lost)
+    if (lost) {
         imm->lost_in = link->life;
+        imm->lost_job = job->count.job;
+    }
     free(job);
     pthread_cond_broadcast(&link->shim->changed);
 }
@@ -127,7 +129,7 @@ static void count_flushed(job_t *job)
     if (job->next_run < job->num_runs)
         return;                                       /* cut */
     job->num_owed = job->count.num_pages;
-    line_send(line, line->ep, AM_COUNT, &job->count, sizeof job->count, NULL, 0);
+    line_send(line, AM_COUNT, &job->count, sizeof job->count, NULL, 0);
 }
 
 static void account(job_t *job)

@@ -1,4 +1,4 @@
-/* A line: one UCX worker with its endpoints, opened, used and torn down as a whole. Only the shim's thread comes here. */
+/* A line: one UCX worker with its endpoint, opened, used and torn down as a whole. Only the shim's thread comes here. */
 
 #include <stdlib.h>
 #include <string.h>
@@ -7,7 +7,7 @@
 
 #define HANG_UP_LIMIT_NS (1000 * MS)
 
-ucs_status_t line_open(shim_t *shim, line_t *line)
+ucs_status_t line_open(ucp_context_h context, line_t *line)
 {
     ucp_worker_params_t params = {
         .field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE | UCP_WORKER_PARAM_FIELD_FLAGS,
@@ -15,7 +15,7 @@ ucs_status_t line_open(shim_t *shim, line_t *line)
         .flags = UCP_WORKER_FLAG_IGNORE_REQUEST_LEAK,
     };
     memset(line, 0, sizeof *line);
-    ucs_status_t status = ucp.ucp_worker_create(shim->context, &params, &line->worker);
+    ucs_status_t status = ucp.ucp_worker_create(context, &params, &line->worker);
     if (status != UCS_OK) {
         line->worker = NULL;
         return status;
@@ -34,7 +34,7 @@ static void note_fault(void *arg, ucp_ep_h ep, ucs_status_t status)
         line->fault = status;
 }
 
-ucs_status_t line_dial(line_t *line, const void *address, ucp_ep_h *ep)
+ucs_status_t line_dial(line_t *line, const void *address)
 {
     ucp_ep_params_t params = {
         .field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER,
@@ -42,9 +42,9 @@ ucs_status_t line_dial(line_t *line, const void *address, ucp_ep_h *ep)
         .err_mode = UCP_ERR_HANDLING_MODE_PEER,
         .err_handler = {note_fault, line},
     };
-    ucs_status_t status = ucp.ucp_ep_create(line->worker, &params, ep);
+    ucs_status_t status = ucp.ucp_ep_create(line->worker, &params, &line->ep);
     if (status != UCS_OK)
-        *ep = NULL;
+        line->ep = NULL;
     return status;
 }
 
@@ -84,11 +84,11 @@ static void letter_sent(void *request, ucs_status_t status, void *user_data)
 }
 
 /* A failure to send is a fault of the line. */
-void line_send(line_t *line, ucp_ep_h ep, unsigned id, const void *header, size_t header_bytes, const void *body, size_t body_bytes)
+void line_send(line_t *line, unsigned id, const void *header, size_t header_bytes, const void *body, size_t body_bytes)
 {
     letter_t *letter = malloc(sizeof *letter + header_bytes + body_bytes);
     if (letter == NULL) {
-        note_fault(line, ep, UCS_ERR_NO_MEMORY);
+        note_fault(line, line->ep, UCS_ERR_NO_MEMORY);
         return;
     }
     letter->line = line;
@@ -101,7 +101,7 @@ void line_send(line_t *line, ucp_ep_h ep, unsigned id, const void *header, size_
         .cb.send = letter_sent,
         .user_data = letter,
     };
-    ucs_status_ptr_t request = ucp.ucp_am_send_nbx(ep, id, letter->bytes, header_bytes, letter->bytes + header_bytes, body_bytes, &params);
+    ucs_status_ptr_t request = ucp.ucp_am_send_nbx(line->ep, id, letter->bytes, header_bytes, letter->bytes + header_bytes, body_bytes, &params);
     if (!UCS_PTR_IS_PTR(request))
         letter_sent(NULL, UCS_PTR_STATUS(request), letter);
 }
@@ -117,20 +117,15 @@ void line_settle(line_t *line, ucs_status_ptr_t request, int64_t limit_ns)
     ucp.ucp_request_free(request);
 }
 
-static void close_by_force(line_t *line, ucp_ep_h *ep)
-{
-    ucp_request_param_t params = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS, .flags = UCP_EP_CLOSE_FLAG_FORCE};
-    if (*ep != NULL)
-        line_settle(line, ucp.ucp_ep_close_nbx(*ep, &params), HANG_UP_LIMIT_NS);
-    *ep = NULL;
-}
-
+/* The endpoint is closed by force: whatever is under way ends with an error, now. */
 void line_hang_up(line_t *line, ucp_rkey_h rkey)
 {
     if (line->worker == NULL)
         return;
-    close_by_force(line, &line->ep);
-    close_by_force(line, &line->door_ep);
+    ucp_request_param_t params = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS, .flags = UCP_EP_CLOSE_FLAG_FORCE};
+    if (line->ep != NULL)
+        line_settle(line, ucp.ucp_ep_close_nbx(line->ep, &params), HANG_UP_LIMIT_NS);
+    line->ep = NULL;
     if (rkey != NULL)
         ucp.ucp_rkey_destroy(rkey);
     ucp.ucp_worker_destroy(line->worker);

@@ -53,17 +53,19 @@ static void dial(link_t *link)
     link->deadline_ns = now_ns() + DIAL_LIMIT_NS;
     ucp_address_t *address = NULL;
     size_t address_bytes = 0;
-    ucs_status_t status = line_open(shim, &link->line);
+    ucs_status_t status = line_open(shim->doorway, &link->call);
+    if (status == UCS_OK)
+        status = line_open(shim->context, &link->line);
     if (status == UCS_OK)
         status = line_listen(&link->line, AM_WELCOME, hear_welcome, link);
     if (status == UCS_OK)
         status = line_listen(&link->line, AM_ACK, hear_ack, link);
     if (status == UCS_OK)
-        status = line_dial(&link->line, link->door_address, &link->line.door_ep);
+        status = line_dial(&link->call, link->door_address);
     if (status == UCS_OK)
         status = line_address(&link->line, &address, &address_bytes);
     if (status == UCS_OK) {
-        line_send(&link->line, link->line.door_ep, AM_HELLO, &hello, sizeof hello, address, address_bytes);
+        line_send(&link->call, AM_HELLO, &hello, sizeof hello, address, address_bytes);
         ucp.ucp_worker_release_address(link->line.worker, address);
     } else
         link_break(link, ucp.ucs_status_string(status));
@@ -91,7 +93,7 @@ static void open_link(link_t *link)
 {
     shim_t *shim = link->shim;
     char lanes[TEXT_BYTES];
-    ucs_status_t status = line_dial(&link->line, link->welcome, &link->line.ep);
+    ucs_status_t status = line_dial(&link->line, link->welcome);
     if (status == UCS_OK)
         status = ucp.ucp_ep_rkey_unpack(link->line.ep, link->rkey_buffer, &link->rkey);
     if (status != UCS_OK) {
@@ -124,6 +126,7 @@ void link_break(link_t *link, const char *why)
 {
     shim_t *shim = link->shim;
     line_hang_up(&link->line, link->rkey);
+    line_hang_up(&link->call, NULL);
     link->rkey = NULL;
     free(link->welcome);
     link->welcome = NULL;
@@ -143,13 +146,13 @@ void link_break(link_t *link, const char *why)
 static void say_bye(link_t *link)
 {
     ucp_request_param_t params = {0};
-    line_send(&link->line, link->line.ep, AM_BYE, link->target_uid, UID_BYTES, NULL, 0);
+    line_send(&link->line, AM_BYE, link->target_uid, UID_BYTES, NULL, 0);
     line_settle(&link->line, ucp.ucp_ep_flush_nbx(link->line.ep, &params), BYE_LIMIT_NS);
 }
 
-static void leave(link_t *link)
+void link_leave(link_t *link)
 {
-    if (link->state == LINK_OPEN && link->line.fault == 0)
+    if (link->state == LINK_OPEN && link->line.fault == 0 && link->call.fault == 0)
         say_bye(link);
     link_break(link, "disconnected");
     pthread_mutex_lock(&link->shim->lock);
@@ -164,22 +167,31 @@ static bool has_stalled(const link_t *link)
     return oldest != NULL && oldest->started_ns != 0 && now_ns() - oldest->moved_ns > link->shim->stall_ns;
 }
 
+static unsigned progress(link_t *link)
+{
+    unsigned worked = 0;
+    if (link->call.worker != NULL)
+        worked += ucp.ucp_worker_progress(link->call.worker);
+    for (int i = 0; i < 2 && link->line.worker != NULL; i++)
+        worked += ucp.ucp_worker_progress(link->line.worker);     /* twice: UCX 1.22 crashes on a put between a failure and its report */
+    return worked;
+}
+
 unsigned link_turn(link_t *link)
 {
     char why[TEXT_BYTES];
     int64_t now = now_ns();
-    unsigned worked = 0;
-    for (int i = 0; i < 2 && link->line.worker != NULL; i++)
-        worked += ucp.ucp_worker_progress(link->line.worker);     /* twice: UCX 1.22 crashes on a put between a failure and its report */
-    if (link->line.worker != NULL && link->line.fault != 0) {
-        link_break(link, ucp.ucs_status_string((ucs_status_t)link->line.fault));
+    unsigned worked = progress(link);
+    int fault = link->line.fault != 0 ? link->line.fault : link->call.fault;
+    if (link->line.worker != NULL && fault != 0) {
+        link_break(link, ucp.ucs_status_string((ucs_status_t)fault));
         return 1;
     }
     pthread_mutex_lock(&link->shim->lock);
     bool leaving = link->leaving && link->queued == NULL;
     pthread_mutex_unlock(&link->shim->lock);
     if (leaving && link->num_active == 0) {
-        leave(link);
+        link_leave(link);
         return 1;
     }
     switch (link->state) {

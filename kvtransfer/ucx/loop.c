@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -53,7 +54,7 @@ static void nap(shim_t *shim, link_t *links)
     for (guest_t *guest = shim->guests; guest != NULL; guest = guest->next)
         num_lines++;
     for (link_t *link = links; link != NULL; link = link->next)
-        num_lines++;
+        num_lines += 2;
     struct pollfd fds[num_lines];
     fds[used++] = (struct pollfd){.fd = shim->wake_fd, .events = POLLIN};
     if (!arm(&shim->door, &fds[used++]))
@@ -62,7 +63,7 @@ static void nap(shim_t *shim, link_t *links)
         if (!arm(&guest->line, &fds[used++]))
             return;
     for (link_t *link = links; link != NULL; link = link->next)
-        if (link->line.worker != NULL && !arm(&link->line, &fds[used++]))
+        if (link->line.worker != NULL && (!arm(&link->call, &fds[used++]) || !arm(&link->line, &fds[used++])))
             return;
     uint64_t woken;
     if (poll(fds, used, NAP_MS) > 0 && fds[0].revents != 0 && read(shim->wake_fd, &woken, sizeof woken) < 0)
@@ -88,6 +89,10 @@ static void *run(void *arg)
 {
     shim_t *shim = arg;
     int64_t idle_since = now_ns();
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, NULL);           /* they are for Python's threads */
+    pthread_setname_np(pthread_self(), "diptych-ucx");
     for (;;) {
         pthread_mutex_lock(&shim->lock);
         bool closing = shim->closing;
@@ -109,7 +114,7 @@ static void *run(void *arg)
             nap(shim, links);
     }
     for (link_t *link = shim->links; link != NULL; link = link->next)
-        link_break(link, "closed");
+        link_leave(link);
     receiver_close(shim);
     return NULL;
 }

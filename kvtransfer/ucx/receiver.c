@@ -29,7 +29,7 @@ static ucs_status_t hear_hello(
 
 ucs_status_t door_open(shim_t *shim)
 {
-    ucs_status_t status = line_open(shim, &shim->door);
+    ucs_status_t status = line_open(shim->doorway, &shim->door);
     if (status == UCS_OK)
         status = line_listen(&shim->door, AM_HELLO, hear_hello, shim);
     if (status == UCS_OK)
@@ -50,7 +50,7 @@ static bool read_count(count_t *count, const guest_t *guest, const void *header,
 static void land(guest_t *guest, const count_t *count)
 {
     atomic_fetch_add_explicit(&guest->shim->counters[count->imm], count->num_pages, memory_order_release);
-    line_send(&guest->line, guest->line.ep, AM_ACK, count, sizeof *count, NULL, 0);
+    line_send(&guest->line, AM_ACK, count, sizeof *count, NULL, 0);
 }
 
 static ucs_status_t hear_count(
@@ -93,7 +93,7 @@ static ucs_status_t guest_open(shim_t *shim, guest_t *guest, const caller_t *cal
     size_t address_bytes = 0;
     guest->shim = shim;
     guest->hello = caller->hello;
-    ucs_status_t status = line_open(shim, &guest->line);
+    ucs_status_t status = line_open(shim->context, &guest->line);
     if (status == UCS_OK)
         status = line_listen(&guest->line, AM_COUNT, hear_count, guest);
     if (status == UCS_OK)
@@ -101,11 +101,11 @@ static ucs_status_t guest_open(shim_t *shim, guest_t *guest, const caller_t *cal
     if (status == UCS_OK)
         status = line_listen(&guest->line, AM_BYE, hear_bye, guest);
     if (status == UCS_OK)
-        status = line_dial(&guest->line, caller->address, &guest->line.ep);
+        status = line_dial(&guest->line, caller->address);
     if (status == UCS_OK)
         status = line_address(&guest->line, &address, &address_bytes);
     if (status == UCS_OK) {
-        line_send(&guest->line, guest->line.ep, AM_WELCOME, &guest->hello, sizeof guest->hello, address, address_bytes);
+        line_send(&guest->line, AM_WELCOME, &guest->hello, sizeof guest->hello, address, address_bytes);
         ucp.ucp_worker_release_address(guest->line.worker, address);
     }
     return status;

@@ -9,7 +9,7 @@
                       │       whose writer has gone):   PAGES ──► guest: copied, counter += pages;   ◄── ACK
                       └── fault or stall: the endpoint is closed by force, its worker destroyed, its jobs are lost; dialled again
 
-   A line (a worker of its own with one endpoint) is what either side of a link lives in, so that tearing it down ends whatever may still
+   A line, a worker of its own with one endpoint, is what either side of a link lives in, so that tearing it down ends whatever may still
    arrive on it: sockets, queue pairs and FIFOs go with the worker. Therefore a WELCOME proves that nothing of the writer's earlier lives
    can land any more, and an ACK that a job's pages and its count have landed. Until it has one of the two, `dx_stop` says no. */
 
@@ -52,8 +52,7 @@ typedef struct {
     ucp_worker_h worker;             /* NULL: the line is down */
     int efd;
     ucp_ep_h ep;
-    ucp_ep_h door_ep;                /* a writer's, to the receiver's door */
-    _Atomic int fault;               /* the first error of either endpoint, a ucs_status_t; 0: none */
+    int fault;                       /* the first error, a ucs_status_t; 0: none */
 } line_t;
 
 typedef struct run {                 /* neighbours here and there: one put, or one message */
@@ -80,6 +79,7 @@ typedef struct job {
 typedef struct {
     uint64_t stopped_through;        /* jobs up to this one are not to go on */
     uint64_t lost_in;                /* the last life that took jobs with it; 0: none */
+    uint64_t lost_job;               /* the last of them */
     uint32_t num_live;               /* jobs accepted and not ended */
     int64_t busy_ns;
 } imm_state_t;
@@ -95,7 +95,8 @@ typedef struct link {
     void *rkey_buffer, *door_address;
 
     /* the thread's own */
-    line_t line;
+    line_t call;                     /* to the door, over TCP: shows at once when the receiver dies */
+    line_t line;                     /* to the guest */
     bool by_message;                 /* PAGES instead of puts */
     ucp_rkey_h rkey;
     void *welcome;                   /* the guest's address, once it has come */
@@ -136,6 +137,7 @@ typedef struct fence {
 typedef struct shim {
     atomic_int num_holders;          /* the transport, and the pool's tensor: UCX's memory outlives the thread */
     ucp_context_h context;
+    ucp_context_h doorway;           /* TCP alone: on shared memory UCX keeps what belongs to a caller mapped for ever */
     ucp_mem_h memory;
     int memory_type;
     void *pool, *rkey_buffer;
@@ -173,10 +175,10 @@ void wake(shim_t *shim);
 bool wait_changed(shim_t *shim, int64_t deadline_ns);
 
 /* line.c */
-ucs_status_t line_open(shim_t *shim, line_t *line);
-ucs_status_t line_dial(line_t *line, const void *address, ucp_ep_h *ep);
+ucs_status_t line_open(ucp_context_h context, line_t *line);
+ucs_status_t line_dial(line_t *line, const void *address);
 ucs_status_t line_listen(line_t *line, unsigned id, ucp_am_recv_callback_t callback, void *arg);
-void line_send(line_t *line, ucp_ep_h ep, unsigned id, const void *header, size_t header_bytes, const void *body, size_t body_bytes);
+void line_send(line_t *line, unsigned id, const void *header, size_t header_bytes, const void *body, size_t body_bytes);
 ucs_status_t line_address(line_t *line, ucp_address_t **address, size_t *num_bytes);
 void line_settle(line_t *line, ucs_status_ptr_t request, int64_t limit_ns);
 void line_hang_up(line_t *line, ucp_rkey_h rkey);
@@ -195,6 +197,7 @@ bool advance_jobs(link_t *link);
 /* link.c */
 unsigned link_turn(link_t *link);
 void link_break(link_t *link, const char *why);
+void link_leave(link_t *link);
 void link_free(link_t *link);
 
 #endif

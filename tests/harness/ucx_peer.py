@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
@@ -57,6 +58,11 @@ class Served:
 
     def read(self) -> bytes:
         return pages_of(self.pool.tensor).numpy().tobytes()
+
+    def num_held(self) -> int:
+        """Open file descriptors and foreign shared memory: each line holds some."""
+        segments = [line for line in Path("/proc/self/maps").read_text().splitlines() if "SYSV" in line or "ucx_shm" in line]
+        return len(os.listdir("/proc/self/fd")) + len(segments)
 
     def fence(self, writer: MemoryDescriptor) -> bool:
         return self.transport.fence(writer, timeout_s=5.0)

@@ -224,6 +224,27 @@ def test_a_stalled_receiver_is_cut_off_and_fenced(lanes: str, monkeypatch: pytes
     writer.transport.close()
 
 
+def come_and_go(receiver: UcxPeer) -> None:
+    guest = Writer()
+    for _ in range(2):
+        peer = guest.transport.connect(receiver.descriptor)
+        guest.transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(80))
+        guest.transport.disconnect(peer)
+    guest.transport.close()
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_links_leave_nothing_behind(lanes: str, writer: Writer, receiver: UcxPeer, monkeypatch: pytest.MonkeyPatch) -> None:
+    if LANES[lanes] is not None:
+        monkeypatch.setenv("UCX_TLS", LANES[lanes])
+    come_and_go(receiver)
+    held = receiver.call("num_held")
+    for _ in range(3):
+        come_and_go(receiver)
+    until(lambda: receiver.call("num_held") == held, 5.0)
+    assert_works(writer, writer.transport.connect(receiver.descriptor), receiver, seed=81)
+
+
 def test_a_dead_receiver_cannot_be_connected_to(writer: Writer, receiver: UcxPeer) -> None:
     with ucx_peer(PAGE_BYTES, 8) as victim:
         victim.signal(signal.SIGKILL)
