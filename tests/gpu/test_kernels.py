@@ -20,6 +20,7 @@ from harness.kernel_checks import (
     check_silu_mul,
 )
 from harness.kernel_model import logits_of_steps, random_weights
+from harness.sampling_checks import check_sampling
 
 from diptych.kernels.selection import ops_for
 
@@ -116,6 +117,11 @@ def test_a_model_over_the_kernels(device: Device) -> None:
     expected, found = (logits_of_steps(ops, weights, device.name) for ops in (REFERENCE, kernels))
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, 1e-4, device)
+
+
+@pytest.mark.parametrize("vocab", [1, 97, 8192, 32000, 151_936])
+def test_sampling(vocab: int, device: Device) -> None:
+    check_sampling(vocab, device, tile=8192, rows_of_each=6)
 
 
 def test_blocks_beyond_32_bits_of_offset(device: Device) -> None:

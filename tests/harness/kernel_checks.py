@@ -201,7 +201,7 @@ def check_rope_write_kv(case: RopeCase, device: Device) -> None:
     weights = torch.randn(2, case.head_dim, generator=generator).to(device.name, case.dtype)
     norms_of = {dtype: HeadNorms(*weights.to(dtype), 1e-6) if case.head_norms else None for dtype in (case.dtype, torch.float32)}
     pool = Guarded((num_blocks, 3, 2, kv_heads, case.block_size, case.head_dim), case.kv_dtype or case.dtype, device)
-    scales = None if case.kv_dtype is None else (torch.rand(3, 2, kv_heads, generator=generator) / 90 + 0.005).to(device.name)
+    scales = None if case.kv_dtype is None else (torch.rand(3, 2, kv_heads, generator=generator) / 90 + 0.0125).to(device.name)
 
     fused = qkv.clone()
     q, k, v = fused.split([num_heads, kv_heads, kv_heads], dim=1)

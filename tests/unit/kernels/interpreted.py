@@ -18,6 +18,7 @@ from harness.kernel_checks import (
     check_silu_mul,
 )
 from harness.kernel_model import logits_of_steps, random_weights
+from harness.sampling_checks import check_sampling
 
 from diptych.kernels.triton_ops import TritonOps
 
@@ -112,3 +113,7 @@ def test_a_model_over_the_kernels(device: Device) -> None:
     expected, found = (logits_of_steps(ops, weights, device.name) for ops in (REFERENCE, TritonOps(num_sms=4)))
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, 1e-4, device)
+
+
+def test_sampling(device: Device) -> None:
+    check_sampling(300, device, tile=256, rows_of_each=1)

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from harness.hopper import Launch, Resources, captured, resources
 
-from diptych.kernels import decode_attention, norms, prefill_attention, rope_kv, silu_mul
+from diptych.kernels import decode_attention, norms, prefill_attention, rope_kv, sampling, silu_mul
 from diptych.kernels.ops import HeadNorms, Paging
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -95,3 +95,11 @@ def test_rope_write_kv(head_dim: int, kv_dtype: torch.dtype) -> None:
     with captured(rope_kv, "_rope_kernel") as launches:
         rope_kv.rope_write_kv(q, k, v, head_norms, positions, cos_sin, pool, 31, positions, scales)
     assert compiled(launches[0]).registers <= 128
+
+
+def test_sampling() -> None:
+    rows, fp32 = 64, torch.float32
+    columns = {name: meta(rows, dtype=fp32) for name in ("temperature", "top_p", "min_p", "fraction")}
+    with captured(sampling, "_sample_kernel") as launches:
+        sampling.sample(meta(rows, 128_256, dtype=fp32), sampling.Draws(top_k=meta(rows, dtype=torch.int32), **columns))
+    assert "ld.global.v4" in compiled(launches[0]).ptx

@@ -1,0 +1,62 @@
+"""The sampling kernel against `engine/sampler.py`, which decides in fp64: fp32 may decide otherwise only next to a boundary."""
+
+import torch
+from harness.kernel_checks import Device
+from torch import Tensor
+
+from diptych.engine.sampler import _probabilities
+from diptych.kernels.sampling import Draws, sample
+from diptych.messages.requests import SamplingParams
+
+NEAR = 2e-5       # of all weight: what fp32 sums may be off by
+
+FILTERS = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.3},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 10**6},
+    {"top_p": 0.7},
+    {"top_p": 0.0},
+    {"top_p": 0.999, "temperature": 1.5},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"top_k": 20, "top_p": 0.8},
+    {"top_k": 20, "top_p": 0.8, "min_p": 0.05, "temperature": 2.0},
+]
+
+
+def check_sampling(vocab: int, device: Device, tile: int, rows_of_each: int) -> None:
+    """Every combination of filters, over rows of no two equal logits, of many equal ones and of masked ones."""
+    generator = device.generator()
+    params = [SamplingParams(max_tokens=1, seed=0, **options) for options in FILTERS for _ in range(rows_of_each)]
+    logits = torch.randn(len(params), vocab, generator=generator) * 3
+    logits[1::3] = logits[1::3].round()
+    logits[2::3, ::2] = -torch.inf
+    logits[2::3, vocab // 2] = 0.0          # one at least is left
+    fractions = torch.rand(len(params), generator=generator)
+    fractions[::7], fractions[3::7] = 0.0, 1.0
+    found = sample(logits.to(device.name), draws_of(params, fractions, device), tile).tolist()
+    for i, (row, token) in enumerate(zip(params, found, strict=True)):
+        low, high = interval(logits[i], row, token)
+        place = f"{row}: token {token} holds {low} to {high}, not {fractions[i]}; seed {device.seed}"
+        assert low - NEAR <= float(fractions[i]) <= high + NEAR, place
+
+
+def draws_of(params: list[SamplingParams], fractions: Tensor, device: Device) -> Draws:
+    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor([getattr(row, name) for row in params], dtype=dtype, device=device.name)
+
+    return Draws(column("temperature"), column("top_k", torch.int32), column("top_p"), column("min_p"), fractions.to(device.name))
+
+
+def interval(logits: Tensor, params: SamplingParams, token: int) -> tuple[float, float]:
+    """The fractions for which the reference draws this token; for a greedy row all, if it is the largest's lowest id."""
+    if params.temperature == 0:
+        return (0.0, 1.0) if token == int(logits.argmax()) else (2.0, 2.0)
+    weights = _probabilities(logits.double(), params)
+    share = weights / weights.sum()
+    assert float(share[token]) > 0, f"{params}: token {token} was filtered out"
+    high = float(share[: token + 1].sum())
+    return high - float(share[token]), high
