@@ -71,6 +71,10 @@ def test_other_types(dtype: torch.dtype, device: Device) -> None:
     check_attention(AttentionCase(((1, 300), (1, 2000), (90, 77)), (32, 8), 128, 64, dtype=dtype), device, splits=4)
 
 
+def test_sharp_softmax(device: Device) -> None:
+    check_attention(AttentionCase(((1, 3000), (90, 77)), (32, 8), 128, 64, dtype=FP16, sharpness=100), device, splits=5)
+
+
 def test_a_long_prompt(device: Device) -> None:
     check_attention(AttentionCase(((8192, 0), (1, 16000), (512, 15000)), (8, 2), 128, 64, dtype=BF16), device, splits=16)
 

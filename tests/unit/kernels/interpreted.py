@@ -46,6 +46,7 @@ def device() -> Device:
         AttentionCase(lengths=((1, 61),), heads=(2, 1), head_dim=128, block_size=64, dtype=BF16, kv_dtype=FP8),
         AttentionCase(lengths=((1, 37),), heads=(17, 1), block_size=32, dtype=torch.float16),
         AttentionCase(lengths=((1, 37),), heads=(2, 1), head_dim=256, block_size=16, dtype=torch.float16),
+        AttentionCase(lengths=((1, 50),), dtype=torch.float16, sharpness=100),
     ],
 )
 def test_decode_attention(case: AttentionCase, splits: int, device: Device) -> None:
@@ -62,6 +63,7 @@ def test_decode_attention(case: AttentionCase, splits: int, device: Device) -> N
         AttentionCase(lengths=((20, 41),), heads=(2, 1), head_dim=128, block_size=64, dtype=BF16, kv_dtype=FP8),
         AttentionCase(lengths=((3, 60),), heads=(2, 1), head_dim=256, block_size=16, dtype=torch.float16),
         AttentionCase(lengths=((1, 20), (6, 20), (1, 0), (17, 1)), heads=(4, 2)),
+        AttentionCase(lengths=((40, 9),), dtype=torch.float16, sharpness=100),
     ],
 )
 def test_prefill_attention_beside_decodes(case: AttentionCase, device: Device) -> None:
