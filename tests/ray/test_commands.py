@@ -1,5 +1,6 @@
 """The commands as a user types them, each a process of its own, on a Ray head of their own."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -29,17 +30,18 @@ def no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setenv("TMPDIR", "/tmp")
-    before = ray_processes()
     yield tmp_path
-    assert ray_processes() - before == set()
+    assert processes_of(tmp_path) == []
     assert [path for path in Path("/dev/shm").glob("diptych-*") if "demo" in path.name or "test-commands" in path.name] == []
 
 
-def ray_processes() -> set[int]:
-    found = set()
-    for process in psutil.process_iter(["cmdline", "status"]):
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any("ray" in word for word in process.info["cmdline"] or ()):
-            found.add(process.pid)
+def processes_of(state_home: Path) -> list[str]:
+    """What was started, by whatever way, from a command of this test: the environment is inherited."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("XDG_STATE_HOME") == str(state_home):
+                found.append(" ".join(process.cmdline()) or process.name())
     return found
 
 
