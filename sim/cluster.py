@@ -15,7 +15,7 @@ from ..cluster.bench.workload import TimedRequest, Workload
 from ..cluster.router.registry import PolicyOptions, make_policy
 from ..engine.engine import EngineLimits, SequenceStep
 from ..engine.sequence import Sequence
-from ..messages.ids import RequestId
+from ..messages.ids import Address, RequestId
 from ..messages.membership import Membership, Role
 from ..messages.requests import GenerateRequest, TokenDelta, WorkerRef
 from .events import Timeline
@@ -47,7 +47,8 @@ class Simulation:
         for role, count in ((Role.PREFILL, plant.num_prefill), (Role.DECODE, plant.num_decode)):
             for i in range(count):
                 self._add_worker(f"{role}-{i}", role)
-        membership = Membership(1, tuple(worker.member for worker in self.workers.values()), ())
+        addresses = tuple(Address(f"sim://gateway-{i}") for i in range(plant.num_gateways))
+        membership = Membership(1, tuple(worker.member for worker in self.workers.values()), addresses)
         self.gateways = [self._make_gateway(i, membership) for i in range(plant.num_gateways)]
         self._gateway_of = {gateway.address: gateway for gateway in self.gateways}
         self._handoffs: dict[RequestId, _Handoff] = {}

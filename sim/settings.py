@@ -22,7 +22,7 @@ class Plant:
     block_size: int = h200.BLOCK_SIZE
     max_model_len: int = 131_072
     prefill_step_tokens: int = 4096
-    decode_step_tokens: int = 1024
+    decode_step_tokens: int = 512            # a step of so many and some decodes takes less than 20 ms
     max_sequences: int = 256
     token_bytes: int = h200.KV_TOKEN_BYTES
     link_bytes_per_s: float = h200.LINK_BYTES_PER_S

@@ -12,6 +12,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 from ..decode_worker.admission import has_room
@@ -27,6 +28,7 @@ from ..messages.membership import Member, Role
 from ..messages.requests import GenerateRequest, LoadReport, TokenDelta, WorkerRef
 from ..messages.steps import StepFeatures, StepModel
 from .events import Timeline
+from .h200 import MEASURED
 
 
 class KnownAnswers:
@@ -55,6 +57,16 @@ class Leap:
 
 
 MAX_LEAP = 64
+START_ROUNDS = 8
+
+
+@cache
+def measured_at_start(cost: StepModel) -> StepModel:
+    """What a worker knows when it begins to serve: the fit of its own start-up grid."""
+    predictor = StepPredictor()
+    for features, _ in MEASURED * START_ROUNDS:
+        predictor.observe(features, cost.step_s(features))
+    return predictor.model
 
 
 class SimWorker:
@@ -71,7 +83,7 @@ class SimWorker:
         self._cost = cost
         self._jitter = jitter
         self._random = random.Random(name)
-        self._predictor = StepPredictor()
+        self._predictor = StepPredictor(prior=measured_at_start(cost))
         self._share = PrefillShare()
         self._busy = False
         self._leap: Leap | None = None

@@ -27,11 +27,17 @@ class Work:
     num_outputs: float                        # expected
     ttft_slack_s: float                       # until the first token is due; infinite without an objective
 
-    @property
-    def mean_context(self) -> float:
-        """While it decodes."""
-        return self.num_tokens + self.num_outputs / 2
 
+@dataclass(frozen=True, slots=True)
+class Inflow:
+    """What all gateways send to one worker of a pool: guessed from what this one sends, for they are alike."""
+
+    tokens_per_s: float = 0.0                 # prompt tokens
+    unseen_share: float = 0.0                 # of those, sent by others: a report must come to show them
+    num_joining: float = 0.0                  # sequences on their way to a decode worker
+
+
+NOTHING = Inflow()
 
 @dataclass(frozen=True, slots=True)
 class PrefillEstimate:
@@ -46,28 +52,36 @@ class DecodeEstimate:
     tpot_s: float                             # per token, with it
 
 
-def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float) -> PrefillEstimate:
+def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
     model = model_of(worker)
+    age_s = 0.0 if worker.reported_at is None else now - worker.reported_at
+    unseen = inflow.tokens_per_s * inflow.unseen_share * age_s
     uncached = work.num_tokens - num_cached
     pairs = attended_pairs(num_cached, uncached)
     own_s = model.prefill_s(uncached, pairs)
     waiting = worker.num_waiting_tokens
     ahead = waiting - _tokens_behind(worker, work, now)
-    done_s = 0.0 if worker.reported_at is None else now - worker.reported_at
     shared_s = model.decode_s(worker.num_decoding, worker.decode_context)
     room = max(1, worker.max_step_tokens - worker.num_decoding) if worker.max_step_tokens else max(1, ahead + uncached)
-    backlog_s = max(0.0, model.prefill_s(waiting, worker.prefill_pairs) + waiting // room * shared_s - done_s)
-    ahead_s = backlog_s * ahead / waiting if waiting else 0.0
-    interrupted_s = shared_s / 2 if worker.num_decoding and not ahead else 0.0       # on average a step is half done
-    return PrefillEstimate(backlog_s, own_s, ahead_s + own_s + interrupted_s + math.ceil(uncached / room) * shared_s)
+    seen_s = max(0.0, model.prefill_s(waiting, worker.prefill_pairs) + waiting // room * shared_s - age_s)
+    backlog_s = seen_s + model.prefill_token_s * unseen
+    ahead_s = backlog_s - seen_s * (waiting - ahead) / max(1, waiting)
+    num_steps = math.ceil(uncached / room)
+    if ahead:                                 # the token comes at the end of its step, which later prompts may fill up
+        extra_s = model.prefill_token_s * min(-(ahead + uncached) % room, inflow.tokens_per_s * ahead_s)
+    else:                                     # on average a step of decodes is half done
+        extra_s = shared_s / 2 if worker.num_decoding else 0.0
+    return PrefillEstimate(backlog_s, own_s, ahead_s + own_s + extra_s + num_steps * shared_s)
 
 
-def estimate_decode(worker: WorkerLoad, work: Work, joins_in_s: float, local_prefill_s: float) -> DecodeEstimate:
+def estimate_decode(
+    worker: WorkerLoad, work: Work, joins_in_s: float, local_prefill_s: float, inflow: Inflow = NOTHING
+) -> DecodeEstimate:
     model = model_of(worker)
-    count, context = _at_join(worker, work, model, joins_in_s)
+    count, context = _at_join(worker, work, model, joins_in_s, inflow)
     share = worker.prefill_share + model.prefill_s(worker.num_waiting_tokens, worker.prefill_pairs) / SHARE_HORIZON_S
     before_s = _stretched(model.decode_s(count, context), share)
-    after_s = _stretched(model.decode_s(count + 1, context + work.mean_context), share + local_prefill_s / SHARE_HORIZON_S)
+    after_s = _stretched(model.decode_s(count + 1, context + mean_context(work)), share + local_prefill_s / SHARE_HORIZON_S)
     return DecodeEstimate(before_s, after_s)
 
 
@@ -88,15 +102,19 @@ def _tokens_behind(worker: WorkerLoad, work: Work, now: float) -> int:
     return sum(tokens for due_s, tokens in worker.queue if due_s > slack_s)
 
 
-def _at_join(worker: WorkerLoad, work: Work, model: StepModel, joins_in_s: float) -> tuple[float, float]:
+def mean_context(work: Work) -> float:
+    """While it decodes."""
+    return work.num_tokens + work.num_outputs / 2
+
+
+def _at_join(worker: WorkerLoad, work: Work, model: StepModel, joins_in_s: float, inflow: Inflow) -> tuple[float, float]:
     """(sequences, their context) that decode when the request joins. Those that run are at a random place of their lives."""
-    if not worker.num_requests:
-        return 0.0, 0.0
-    mean_context = worker.decode_context / worker.num_decoding if worker.num_decoding else work.mean_context
+    context_each = worker.decode_context / worker.num_decoding if worker.num_decoding else mean_context(work)
     life_s = work.num_outputs * model.decode_s(worker.num_decoding, worker.decode_context)
     ended = worker.num_decoding * min(1.0, joins_in_s / life_s) if life_s > 0 else 0.0
-    count = max(worker.num_decoding, worker.num_requests - ended)      # others send too: it is not believed that load will shrink
-    return count, count * mean_context
+    joining = max(worker.num_requests - worker.num_decoding, inflow.num_joining)
+    count = max(worker.num_decoding, worker.num_decoding - ended + joining)       # it is not believed that load will shrink
+    return count, count * context_each
 
 
 def _stretched(step_s: float, prefill_share: float) -> float:

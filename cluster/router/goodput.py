@@ -12,8 +12,8 @@ is priced STEEPNESS**load, so a worker near its limit is dear and an idle one ne
 online assignment competitive: Aspnes, Azar, Fiat, Plotkin, Waarts, "On-line routing of virtual circuits with applications to load
 balancing and machine scheduling", JACM 1997.)
 
-A pool larger than SAMPLE is sampled anew for each request, plus the worker with the longest prefix of the prompt: gateways that share
-a stale view do not all run to the same worker.
+Of a pool larger than ALL_UP_TO, SAMPLE workers are drawn for each request, and the one with the longest prefix of the prompt is added:
+gateways that share a stale view do not all run to the same worker.
 """
 
 import math
@@ -23,18 +23,21 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from ...messages.requests import Route, WorkerRef
-from .estimate import PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill, model_of
+from .estimate import Inflow, PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill
 from .policy import ClusterView, Decision, Queue, Refuse, RoutingRequest, WorkerLoad
 from .prefix_aware import PrefixIndex, chain
 
-SAMPLE = 4
+ALL_UP_TO = 4
+SAMPLE = 2
 STEEPNESS = 50.0
+SAFETY = 1.3                                  # a promise is predicted to be kept with so much to spare: gateways see each other late
 MAX_LOAD = 4.0                                # loads beyond are equally hopeless
 FIRST_OUTPUTS_GUESS = 128.0                   # tokens, until an answer has ended
 NO_TTFT_SCALE_S = 1.0                         # what queues are measured against without an objective
 NO_TPOT_SCALE_S = 0.05
 MIN_RETRY_AFTER_S = 0.1
 FULL_RETRY_AFTER_S = 1.0
+FLOW_HORIZON_S = 1.0
 
 
 class Prediction(Struct, frozen=True):
@@ -70,16 +73,33 @@ class GoodputOptions(Struct, frozen=True):
     seed: int = 0
 
 
+class Flow:
+    """A rate over the last second, forgotten exponentially."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._at = 0.0
+
+    def add(self, amount: float, now: float) -> None:
+        self._rate = self.per_s(now) + amount / FLOW_HORIZON_S
+        self._at = now
+
+    def per_s(self, now: float) -> float:
+        return self._rate * math.exp(-max(0.0, now - self._at) / FLOW_HORIZON_S)
+
+
 class Goodput:
     def __init__(self, options: GoodputOptions, index: PrefixIndex | None = None) -> None:
         self._options = options
         self._index = index or PrefixIndex()
         self._random = random.Random(options.seed)
+        self._flows = {"prefill": Flow(), "decode": Flow()}      # prompt tokens sent to be computed in each pool
 
     def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision:
         hashes = _hashes(request, view)
         decision = self._explain(request, view, now, hashes).decision
         if isinstance(decision, Route):
+            self._flows["decode" if decision.prefill is None else "prefill"].add(len(request.token_ids), now)
             for worker in (decision.prefill, decision.decode):
                 if worker is not None:
                     self._index.insert(hashes, worker)
@@ -103,19 +123,28 @@ class Goodput:
         prefill = () if self._options.local_only else view.prefill
         depths = self._index.matched(hashes, [worker.ref for worker in (*prefill, *view.decode)])
 
-        def prefilled(worker: WorkerLoad) -> PrefillEstimate:
-            return estimate_prefill(worker, work, _num_cached(worker, depths, work), now)
+        def prefilled(worker: WorkerLoad, inflow: Inflow) -> PrefillEstimate:
+            return estimate_prefill(worker, work, _num_cached(worker, depths, work), now, inflow)
 
-        senders = [(worker, prefilled(worker)) for worker in self._sample(request, prefill, depths)]
+        there, here = self._inflow("prefill", prefill, view, now), self._inflow("decode", view.decode, view, now)
+        senders = [(worker, prefilled(worker, there)) for worker in self._sample(request, prefill, depths)]
         predictions = []
         for decode in self._sample(request, view.decode, depths):
-            own = prefilled(decode)
-            predictions.append(_predict(request, work, decode, None, own, own.ttft_s))
+            own = prefilled(decode, here)
+            predictions.append(_predict(request, work, decode, None, own, own.ttft_s, here))
             for sender, estimate in senders:
                 moved_s = view.links.get((sender.ref, decode.ref), 0.0) * work.num_tokens
-                predictions.append(_predict(request, work, decode, sender, estimate, max(estimate.ttft_s, moved_s)))
+                predictions.append(_predict(request, work, decode, sender, estimate, max(estimate.ttft_s, moved_s), here))
         predictions.sort(key=lambda each: (not each.keeps_both, each.cost))
         return predictions
+
+    def _inflow(self, pool_name: str, pool: Sequence[WorkerLoad], view: ClusterView, now: float) -> Inflow:
+        gateways_per_worker = view.num_gateways / max(1, len(pool))
+        return Inflow(
+            tokens_per_s=self._flows[pool_name].per_s(now) * gateways_per_worker,
+            unseen_share=1 - 1 / view.num_gateways,
+            num_joining=sum(worker.num_expected for worker in pool) * gateways_per_worker,
+        )
 
     def _sample(self, request: RoutingRequest, pool: Sequence[WorkerLoad], depths: dict[WorkerRef, int]) -> list[WorkerLoad]:
         """Of those that take more, SAMPLE drawn at random and the one that holds most of the prompt."""
@@ -123,7 +152,7 @@ class Goodput:
         below = [worker for worker in pool if worker.num_requests < limit]
         usable = [worker for worker in below if worker.ref not in request.avoid] if request.avoid else below
         usable = usable or below
-        if len(usable) <= SAMPLE:
+        if len(usable) <= ALL_UP_TO:
             return usable
         drawn = self._random.sample(usable, SAMPLE)
         holder = max(usable, key=lambda worker: depths[worker.ref])
@@ -146,9 +175,15 @@ class Goodput:
 
 
 def _predict(
-    request: RoutingRequest, work: Work, decode: WorkerLoad, sender: WorkerLoad | None, prefill: PrefillEstimate, kv_arrival_s: float
+    request: RoutingRequest,
+    work: Work,
+    decode: WorkerLoad,
+    sender: WorkerLoad | None,
+    prefill: PrefillEstimate,
+    kv_arrival_s: float,
+    inflow: Inflow,
 ) -> Prediction:
-    estimate = estimate_decode(decode, work, kv_arrival_s, prefill.own_s if sender is None else 0.0)
+    estimate = estimate_decode(decode, work, kv_arrival_s, prefill.own_s if sender is None else 0.0, inflow)
     gaps = max(1.0, work.num_outputs - 1)
     tpot_s = estimate.tpot_s + (kv_arrival_s - prefill.ttft_s) / gaps
     needed = blocks_at_end(decode, work)
@@ -159,7 +194,7 @@ def _predict(
         + _rise(estimate.before_s / tpot_scale_s, tpot_s / tpot_scale_s)
         + _rise(held / decode.num_blocks, (held + needed) / decode.num_blocks)
     )
-    margin = 1 + model_of(sender or decode).error if (sender or decode).step_model else 1.0
+    ttft_margin, tpot_margin = SAFETY + _error(sender or decode), SAFETY + _error(decode)
     return Prediction(
         route=Route(decode=decode.ref, prefill=None if sender is None else sender.ref),
         ttft_s=prefill.ttft_s,
@@ -167,10 +202,14 @@ def _predict(
         tpot_s=tpot_s,
         memory=(held + needed) / decode.num_blocks,
         cost=cost,
-        keeps_ttft=request.objectives.ttft_s is None or prefill.ttft_s * margin <= work.ttft_slack_s,
-        keeps_tpot=(request.objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s <= request.objectives.tpot_s)
+        keeps_ttft=request.objectives.ttft_s is None or prefill.ttft_s * ttft_margin <= work.ttft_slack_s,
+        keeps_tpot=(request.objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s * tpot_margin <= request.objectives.tpot_s)
         and needed + decode.num_decoding <= decode.num_free_blocks,
     )
+
+
+def _error(worker: WorkerLoad) -> float:
+    return worker.step_model.error if worker.step_model else 0.0
 
 
 def _rise(before: float, after: float) -> float:

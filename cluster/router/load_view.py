@@ -66,6 +66,7 @@ class _Worker:
             decode_context=work.decode_context,
             queue=report.queue if report else (),
             max_step_tokens=report.max_step_tokens if report else 0,
+            num_expected=len(self.expected),
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,
             reported_at=self.reported_at,
@@ -78,6 +79,7 @@ class LoadView:
         self._workers: dict[WorkerRef, _Worker] = {}
         self._version = -1
         self._links: dict[tuple[WorkerRef, WorkerRef], float] = {}
+        self._num_gateways = 1
         self._mean_outputs: float | None = None
 
     def set_membership(self, membership: Membership, now: float) -> bool:
@@ -85,6 +87,7 @@ class LoadView:
         if membership.version <= self._version:
             return False
         self._version = membership.version
+        self._num_gateways = max(1, len(membership.gateways))
         known = self._workers
         self._workers = {}
         for member in membership.workers:
@@ -153,6 +156,7 @@ class LoadView:
             prefill=tuple(worker.load() for worker in usable if worker.member.role is Role.PREFILL),
             decode=tuple(worker.load() for worker in usable if worker.member.role is Role.DECODE),
             links=self._links,
+            num_gateways=self._num_gateways,
             mean_outputs=self._mean_outputs,
         )
 

@@ -50,6 +50,7 @@ class WorkerLoad(Struct, frozen=True):
     decode_context: int = 0                   # tokens that those attend to
     queue: tuple[tuple[float, int], ...] = () # (seconds from the report to the TTFT deadline, prompt tokens) of what waits, soonest first
     max_step_tokens: int = 0                  # 0: not told
+    num_expected: int = 0                     # of num_requests, what this gateway sent and others prefill
     prefill_share: float = 0.0                # of this worker's time, lately
     step_model: StepModel | None = None
     reported_at: float | None = None          # policy's clock; None: never
@@ -64,6 +65,7 @@ class ClusterView(Struct, frozen=True):
     prefill: tuple[WorkerLoad, ...]
     decode: tuple[WorkerLoad, ...]
     links: Mapping[tuple[WorkerRef, WorkerRef], float] = {}    # (prefill, decode) → seconds per prompt token moved, as measured
+    num_gateways: int = 1                     # that send to these workers, this one included
     mean_outputs: float | None = None         # tokens of an answer, of those that ended lately; None: none has
 
 

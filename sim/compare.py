@@ -1,0 +1,116 @@
+"""`python -m diptych.sim.compare`: the policies against each other on one virtual clock.
+
+    python -m diptych.sim.compare --trace azure2023_conv.csv --workers 16 --rates 250,300,350,400 --ttft-ms 400 --tpot-ms 20
+
+prints a table and, with --json and --png, writes the points and the curves. Without --trace: bursty arrivals (gamma, CV 5) of chat lengths.
+"""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..cluster.bench.errors import WorkloadError
+from ..cluster.bench.generator import Arrivals, Lengths, Recipe, generate
+from ..cluster.bench.traces import read_trace
+from ..cluster.bench.workload import Workload
+from ..cluster.router.policy import Objectives
+from ..cluster.router.registry import POLICIES
+from .plot import plot_curves
+from .study import Case, Contender, Point, curve, goodput_of
+
+MAX_CONTEXT = 120_000
+BURST = Recipe(1, Lengths(1155, 0.8, 8192), Lengths(211, 0.9, 2048), Arrivals.GAMMA, cv=5.0)
+DEFAULT_POLICIES = "round_robin,least_loaded,power_of_two,prefix_aware,goodput"
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def compare(
+    workers: Annotated[int, typer.Option(min=2, help="GPUs; half of them prefill in the split plants")] = 16,
+    trace: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Azure, BurstGPT or Mooncake")] = None,
+    requests: Annotated[int, typer.Option(min=10, help="The trace's first so many")] = 3000,
+    rates: Annotated[str, typer.Option(help="Requests/s of the whole cluster, rising")] = "100,200,300,400",
+    policies: Annotated[str, typer.Option(help=f"Of {', '.join(POLICIES)}")] = DEFAULT_POLICIES,
+    plants: Annotated[str, typer.Option(help="split, colocated")] = "split,colocated",
+    ttft_ms: Annotated[float, typer.Option(min=1)] = 400.0,
+    tpot_ms: Annotated[float, typer.Option(min=1)] = 20.0,
+    name: Annotated[str, typer.Option(help="In the table and the file; the trace's by default")] = "",
+    processes: Annotated[int, typer.Option(min=1)] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json")] = None,
+    png: Annotated[Path | None, typer.Option()] = None,
+) -> None:
+    """Attainment of each policy over rising rates, until it is hopeless, and its goodput."""
+    console = Console(stderr=True)
+    case = _case(trace, requests, _numbers(rates), Objectives(ttft_ms / 1e3, tpot_ms / 1e3), name)
+    contenders = _contenders(workers, policies.split(","), plants.split(","))
+    with ProcessPoolExecutor(processes) as pool:
+        curves = list(pool.map(_curve, [case] * len(contenders), contenders))
+    for contender, points in zip(contenders, curves, strict=True):
+        console.print(table(contender, points))
+    if json_path is not None:
+        json_path.write_bytes(msgspec.json.format(msgspec.json.encode([point for points in curves for point in points])))
+    if png is not None:
+        plot_curves(png, curves, title=f"{case.name}: TTFT {ttft_ms:g} ms and TPOT {tpot_ms:g} ms, {workers} GPUs")
+    found = {contender.name: msgspec.to_builtins(goodput_of(points)) for contender, points in zip(contenders, curves, strict=True)}
+    print(json.dumps(found))
+
+
+def table(contender: Contender, points: list[Point]) -> Table:
+    goodput = goodput_of(points)
+    shown = Table(title=f"{contender.name}: {goodput.rate:.0f} requests/s ({goodput.low:.0f} to {goodput.high:.0f})")
+    for column in ("rate", "kept both", "95 %", "refused", "late TTFT", "late TPOT", "local", "TTFT p50/p90 ms", "TPOT p50/p90 ms"):
+        shown.add_column(column, justify="right")
+    for point in points:
+        kept = point.attainment
+        shares = [f"{share:.3f}" for share in (point.refused, point.late_ttft, point.late_tpot, point.local)]
+        times = [f"{p50:.1f} / {p90:.1f}" for p50, p90 in (point.ttft_ms, point.tpot_ms)]
+        shown.add_row(f"{point.rate:g}", f"{kept.share:.3f}", f"{kept.low:.3f} – {kept.high:.3f}", *shares, *times)
+    return shown
+
+
+def _curve(case: Case, contender: Contender) -> list[Point]:
+    return curve(case, contender, observe=lambda point: None)
+
+
+def _case(trace: Path | None, requests: int, rates: tuple[float, ...], objectives: Objectives, name: str) -> Case:
+    workload = _workload(trace, requests)
+    return Case(name or (trace.name if trace else workload.source), workload, objectives, rates)
+
+
+def _workload(trace: Path | None, requests: int) -> Workload:
+    try:
+        workload = generate(replace(BURST, num_requests=requests)) if trace is None else read_trace(trace).first(requests)
+        return workload.fit_context(MAX_CONTEXT, scale=False)
+    except WorkloadError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _contenders(workers: int, policies: list[str], plants: list[str]) -> list[Contender]:
+    if unknown := set(policies) - set(POLICIES):
+        raise typer.BadParameter(f"policy {', '.join(sorted(unknown))}; known: {', '.join(POLICIES)}")
+    if unknown := set(plants) - {"split", "colocated"}:
+        raise typer.BadParameter(f"plant {', '.join(sorted(unknown))}; known: split, colocated")
+    sizes = {"split": (workers // 2, workers - workers // 2), "colocated": (0, workers)}
+    return [Contender(*sizes[plant], policy) for plant in plants for policy in policies]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(each) for each in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"rates must be numbers with commas between, not {text!r}") from None
+    if not rates or min(rates) <= 0 or list(rates) != sorted(rates):
+        raise typer.BadParameter(f"rates must be positive and rising, not {text!r}")
+    return rates
+
+
+if __name__ == "__main__":
+    app()

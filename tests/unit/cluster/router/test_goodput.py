@@ -1,0 +1,282 @@
+import math
+import random
+from collections import Counter
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diptych.cluster.router.estimate import Inflow, Work, estimate_decode, estimate_prefill
+from diptych.cluster.router.goodput import Goodput, GoodputOptions
+from diptych.cluster.router.load_view import LoadView
+from diptych.cluster.router.policy import ClusterView, Objectives, Queue, Refuse, RoutingRequest, WorkerLoad
+from diptych.cluster.router.registry import PolicyOptions, make_policy
+from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
+from diptych.messages.membership import Member, Membership, Role
+from diptych.messages.requests import LoadReport, Route, WorkerRef
+from diptych.messages.steps import StepFeatures, StepModel
+
+MODEL = StepModel(5e-3, 22e-6, 9e-10, 18e-6, 3.2e-8, error=0.02, num_observed=1000)
+CHAT = Objectives(ttft_s=0.4, tpot_s=0.02)
+REQUEST = RoutingRequest(tuple(range(1000)), max_new_tokens=4096, objectives=CHAT)
+
+
+def ref(name: str) -> WorkerRef:
+    return WorkerRef(WorkerId(name), Epoch(1), Address(f"fake://{name}"))
+
+
+def load(name: str, *, waiting: int = 0, decoding: int = 0, free: int = 1000, share: float = 0.0, queue: tuple = ()) -> WorkerLoad:
+    return WorkerLoad(
+        ref=ref(name),
+        num_requests=decoding + -(-waiting // 1000),
+        num_waiting_tokens=waiting,
+        num_blocks=1000,
+        num_free_blocks=free,
+        block_size=64,
+        prefill_pairs=waiting * 500,
+        num_decoding=decoding,
+        decode_context=decoding * 1200,
+        max_step_tokens=2048,
+        prefill_share=share,
+        step_model=MODEL,
+        reported_at=0.0,
+        queue=queue,
+    )
+
+
+def view(prefill: list[WorkerLoad], decode: list[WorkerLoad], **fields: object) -> ClusterView:
+    return ClusterView(tuple(prefill), tuple(decode), mean_outputs=200.0, **fields)
+
+
+def policy(**options: object) -> Goodput:
+    return Goodput(GoodputOptions(**options))
+
+
+waiting_tokens, sequences, blocks = st.integers(0, 60_000), st.integers(0, 300), st.integers(0, 1000)
+workers = st.builds(lambda w, d, f: (w, d, f), waiting_tokens, sequences, blocks)
+
+
+class TestChoice:
+    @given(num_tokens=st.integers(1, 12_000), num_prefill=st.integers(0, 10), num_decode=st.integers(1, 10), seed=st.integers(0, 99))
+    def test_an_idle_cluster_admits_whatever_can_be_done_at_all(self, num_tokens, num_prefill, num_decode, seed):
+        idle = view([load(f"p{i}") for i in range(num_prefill)], [load(f"d{i}") for i in range(num_decode)])
+        request = msgspec.structs.replace(REQUEST, token_ids=tuple(range(num_tokens)))
+        best_s = MODEL.step_s(StepFeatures(num_tokens, num_tokens * num_tokens // 2))
+        decision = policy(seed=seed).choose(request, idle, 0.0)
+        assert isinstance(decision, Route) or best_s * 1.5 > 0.4
+        assert isinstance(decision, Route | Refuse)
+
+    @given(st.lists(workers, min_size=1, max_size=6), st.lists(workers, min_size=0, max_size=6), st.integers(0, 99))
+    def test_a_route_keeps_both_promises_by_its_own_predictions(self, decode, prefill, seed):
+        cluster = view(
+            [load(f"p{i}", waiting=w, free=f) for i, (w, _, f) in enumerate(prefill)],
+            [load(f"d{i}", waiting=w, decoding=d, free=f) for i, (w, d, f) in enumerate(decode)],
+        )
+        explanation = policy(seed=seed).explain(REQUEST, cluster, 0.0)
+        kept = [each for each in explanation.predictions if each.keeps_both]
+        if isinstance(explanation.decision, Route):
+            assert explanation.decision == min(kept, key=lambda each: each.cost).route
+        else:
+            assert not kept
+
+    def test_of_pairs_and_local_paths_the_cheapest(self):
+        """Prefill workers while they are free, then the idle decode workers' own compute."""
+        free, busy = load("p0"), load("p0", waiting=14_000)
+        decode = [load("d0", decoding=20), load("d1", decoding=20)]
+        assert policy().choose(REQUEST, view([free], decode), 0.0).prefill == free.ref
+        assert policy().choose(REQUEST, view([busy], decode), 0.0).prefill is None
+
+    def test_local_only_when_told(self):
+        assert policy(local_only=True).choose(REQUEST, view([load("p0")], [load("d0")]), 0.0).prefill is None
+
+    def test_what_cannot_be_in_time_anywhere_is_refused_with_the_time_until_it_could(self):
+        cluster = view([load("p0", waiting=60_000)], [load("d0", waiting=60_000)])
+        decision = policy().choose(REQUEST, cluster, 0.0)
+        assert isinstance(decision, Refuse)
+        assert "due in 400 ms" in decision.reason
+        assert 0.5 < decision.retry_after_s < 3.0
+
+    def test_what_could_still_be_in_time_waits_for_a_place(self):
+        full = view([load("p0")], [load("d0", decoding=300)])
+        assert isinstance(policy().choose(REQUEST, full, 0.0), Queue)
+        late = msgspec.structs.replace(REQUEST, arrived_at=0.0)
+        assert isinstance(policy().choose(late, full, 0.39), Refuse)
+
+    @pytest.mark.parametrize("lenient", ["serves_late", "may_be_late", "no objectives"])
+    def test_it_is_served_late_where_that_is_allowed(self, lenient):
+        cluster = view([load("p0", waiting=60_000), load("p1", waiting=50_000)], [load("d0", waiting=60_000, decoding=100)])
+        request = msgspec.structs.replace(REQUEST, may_be_late=lenient == "may_be_late")
+        if lenient == "no objectives":
+            request = msgspec.structs.replace(REQUEST, objectives=Objectives())
+        decision = policy(serves_late=lenient == "serves_late").choose(request, cluster, 0.0)
+        assert decision == Route(decode=ref("d0"), prefill=ref("p1"))
+
+    def test_no_decode_worker_no_route(self):
+        assert isinstance(policy().choose(REQUEST, view([load("p0")], []), 0.0), Queue)
+
+    def test_full_workers_get_nothing(self):
+        cluster = view([], [load("d0", decoding=5), load("d1", decoding=4)])
+        assert policy(max_requests_per_worker=5).choose(REQUEST, cluster, 0.0).decode == ref("d1")
+        assert isinstance(policy(max_requests_per_worker=4).choose(REQUEST, cluster, 0.0), Refuse)
+
+    def test_avoids_where_it_failed_if_there_is_another(self):
+        cluster = view([], [load("d0"), load("d1", decoding=50)])
+        once_failed = msgspec.structs.replace(REQUEST, avoid=frozenset({ref("d0")}))
+        assert policy().choose(once_failed, cluster, 0.0).decode == ref("d1")
+        assert policy().choose(once_failed, view([], [load("d0")]), 0.0).decode == ref("d0")
+
+    def test_a_prefix_draws_until_its_holder_is_busy(self):
+        router = policy()
+        cluster = view([load(f"p{i}") for i in range(3)], [load("d0")])
+        request = msgspec.structs.replace(REQUEST, token_ids=tuple(range(6400)))
+        holder = router.choose(request, cluster, 0.0).prefill
+        assert {router.choose(request, cluster, 0.0).prefill for _ in range(10)} == {holder}
+        busy = view([load(f"p{i}", waiting=14_000 if ref(f"p{i}") == holder else 0) for i in range(3)], [load("d0")])
+        assert router.choose(request, busy, 0.0).prefill != holder
+
+    def test_a_slow_link_is_paid_for(self):
+        """The decode worker would wait for its KV."""
+        links = {(ref("p0"), ref("d0")): 5e-3}
+        cluster = view([load("p0")], [load("d0")], links=links)
+        explanation = policy().explain(REQUEST, cluster, 0.0)
+        pair = next(each for each in explanation.predictions if each.route.prefill is not None)
+        assert pair.kv_arrival_s == pytest.approx(5.0)
+        assert explanation.decision == Route(decode=ref("d0"))
+
+    def test_memory_counts_to_the_expected_end(self):
+        """1000 tokens and 200 more are 19 blocks, beside one for each that decodes."""
+        for free, fits in ((19, True), (18, False)):
+            decision = policy().choose(REQUEST, view([load("p0")], [load("d0", free=free)]), 0.0)
+            assert isinstance(decision, Route) is fits
+
+
+class TestEstimates:
+    work = Work(num_tokens=1000, num_outputs=200.0, ttft_slack_s=0.4)
+
+    @given(waiting_tokens, st.integers(0, 10_000), sequences, st.integers(0, 50), st.floats(0, 0.5))
+    def test_a_busier_worker_never_looks_faster(self, waiting, more_waiting, decoding, more_decoding, now):
+        less, more = load("d0", waiting=waiting, decoding=decoding), load("d0", waiting=waiting + more_waiting, decoding=decoding + more_decoding)
+        assert estimate_prefill(more, self.work, 0, now).backlog_s >= estimate_prefill(less, self.work, 0, now).backlog_s - 1e-9
+        assert estimate_decode(more, self.work, 0.1, 0.0).tpot_s >= estimate_decode(less, self.work, 0.1, 0.0).tpot_s - 1e-9
+
+    @given(waiting_tokens, st.integers(0, 20_000))
+    def test_a_longer_queue_never_looks_sooner_but_for_the_step_it_ends(self, waiting, more_waiting):
+        less, more = (estimate_prefill(load("p0", waiting=each), self.work, 0, 0.0).ttft_s for each in (waiting, waiting + more_waiting))
+        assert more >= less - 1e-9
+
+    @given(st.integers(0, 999), st.integers(0, 999))
+    def test_a_longer_cached_prefix_never_looks_slower(self, one, other):
+        short, long = sorted((one, other))
+        assert estimate_prefill(load("p0"), self.work, long, 0.0).own_s <= estimate_prefill(load("p0"), self.work, short, 0.0).own_s
+
+    @given(st.floats(0, 0.9), st.floats(0, 0.9))
+    def test_prompts_beside_decodes_stretch_them(self, one, other):
+        low, high = sorted((one, other))
+        slow, fast = (estimate_decode(load("d0", decoding=50, share=share), self.work, 0.0, 0.0).tpot_s for share in (high, low))
+        assert slow >= fast
+
+    def test_in_deadline_order_what_is_due_later_is_not_ahead(self):
+        queue = ((0.1, 4000), (5.0, 6000))
+        worker = load("p0", waiting=10_000, queue=queue)
+        urgent, patient = (estimate_prefill(worker, Work(1000, 200.0, slack_s), 0, 0.0).ttft_s for slack_s in (0.4, math.inf))
+        alone = estimate_prefill(load("p0", waiting=4000), self.work, 0, 0.0).ttft_s
+        assert urgent == pytest.approx(alone, rel=0.1)
+        assert patient > 2 * urgent
+
+    def test_work_is_done_between_reports(self):
+        worker = load("p0", waiting=10_000)
+        assert estimate_prefill(worker, self.work, 0, 0.1).ttft_s == pytest.approx(estimate_prefill(worker, self.work, 0, 0.0).ttft_s - 0.1)
+        assert estimate_prefill(worker, self.work, 0, 10.0).backlog_s == 0.0
+
+    def test_what_other_gateways_sent_is_guessed(self):
+        inflow = Inflow(tokens_per_s=20_000, unseen_share=0.75, num_joining=10.0)
+        assert estimate_prefill(load("p0"), self.work, 0, 0.05, inflow).backlog_s == pytest.approx(20_000 * 0.75 * 0.05 * 22e-6)
+        assert estimate_decode(load("d0"), self.work, 0.0, 0.0, inflow).tpot_s > estimate_decode(load("d0"), self.work, 0.0, 0.0).tpot_s
+
+    def test_by_the_join_some_have_ended(self):
+        full = load("d0", decoding=200)
+        now, later = (estimate_decode(msgspec.structs.replace(full, num_requests=100), self.work, at_s, 0.0).tpot_s for at_s in (0.0, 1.0))
+        assert later == now, "the load of a cluster that is in use is not believed to shrink"
+        joined = msgspec.structs.replace(full, num_requests=260)
+        assert estimate_decode(joined, self.work, 1.0, 0.0).tpot_s < estimate_decode(joined, self.work, 0.0, 0.0).tpot_s
+
+
+class TestCluster:
+    """With the real load view."""
+
+    def members(self, draining: str = "") -> Membership:
+        names = [(Role.PREFILL, f"p{i}") for i in range(8)] + [(Role.DECODE, f"d{i}") for i in range(8)]
+        addresses = tuple(Address(f"fake://g{i}") for i in range(4))
+        return Membership(
+            len(draining), tuple(Member(ref(name), role, "l", 64, 12_800, 131_072, draining=name == draining) for role, name in names), addresses
+        )
+
+    def reports(self) -> list[LoadReport]:
+        return [
+            LoadReport(each.ref, 0, 0, 0, 0, 12_800, 12_800, 64, StepFeatures(), (), 2048, 0.0, MODEL) for each in self.members().workers
+        ]
+
+    def gateway(self, number: int) -> tuple[LoadView, Goodput]:
+        loads = LoadView(silent_after_s=3.0)
+        loads.set_membership(self.members(), 0.0)
+        for report in self.reports():
+            loads.heard(report.worker, report, 0.0)
+        return loads, policy(seed=2 * number)
+
+    def test_no_herd_of_four_gateways_on_stale_views(self):
+        """500 requests at once, no report in between: everybody gets a share, and prefill is spread over all 16."""
+        gateways, draw = [self.gateway(i) for i in range(4)], random.Random(1)
+        prefilled, decoded = Counter[str](), Counter[str]()
+        for number in range(500):
+            loads, router = gateways[number % 4]
+            request = msgspec.structs.replace(REQUEST, token_ids=(number,) * draw.randrange(200, 800), objectives=Objectives(1.0, 0.05))
+            decision = router.choose(request, loads.view(0.001), 0.001)
+            if isinstance(decision, Route):
+                loads.sent(RequestId(str(number)), decision, len(request.token_ids), 0.001)
+                prefilled[decision.first.worker_id] += 1
+                decoded[decision.decode.worker_id] += 1
+        assert sum(prefilled.values()) > 300
+        assert max(decoded.values()) <= 1.5 * sum(decoded.values()) / 8
+        of_prefill_workers = {name: count for name, count in prefilled.items() if name.startswith("p")}
+        assert max(of_prefill_workers.values()) <= 1.5 * sum(of_prefill_workers.values()) / 8
+
+    @settings(max_examples=20)
+    @given(st.sampled_from([f"{role}{i}" for role in "pd" for i in range(8)]), st.sampled_from(["draining", "silent", "gone"]))
+    def test_never_to_who_drains_or_is_dead(self, name, how):
+        loads, router = self.gateway(0)
+        now = 0.0
+        if how == "draining":
+            loads.set_membership(self.members(draining=name), now)
+        elif how == "gone":
+            members = tuple(each for each in self.members().workers if each.ref.worker_id != name)
+            loads.set_membership(Membership(5, members, ()), now)
+        else:
+            now = 4.0
+            for report in self.reports():
+                if report.worker.worker_id != name:
+                    loads.heard(report.worker, report, now)
+        for number in range(40):
+            decision = router.choose(msgspec.structs.replace(REQUEST, token_ids=(number,) * 300), loads.view(now), now)
+            assert isinstance(decision, Route)
+            assert name not in (decision.decode.worker_id, decision.prefill and decision.prefill.worker_id)
+
+    def test_links_and_lengths_are_learnt(self):
+        loads, _ = self.gateway(0)
+        route = Route(decode=ref("d0"), prefill=ref("p0"))
+        loads.moved(route, num_tokens=1000, transfer_s=0.5)
+        loads.ended(RequestId("r"), route, num_outputs=100)
+        loads.ended(RequestId("s"), route)
+        seen = loads.view(0.0)
+        assert seen.links == {(ref("p0"), ref("d0")): 0.5e-3}
+        assert (seen.mean_outputs, seen.num_gateways) == (100, 4)
+
+
+def test_the_spec_names_it():
+    router = make_policy("goodput", PolicyOptions(local_path=True, seed=3))
+    assert router.choose(REQUEST, view([load("p0")], [load("d0")]), 0.0) == Route(decode=ref("d0"))
+
+
+def test_without_reports_it_still_routes():
+    strangers = ClusterView((), (WorkerLoad(ref("d0"), 0, 0, 1000, 1000, 64),))
+    assert policy().choose(REQUEST, strangers, 0.0) == Route(decode=ref("d0"))
