@@ -54,6 +54,7 @@ class UcxTransport:
         else:
             tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
             self._shim.register(tensor.data_ptr(), num_bytes, layout.page_bytes, MemoryType.CUDA)
+            self._device_memory = tensor                              # UCX has it registered until the end
         self._page_bytes = layout.page_bytes
         self._shim.start()
         return KVPool(layout, tensor.view(layout.dtype).view(layout.shape(num_blocks)))

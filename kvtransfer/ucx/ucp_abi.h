@@ -12,7 +12,7 @@
 
 typedef int8_t ucs_status_t;
 typedef void *ucs_status_ptr_t;
-enum { UCS_OK = 0, UCS_INPROGRESS = 1, UCS_ERR_NO_MEMORY = -4, UCS_ERR_BUSY = -15, UCS_ERR_CANCELED = -16, UCS_ERR_LAST = -100 };
+enum { UCS_OK = 0, UCS_INPROGRESS = 1, UCS_ERR_NO_MEMORY = -4, UCS_ERR_LAST = -100 };
 #define UCS_PTR_IS_ERR(ptr) ((uintptr_t)(ptr) >= (uintptr_t)UCS_ERR_LAST)
 #define UCS_PTR_IS_PTR(ptr) ((uintptr_t)(ptr) - 1 < (uintptr_t)UCS_ERR_LAST - 1)
 #define UCS_PTR_STATUS(ptr) ((ucs_status_t)(intptr_t)(ptr))

@@ -92,7 +92,8 @@ def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float) -> 
 
 class UcxPeer:
     def __init__(self, page_bytes: int, num_pages: int, stall_s: float = 5.0) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")              # forks a process that has imported torch, but has no UCX in it yet
+        context.set_forkserver_preload(["diptych.kvtransfer.ucx.transport"])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s), daemon=True)
         self.process.start()

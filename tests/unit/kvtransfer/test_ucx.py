@@ -207,7 +207,7 @@ def test_a_stalled_receiver_is_cut_off_and_fenced(lanes: str, monkeypatch: pytes
     """SIGSTOP shows in no error; after SIGCONT what was on its way must be dead before `stop` says so."""
     if LANES[lanes] is not None:
         monkeypatch.setenv("UCX_TLS", LANES[lanes])
-    writer = Writer(stall_s=0.5)
+    writer = Writer(stall_s=1.0)
     with ucx_peer(PAGE_BYTES, NUM_PAGES) as stalled:
         peer = writer.transport.connect(stalled.descriptor)
         stalled.signal(signal.SIGSTOP)
