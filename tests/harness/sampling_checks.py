@@ -10,33 +10,36 @@ from diptych.messages.requests import SamplingParams
 
 NEAR = 2e-5       # of all weight: what fp32 sums may be off by
 
+# No p times a number of equal tokens is a whole number here: which token such a boundary keeps is a matter of rounding.
 FILTERS = [
     {},
     {"temperature": 0.0},
-    {"temperature": 0.3},
     {"top_k": 1},
     {"top_k": 7},
     {"top_k": 10**6},
-    {"top_p": 0.7},
+    {"top_p": 0.7137},
     {"top_p": 0.0},
-    {"top_p": 0.999, "temperature": 1.5},
-    {"min_p": 0.1},
-    {"min_p": 1.0},
-    {"top_k": 20, "top_p": 0.8},
-    {"top_k": 20, "top_p": 0.8, "min_p": 0.05, "temperature": 2.0},
+    {"top_p": 0.9991, "temperature": 1.5},
+    {"min_p": 0.1, "temperature": 0.3},
+    {"top_k": 20, "top_p": 0.77},
+    {"top_k": 20, "top_p": 0.77, "min_p": 0.05, "temperature": 2.0},
 ]
 
 
 def check_sampling(vocab: int, device: Device, tile: int, rows_of_each: int) -> None:
-    """Every combination of filters, over rows of no two equal logits, of many equal ones and of masked ones."""
+    """Every combination of filters, `rows_of_each` times over rows of distinct, many equal or masked logits, and once over equal ones.
+
+    Equal logits with the fraction 1 give the last token that is kept: one too many or too few at a cut shows.
+    """
     generator = device.generator()
-    params = [SamplingParams(max_tokens=1, seed=0, **options) for options in FILTERS for _ in range(rows_of_each)]
+    params = [SamplingParams(max_tokens=1, seed=0, **options) for _ in range(rows_of_each + 1) for options in FILTERS]
     logits = torch.randn(len(params), vocab, generator=generator) * 3
     logits[1::3] = logits[1::3].round()
     logits[2::3, ::2] = -torch.inf
     logits[2::3, vocab // 2] = 0.0          # one at least is left
     fractions = torch.rand(len(params), generator=generator)
     fractions[::7], fractions[3::7] = 0.0, 1.0
+    logits[-len(FILTERS) :], fractions[-len(FILTERS) :] = -1.5, 1.0
     found = sample(logits.to(device.name), draws_of(params, fractions, device), tile).tolist()
     for i, (row, token) in enumerate(zip(params, found, strict=True)):
         low, high = interval(logits[i], row, token)
