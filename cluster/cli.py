@@ -63,11 +63,10 @@ def up(spec: Annotated[Path, typer.Argument(help="YAML")], as_json: AsJson = Fal
 @app.command()
 def down(name: Name = None) -> None:
     """Stop a deployment in order: answers under way are finished first. A Ray cluster that `up` started goes with it."""
-    from .ray_session import find
+    from .ray_session import take_down
 
-    deployment = find(name)
-    deployment.stop(_announcer())
-    console.print(f"{deployment.record.name} is down")
+    record = take_down(name, _announcer())
+    console.print(f"{record.name} is down")
 
 
 @app.command()

@@ -20,6 +20,7 @@ import psutil
 from msgspec import Struct
 
 from ..messages.errors import ClusterError
+from .processes import find_process, is_dead
 
 START_TIMEOUT_S = 60.0
 TERM_GRACE_S = 1.0                            # Ray's own way down may take longer; there is nothing in it to be saved
@@ -40,10 +41,8 @@ class Head(Struct, frozen=True):
 
     @property
     def is_alive(self) -> bool:
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.created_s) < 0.01
-        except psutil.NoSuchProcess:
-            return False
+        leader = find_process(self.pid, self.created_s)
+        return leader is not None and not is_dead(leader)
 
 
 def head_environment(folder: Path) -> dict[str, str]:
@@ -79,8 +78,8 @@ def start_head(num_cpus: int | None = None) -> Head:
 
 
 def stop_head(head: Head) -> None:
-    """Raises ClusterError if some process of it survives."""
-    members = _session(head.pid) if head.is_alive else []
+    """Also tidies up after one that has died. Raises ClusterError if some process of it survives."""
+    members = _members(head)
     for process in members:
         if process.pid == head.pid:
             process.terminate()                               # Ray's own way down
@@ -138,18 +137,14 @@ def _wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> list[
     return processes
 
 
-def is_dead(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _session(leader_pid: int) -> list[psutil.Process]:
+def _members(head: Head) -> list[psutil.Process]:
+    """Of the head's session, with or without its leader: the kernel keeps a session's number while somebody is in it."""
+    if psutil.pid_exists(head.pid) and find_process(head.pid, head.created_s) is None:
+        return []                                             # the number is somebody else's by now
     members = []
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) == leader_pid:
+            if os.getsid(process.pid) == head.pid:
                 members.append(process)
         except ProcessLookupError:
             continue

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -27,8 +26,8 @@ from ..messages.zmq_post import Keyring
 from .controller import Action, Adopted, Answered, Died, Drain, Event, Kill, Publish, Start, StartFailed
 from .gateway_shell import GatewayShell
 from .places import PlaceKind, PlaceName, worker_config
+from .processes import find_process, is_dead
 from .pulse import Pulse, ShellState
-from .ray_head import is_dead
 from .spec import Device, Spec
 from .worker_shell import WorkerShell
 
@@ -48,6 +47,18 @@ def controller_name(deployment: str) -> str:
 
 def actor_name(deployment: str, place: PlaceName, epoch: Epoch) -> str:
     return f"{controller_name(deployment)}/{place}@{epoch}"
+
+
+def actors_of(deployment: str) -> list[tuple[PlaceName, Epoch, Any]]:
+    """The lives of a deployment that Ray knows by name."""
+    found = []
+    prefix = controller_name(deployment) + "/"
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
+            place, _, epoch_text = entry["name"].removeprefix(prefix).rpartition("@")
+            actor = ray.get_actor(entry["name"], namespace=NAMESPACE)
+            found.append((PlaceName.parse(place), Epoch(int(epoch_text)), actor))
+    return found
 
 
 @dataclass
@@ -76,13 +87,9 @@ class RayRuntime:
     def adopt(self) -> list[Event]:
         """The lives that an earlier controller left."""
         events: list[Event] = []
-        prefix = controller_name(self.spec.name) + "/"
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
-                place, _, epoch_text = entry["name"].removeprefix(prefix).rpartition("@")
-                name, epoch = PlaceName.parse(place), Epoch(int(epoch_text))
-                self.processes[name, epoch] = _Process(name, epoch, ray.get_actor(entry["name"], namespace=NAMESPACE))
-                events.append(Adopted(name, epoch))
+        for name, epoch, actor in actors_of(self.spec.name):
+            self.processes[name, epoch] = _Process(name, epoch, actor)
+            events.append(Adopted(name, epoch))
         return events
 
     def act(self, action: Action, now_s: float) -> None:
@@ -167,9 +174,11 @@ class RayRuntime:
         answer, process.answer = process.answer, None
         try:
             process.pulse = msgspec.msgpack.decode(ray.get(answer), type=Pulse)
+        except ActorUnavailableError:
+            return []                         # Ray cannot reach it just now; if that lasts, it is killed for its silence
         except RayError as error:
             logger.warning("%s epoch %d is lost: %s", process.name, process.epoch, error)
-            process.lost = True
+            process.lost = isinstance(error, RayActorError)
             process.dying = process.dying or f"its process ended: {type(error).__name__}"
             return []
         if process.pulse.state is ShellState.FAILED:
@@ -186,18 +195,9 @@ class RayRuntime:
             process.lost, process.kill_at_s = True, now_s + SIGKILL_AFTER_S
         if pulse is None:
             return process.lost and process.answer is None
-        running = find_process(pulse)
-        if running is not None and process.lost and now_s >= process.kill_at_s:
+        running = find_process(pulse.pid, pulse.created_s)
+        if running is None or is_dead(running):
+            return True
+        if process.lost and now_s >= process.kill_at_s:
             running.kill()
-        return running is None
-
-
-def find_process(pulse: Pulse) -> psutil.Process | None:
-    """The process that gave this pulse, if it still exists; a zombie's memory is gone."""
-    try:
-        process = psutil.Process(pulse.pid)
-        return process if abs(process.create_time() - pulse.created_s) < 0.01 and not is_dead(process) else None
-    except psutil.NoSuchProcess:
-        return None
-
-
+        return False

@@ -75,23 +75,7 @@ class Deployment:
                 raise ClusterError("\n".join([f"{self.record.name} is not down after {timeout_s:g} s", *status.errors]))
             time.sleep(POLL_S)
         ray.kill(self.controller)
-        self._forget()
-
-    def abandon(self) -> None:
-        """For a deployment whose controller cannot be asked: its Ray head goes, and all with it, if it is ours."""
-        if self.record.head is None:
-            raise ClusterError(f"{self.record.name}: no answer from its controller, and Ray at {self.record.address} is not ours to stop")
-        self._forget()
-
-    def _forget(self) -> None:
-        import ray
-
-        records.remove(self.record.name)
-        head = self.record.head
-        if head is not None and all(other.head != head for other in records.read_all()):
-            ray.shutdown()
-            stop_head(head)
-        _sweep_shared_memory(self.record.name)
+        _forget(self.record)
 
 
 def is_serving(status: DeploymentStatus) -> bool:
@@ -110,6 +94,8 @@ def launch(spec: Spec, own_ray: bool = False) -> Deployment:
     record = Record(spec.name, address, head)
     try:
         _join(record)
+        if _find_controller(spec.name) is not None:
+            raise ClusterError(f"a deployment {spec.name!r} is running on Ray at {address} already")
         deployment = Deployment(record, _start_controller(spec))
     except BaseException:
         if head is not None and all(other.head != head for other in records.read_all()):
@@ -128,7 +114,38 @@ def find(name: str | None) -> Deployment:
             raise ClusterError(f"no deployment {name or ''} is running".replace("  ", " "))
         record = Record(name, address, head)
     _join(record)
-    return Deployment(record, _controller(record.name))
+    controller = _find_controller(record.name)
+    if controller is None:
+        raise ClusterError(f"no deployment {record.name!r} is running on Ray at {record.address}")
+    return Deployment(record, controller)
+
+
+def take_down(name: str | None, watch: Callable[[DeploymentStatus], None]) -> Record:
+    """Stops a deployment in order; or, if its controller cannot do that any more, the Ray head below it, if it is ours alone."""
+    try:
+        deployment = find(name)
+        deployment.stop(watch)
+        return deployment.record
+    except ClusterError:
+        record = records.find(name)
+        if record is None or record.head is None or _is_shared(record):
+            raise
+    _forget(record)
+    return record
+
+
+def _is_shared(record: Record) -> bool:
+    return any(other.head == record.head for other in records.read_all() if other.name != record.name)
+
+
+def _forget(record: Record) -> None:
+    import ray
+
+    if record.head is not None and not _is_shared(record):
+        ray.shutdown()
+        stop_head(record.head)
+    records.remove(record.name)
+    _sweep_shared_memory(record.name)
 
 
 def _running_ray() -> tuple[str | None, Head | None]:
@@ -178,25 +195,25 @@ def _start_controller(spec: Spec) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from .controller_shell import ControllerShell
-    from .ray_runtime import NAMESPACE, controller_name
+    from .ray_runtime import NAMESPACE, actors_of, controller_name
 
+    for _, _, leftover in actors_of(spec.name):               # of a controller that is gone for good, and its keys with it
+        ray.kill(leftover)
     node_id = ray.get_runtime_context().get_node_id()
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     node_ip = next(node["NodeManagerAddress"] for node in nodes if node["NodeID"] == node_id)
-    try:
-        return ray.remote(ControllerShell).options(
-            name=controller_name(spec.name),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=-1,
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        ).remote(spec.model_dump_json(), Keyring.new(), node_id, node_ip)
-    except ValueError as error:
-        raise ClusterError(f"a deployment {spec.name!r} is running on this Ray already: {error}") from None
+    options = {
+        "name": controller_name(spec.name),
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
+    }
+    return ray.remote(ControllerShell).options(**options).remote(spec.model_dump_json(), Keyring.new(), node_id, node_ip)
 
 
-def _controller(name: str) -> Any:
+def _find_controller(name: str) -> Any | None:
     import ray
 
     from .ray_runtime import NAMESPACE, controller_name
@@ -204,7 +221,7 @@ def _controller(name: str) -> Any:
     try:
         return ray.get_actor(controller_name(name), namespace=NAMESPACE)
     except ValueError:
-        raise ClusterError(f"no deployment {name!r} is running on this Ray") from None
+        return None
 
 
 def _ask(method: Any) -> Any:

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from ..messages.errors import ClusterError
-from .ray_head import Head
+from .ray_head import Head, stop_head
 
 
 class Record(Struct, frozen=True):
@@ -39,10 +39,11 @@ def remove(name: str) -> None:
 
 
 def read_all() -> list[Record]:
-    """Records whose Ray head has gone are removed: nothing of them can be left. Raises ClusterError."""
+    """Records whose Ray head has died are removed, and what is left of it. Raises ClusterError."""
     records = [_read(path) for path in sorted(folder().glob("*.json"))]
     for record in records:
         if record.head is not None and not record.head.is_alive:
+            stop_head(record.head)
             remove(record.name)
     return [record for record in records if record.head is None or record.head.is_alive]
 

@@ -110,6 +110,6 @@ def cluster(ray_head: str, tmp_path: Path) -> Iterator[StartCluster]:
         return Cluster(deployment, status.endpoint, status.model)
 
     yield start
-    for deployment in started:
-        if records.find(deployment.record.name) is not None:
-            deployment.stop()
+    for name in {deployment.record.name for deployment in started}:
+        if records.find(name) is not None:
+            ray_session.find(name).stop()
