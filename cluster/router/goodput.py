@@ -121,7 +121,7 @@ class Goodput:
         self, request: RoutingRequest, work: Work, view: ClusterView, now: float, hashes: Sequence[int]
     ) -> list[Prediction]:
         prefill = () if self._options.local_only else view.prefill
-        depths = self._index.matched(hashes, [worker.ref for worker in (*prefill, *view.decode)])
+        depths = self._index.holders(hashes)
 
         def prefilled(worker: WorkerLoad, inflow: Inflow) -> PrefillEstimate:
             return estimate_prefill(worker, work, _num_cached(worker, depths, work), now, inflow)
@@ -155,8 +155,10 @@ class Goodput:
         if len(usable) <= ALL_UP_TO:
             return usable
         drawn = self._random.sample(usable, SAMPLE)
-        holder = max(usable, key=lambda worker: depths[worker.ref])
-        return drawn if holder in drawn or not depths[holder.ref] else [*drawn, holder]
+        if not depths:
+            return drawn
+        holder = max(usable, key=lambda worker: depths.get(worker.ref, 0))
+        return drawn if holder in drawn or holder.ref not in depths else [*drawn, holder]
 
     def _decide(self, request: RoutingRequest, work: Work, predictions: list[Prediction]) -> Decision:
         if not predictions:
@@ -237,7 +239,7 @@ def _hashes(request: RoutingRequest, view: ClusterView) -> list[int]:
 
 def _num_cached(worker: WorkerLoad, depths: dict[WorkerRef, int], work: Work) -> int:
     """At least the last token is computed."""
-    return min(depths[worker.ref] * worker.block_size, work.num_tokens - 1)
+    return min(depths.get(worker.ref, 0) * worker.block_size, work.num_tokens - 1)
 
 
 def _ms(seconds: float | None) -> str:

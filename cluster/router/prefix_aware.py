@@ -52,6 +52,18 @@ class PrefixIndex:
             depths.update(dict.fromkeys(still, depth))
         return depths
 
+    def holders(self, hashes: Iterable[int]) -> dict[WorkerRef, int]:
+        """Leading chunks, of every worker that was sent any; those that were sent none are absent."""
+        depths: dict[WorkerRef, int] = {}
+        still: set[WorkerRef] | None = None
+        for depth, chunk in enumerate(hashes, start=1):
+            held = self._holders.get(chunk, set())
+            still = held if still is None else still & held
+            if not still:
+                break
+            depths.update(dict.fromkeys(still, depth))
+        return depths
+
     def insert(self, hashes: Sequence[int], worker: WorkerRef) -> None:
         for chunk in reversed(hashes):        # a prefix is more recent than what follows it, so it is forgotten later
             self._holders.setdefault(chunk, set()).add(worker)

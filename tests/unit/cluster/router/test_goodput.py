@@ -156,7 +156,8 @@ class TestEstimates:
 
     @given(waiting_tokens, st.integers(0, 10_000), sequences, st.integers(0, 50), st.floats(0, 0.5))
     def test_a_busier_worker_never_looks_faster(self, waiting, more_waiting, decoding, more_decoding, now):
-        less, more = load("d0", waiting=waiting, decoding=decoding), load("d0", waiting=waiting + more_waiting, decoding=decoding + more_decoding)
+        less = load("d0", waiting=waiting, decoding=decoding)
+        more = load("d0", waiting=waiting + more_waiting, decoding=decoding + more_decoding)
         assert estimate_prefill(more, self.work, 0, now).backlog_s >= estimate_prefill(less, self.work, 0, now).backlog_s - 1e-9
         assert estimate_decode(more, self.work, 0.1, 0.0).tpot_s >= estimate_decode(less, self.work, 0.1, 0.0).tpot_s - 1e-9
 
@@ -208,9 +209,8 @@ class TestCluster:
     def members(self, draining: str = "") -> Membership:
         names = [(Role.PREFILL, f"p{i}") for i in range(8)] + [(Role.DECODE, f"d{i}") for i in range(8)]
         addresses = tuple(Address(f"fake://g{i}") for i in range(4))
-        return Membership(
-            len(draining), tuple(Member(ref(name), role, "l", 64, 12_800, 131_072, draining=name == draining) for role, name in names), addresses
-        )
+        workers = tuple(Member(ref(name), role, "l", 64, 12_800, 131_072, draining=name == draining) for role, name in names)
+        return Membership(len(draining), workers, addresses)
 
     def reports(self) -> list[LoadReport]:
         return [
