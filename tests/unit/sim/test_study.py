@@ -1,0 +1,57 @@
+import pytest
+
+from diptych.cluster.bench.generator import Lengths, Recipe, generate
+from diptych.cluster.router.policy import Objectives
+from diptych.sim import h200
+from diptych.sim.outcome import Outcome
+from diptych.sim.study import Case, Contender, batch_attainment, crossing_rate, curve, goodput_of
+
+
+@pytest.mark.parametrize(
+    ("points", "rate"),
+    [
+        ([(10, 1.0), (20, 0.95), (30, 0.85)], pytest.approx(25)),
+        ([(10, 0.8)], 0),
+        ([(10, 1.0), (20, 0.9)], 20),
+        ([], 0),
+        ([(10, 0.95), (20, 0.5), (30, 1.0)], pytest.approx(11.1, abs=0.1)),
+    ],
+)
+def test_goodput_is_where_the_curve_first_falls_through_the_target(points, rate):
+    assert crossing_rate(points) == rate
+
+
+def test_batches_of_neighbours_widen_the_interval():
+    mixed = batch_attainment(([True] * 9 + [False]) * 30)
+    in_a_row = batch_attainment([True] * 270 + [False] * 30)
+    assert mixed.share == in_a_row.share == 0.9
+    assert mixed.high - mixed.low < 0.01 < 0.2 < in_a_row.high - in_a_row.low
+
+
+def test_the_cost_model_is_within_a_few_percent_of_the_measured_table():
+    residuals = [abs(each) for each in h200.residuals()]
+    assert sorted(residuals)[-2] <= 0.06
+    assert max(residuals) <= 0.15, "a prompt of 128 tokens"
+
+
+def test_a_curve_stops_where_it_is_hopeless():
+    workload = generate(Recipe(120, Lengths(2000), Lengths(20)))
+    case = Case("short", workload, Objectives(0.3, 0.02), (10.0, 200.0, 400.0), warm_s=0.0)
+    seen = []
+    points = curve(case, Contender(1, 1, "round_robin"), seen.append)
+    assert [point.rate for point in points] == [10.0, 200.0]
+    assert seen == points
+    assert points[0].attainment.share == 1.0
+    assert 10.0 <= goodput_of(points).low <= goodput_of(points).rate <= goodput_of(points).high < 200.0
+
+
+def test_an_outcome_keeps_both_promises_or_none():
+    slo = Objectives(0.4, 0.02)
+    good = Outcome(0.0, 11, first_s=0.3, last_s=0.5)
+    assert good.meets(slo)
+    assert not Outcome(0.0, 11, first_s=0.5, last_s=0.6).meets(slo)
+    assert not Outcome(0.0, 11, first_s=0.3, last_s=0.6).meets(slo)
+    assert not Outcome(0.0, 11, first_s=0.3).meets(slo)
+    assert not Outcome(0.0, 11, refused=True).meets(slo)
+    assert Outcome(0.0, 1, first_s=0.3, last_s=0.3).meets(slo)
+    assert Outcome(0.0, 11, first_s=9.0, last_s=99.0).meets(Objectives())
