@@ -110,7 +110,10 @@ def train(
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     fit(model, recipe, tokenizer, training, held_out, folder, progress)
     write_held_out_sample(folder, held_out[:: max(1, len(held_out) // SAMPLE_DOCUMENTS)])
-    report = measured(folder, recipe, tokenizer, training, held_out) | {"training": asdict(progress)}
+    report = measured(folder, recipe, tokenizer, training, held_out) | {
+        "num_tokens_seen": progress.num_steps * recipe.tokens_per_step,
+        "training": asdict(progress),
+    }
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / PROGRESS).unlink()
     return report
@@ -318,7 +321,6 @@ def measured(
         "num_training_documents": len(training),
         "num_held_out_documents": len(held_out),
         "num_parameters": model.num_parameters(),
-        "num_tokens_seen": recipe.num_steps * recipe.tokens_per_step,
         "recipe": asdict(recipe),
         "held_out": asdict(held_out_loss(model, tokenizer, held_out)),
         "held_out_sample": asdict(held_out_loss(model, tokenizer, read_held_out_sample(folder))),
