@@ -1,6 +1,7 @@
 """From a WorkerConfig to one model replica with its memory. Fails before anything large is allocated, where it can."""
 
 import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +13,19 @@ from ..kvtransfer.layout import KVLayout
 from ..kvtransfer.shm import ShmTransport
 from ..kvtransfer.transport import KVPool, Transport
 from ..messages.errors import ModelError, PoolTooSmall
+from ..messages.steps import StepModel
 from ..models.config import ModelConfig
 from ..models.loader import LoadFormat, load_weights
 from ..models.transformer import Transformer
+from .calibration import calibrate
 from .config import EngineConfig, WorkerConfig
 from .engine import Engine, EngineLimits
 from .model_runner import TorchRunner
+from .predictor import PRIOR
 
 NUM_SAMPLES = 64                # of a weights file, evenly spread
 SAMPLE_BYTES = 64 << 10
+CALIBRATION_S = 0.25              # to measure steps before anything is served
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Replica:
     engine: Engine
     pool: KVPool
     transport: Transport
+    step_model: StepModel = PRIOR             # of this model on this device, as far as is known before anything is served
 
 
 def build_replica(config: WorkerConfig) -> Replica:
@@ -50,7 +56,8 @@ def build_replica(config: WorkerConfig) -> Replica:
     model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ops)
     transport = ShmTransport(config.cluster, config.worker_id, config.epoch)
     pool = transport.allocate(layout, num_blocks)
-    return Replica(Engine(TorchRunner(model, pool, device), num_blocks, limits), pool, transport)
+    runner = TorchRunner(model, pool, device)
+    return Replica(Engine(runner, num_blocks, limits), pool, transport, calibrate(runner, limits, time.monotonic, CALIBRATION_S))
 
 
 def fingerprint(folder: Path, load_format: LoadFormat) -> str:

@@ -68,7 +68,7 @@ class Worker(ABC):
         self._draining = False
         self._next_beat = clock()
         self._num_steps = self.num_preempted = self._num_tokens = 0
-        self._predictor = StepPredictor()
+        self._predictor = StepPredictor(self.replica.step_model)
         self._prefill_share = PrefillShare()
         self._descriptor = self.replica.transport.register(self.replica.pool)
         self.setup()

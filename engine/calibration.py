@@ -1,0 +1,84 @@
+"""What a worker measures before it serves: a small grid of steps, on blocks that nobody holds yet.
+
+    grid: prompts of several lengths, decodes of several counts and contexts ──► each step twice, the second counts ──► StepModel
+
+All sequences of a step share the same blocks: their KV is nonsense, only the time matters. A grid point is begun only within `budget_s`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+from msgspec.structs import replace
+
+from ..messages.ids import Address, BlockId, Epoch, RequestId, WorkerId
+from ..messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
+from ..messages.steps import StepFeatures, StepModel
+from .engine import EngineLimits
+from .model_runner import ModelRunner
+from .predictor import PRIOR, StepPredictor, features_of
+from .scheduler import Chunk, StepPlan
+from .sequence import Sequence
+
+NOBODY = WorkerRef(WorkerId("calibration"), Epoch(0), Address(""))
+ROUNDS = 40
+"""How often the fit is told the grid: by then the prior no longer counts."""
+
+
+def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], float], budget_s: float) -> StepModel:
+    end, measured = clock() + budget_s, []
+    for plan in _grid(limits):
+        if clock() >= end:
+            break
+        features = features_of(plan)
+        runner.execute(plan, None)            # compiles, allocates, fills caches
+        started = clock()
+        runner.execute(plan, None)
+        measured.append((features, clock() - started))
+    return _fit(measured) if measured else PRIOR
+
+
+def _fit(measured: list[tuple[StepFeatures, float]]) -> StepModel:
+    predictor = StepPredictor()
+    for features, seconds in measured * ROUNDS:
+        predictor.observe(features, seconds)
+    model = predictor.model
+    off = [abs(seconds / model.step_s(features) - 1) for features, seconds in measured]
+    return replace(model, error=sum(off) / len(off), num_observed=len(measured))
+
+
+def _grid(limits: EngineLimits) -> Iterator[StepPlan]:
+    """The cheapest first."""
+    longest = limits.max_model_len - 1
+    batch, budget = min(limits.max_sequences, limits.max_step_tokens), min(limits.max_step_tokens, longest)
+    for count, context in ((1, 16), (batch, 16), (1, longest // 4), (math.isqrt(batch), longest // 4)):
+        yield _plan([_decode(min(context, longest), limits) for _ in range(max(1, count))])
+    for tokens in (budget // 16, budget // 4, budget):
+        yield _plan([_prompt(max(1, tokens), limits)])
+
+
+def _plan(chunks: list[Chunk]) -> StepPlan:
+    return StepPlan(tuple(chunks), (), ())
+
+
+def _prompt(num_tokens: int, limits: EngineLimits) -> Chunk:
+    return Chunk(_sequence(num_tokens, limits), 0, num_tokens)
+
+
+def _decode(context: int, limits: EngineLimits) -> Chunk:
+    sequence = _sequence(max(1, context), limits)
+    sequence.num_computed = len(sequence.token_ids)
+    sequence.token_ids.append(0)
+    return Chunk(sequence, sequence.num_computed, 1)
+
+
+def _sequence(num_tokens: int, limits: EngineLimits) -> Sequence:
+    request = GenerateRequest(
+        request_id=RequestId("calibration"),
+        gateway=Address(""),
+        token_ids=(0,) * num_tokens,
+        sampling=SamplingParams(max_tokens=2, seed=0, temperature=0.0),
+        route=Route(decode=NOBODY),
+        timeout_s=math.inf,
+    )
+    blocks = [BlockId(i) for i in range(num_tokens // limits.block_size + 1)]
+    return Sequence(request, 0, math.inf, math.inf, hands_off=False, blocks=blocks)

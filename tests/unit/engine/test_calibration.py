@@ -1,0 +1,60 @@
+from dataclasses import dataclass, field
+
+import pytest
+
+from diptych.engine.calibration import calibrate
+from diptych.engine.engine import EngineLimits
+from diptych.engine.fake_runner import FakeRunner, fake_layout
+from diptych.engine.model_runner import ChunkOutput
+from diptych.engine.predictor import PRIOR, features_of
+from diptych.engine.scheduler import StepPlan
+from diptych.kvtransfer.fake import FakeFabric
+from diptych.messages.steps import StepFeatures, StepModel
+
+LIMITS = EngineLimits(block_size=16, max_model_len=4096, max_step_tokens=2048, max_sequences=64)
+TRUTH = StepModel(2e-3, 150e-6, 4e-9, 300e-6, 1e-6)
+
+
+@dataclass
+class TimedRunner:
+    """Takes as long as TRUTH says, and ten times that when it sees a shape for the first time."""
+
+    now: float = 0.0
+    seen: set[StepFeatures] = field(default_factory=set)
+
+    def execute(self, plan: StepPlan, on_layer: object) -> list[ChunkOutput]:
+        features = features_of(plan)
+        self.now += TRUTH.step_s(features) * (1 if features in self.seen else 10)
+        self.seen.add(features)
+        return [ChunkOutput(None) for _ in plan.chunks]
+
+
+@pytest.mark.parametrize(
+    "step", [StepFeatures(512, 512 * 256), StepFeatures(0, 0, 32, 32 * 500), StepFeatures(256, 256 * 800, 16, 16 * 1000)]
+)
+def test_what_was_measured_is_predicted(step):
+    runner = TimedRunner()
+    model = calibrate(runner, LIMITS, lambda: runner.now, budget_s=1000.0)
+    assert model.step_s(step) == pytest.approx(TRUTH.step_s(step), rel=0.15)
+    assert model.error < 0.3
+
+
+def test_without_time_the_prior_stays():
+    runner = TimedRunner()
+    assert calibrate(runner, LIMITS, lambda: runner.now, budget_s=0.0) == PRIOR
+    assert not runner.seen
+
+
+def test_a_grid_point_is_begun_only_within_the_budget():
+    runner = TimedRunner()
+    calibrate(runner, LIMITS, lambda: runner.now, budget_s=0.1)
+    assert len(runner.seen) < 7
+
+
+@pytest.mark.parametrize("limits", [EngineLimits(4, 16, 8, 4), EngineLimits(16, 2, 1, 1), EngineLimits(4, 64, 512, 64)])
+def test_the_smallest_engines_have_the_blocks_and_tokens_for_it(limits):
+    """With a runner that reads and writes each page it is told of."""
+    num_blocks = -(-limits.max_model_len // limits.block_size)
+    pool = FakeFabric().transport("here").allocate(fake_layout(limits.block_size), num_blocks)
+    model = calibrate(FakeRunner(pool), limits, iter(range(10_000)).__next__, budget_s=5000.0)
+    assert model.num_observed > 0
