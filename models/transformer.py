@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.ops import Ops
+from ..kernels.ops import HeadNorms, Ops
 from .batch import ForwardBatch
 from .config import ModelConfig
 from .rope import rope_table
@@ -54,9 +54,9 @@ class Transformer:
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(normed.shape[0], -1, config.head_dim)
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         q, k, v = torch.split(qkv, heads, dim=1)                                # each [T, its heads, head_dim]
+        norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = ops.rms_norm(q, layer.q_norm, config.rms_norm_eps), ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        q, k = ops.rope(q, k, batch.positions, self._cos_sin)
-        ops.write_kv(kv_pool, index, k, v, batch.slots)
+            norms = HeadNorms(layer.q_norm, layer.k_norm, config.rms_norm_eps)
+        q = ops.rope_write_kv(q, k, v, norms, batch.positions, self._cos_sin, kv_pool, index, batch.slots)
         out = ops.paged_attention(q, kv_pool, index, batch.paging, config.head_dim**-0.5, config.windows[index])
         return F.linear(out.flatten(1), layer.out, layer.out_bias)
