@@ -26,6 +26,7 @@ from .plot import plot_curves
 from .study import Case, Contender, Point, curve, goodput_of
 
 MAX_CONTEXT = 120_000
+TABLE_WIDTH = 140
 BURST = Recipe(1, Lengths(1155, 0.8, 8192), Lengths(211, 0.9, 2048), Arrivals.GAMMA, cv=5.0)
 DEFAULT_POLICIES = "round_robin,least_loaded,power_of_two,prefix_aware,goodput"
 
@@ -43,14 +44,15 @@ def compare(
     ttft_ms: Annotated[float, typer.Option(min=1)] = 400.0,
     tpot_ms: Annotated[float, typer.Option(min=1)] = 20.0,
     name: Annotated[str, typer.Option(help="In the table and the file; the trace's by default")] = "",
+    decode_step_tokens: Annotated[int, typer.Option(min=1, help="Token budget of a decode worker's step")] = 512,
     processes: Annotated[int, typer.Option(min=1)] = 1,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
     png: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Attainment of each policy over rising rates, until it is hopeless, and its goodput."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=TABLE_WIDTH)
     case = _case(trace, requests, _numbers(rates), Objectives(ttft_ms / 1e3, tpot_ms / 1e3), name)
-    contenders = _contenders(workers, policies.split(","), plants.split(","))
+    contenders = _contenders(workers, policies.split(","), plants.split(","), decode_step_tokens)
     with ProcessPoolExecutor(processes) as pool:
         curves = list(pool.map(_curve, [case] * len(contenders), contenders))
     for contender, points in zip(contenders, curves, strict=True):
@@ -93,13 +95,13 @@ def _workload(trace: Path | None, requests: int) -> Workload:
         raise typer.BadParameter(str(error)) from None
 
 
-def _contenders(workers: int, policies: list[str], plants: list[str]) -> list[Contender]:
+def _contenders(workers: int, policies: list[str], plants: list[str], decode_step_tokens: int) -> list[Contender]:
     if unknown := set(policies) - set(POLICIES):
         raise typer.BadParameter(f"policy {', '.join(sorted(unknown))}; known: {', '.join(POLICIES)}")
     if unknown := set(plants) - {"split", "colocated"}:
         raise typer.BadParameter(f"plant {', '.join(sorted(unknown))}; known: split, colocated")
     sizes = {"split": (workers // 2, workers - workers // 2), "colocated": (0, workers)}
-    return [Contender(*sizes[plant], policy) for plant in plants for policy in policies]
+    return [Contender(*sizes[plant], policy, decode_step_tokens) for plant in plants for policy in policies]
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -38,6 +38,7 @@ class Contender:
     num_prefill: int
     num_decode: int
     policy: str
+    decode_step_tokens: int = 512             # what a decode worker's steps hold: its own decodes, then chunks of prompts
 
     @property
     def name(self) -> str:
@@ -75,7 +76,9 @@ class Goodput(msgspec.Struct, frozen=True):
 
 
 def run(case: Case, contender: Contender, rate: float) -> Point:
-    plant = Plant(contender.num_prefill, contender.num_decode, contender.policy, case.objectives)
+    plant = Plant(
+        contender.num_prefill, contender.num_decode, contender.policy, case.objectives, decode_step_tokens=contender.decode_step_tokens
+    )
     outcomes = Simulation(plant, case.workload.at_rate(rate)).run()
     return summarize(case, contender, rate, [outcome for outcome in outcomes if outcome.arrived_s >= case.warm_s])
 
