@@ -59,7 +59,9 @@ static ucs_status_t open_context(ucp_context_h *context, uint64_t features, cons
     return status;
 }
 
-EXPORT int dx_open(const char *library, const char *settings, const uint8_t *uid, uint32_t num_imms, double stall_s, shim_t **out, char *text)
+EXPORT int dx_open(
+    const char *library, const char *settings, const char *door_settings, const uint8_t *uid, uint32_t num_imms, double stall_s, shim_t **out,
+    char *text)
 {
     int code = resolve(library, text);
     if (code != DX_OK)
@@ -70,7 +72,7 @@ EXPORT int dx_open(const char *library, const char *settings, const uint8_t *uid
         return say(text, DX_MEMORY, "shim", strerror(ENOMEM));
     }
     ucs_status_t status = open_context(&shim->context, UCP_FEATURE_AM | UCP_FEATURE_WAKEUP | UCP_FEATURE_RMA, settings);
-    if (status == UCS_OK && (status = open_context(&shim->doorway, UCP_FEATURE_AM | UCP_FEATURE_WAKEUP, "TLS=tcp\nNET_DEVICES=all\n")) != UCS_OK)
+    if (status == UCS_OK && (status = open_context(&shim->doorway, UCP_FEATURE_AM | UCP_FEATURE_WAKEUP, door_settings)) != UCS_OK)
         ucp.ucp_cleanup(shim->context);
     if (status != UCS_OK) {
         free(shim->counters);

@@ -19,6 +19,7 @@ PATH_VARIABLE = "DIPTYCH_LIBUCP"
 SETTINGS = {
     "MM_ERROR_HANDLING": "y",               # or endpoints that report errors silently lose shared memory, and fall to TCP
     "KEEPALIVE_INTERVAL": "500ms",          # how soon shared memory shows a killed peer
+    "TCP_CONN_NB": "y",                     # or a host that does not answer blocks the thread for two minutes
     "TCP_TX_SEG_SIZE": "288k",              # a message of 256 KiB of pages in one piece
     "TCP_RX_SEG_SIZE": "288k",
     "MAX_RMA_RAILS": "2",                   # this and the next: NIXL's choice for RDMA
@@ -89,6 +90,13 @@ def quiet_loading() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+def door_settings_text() -> str:
+    """The door is reached over TCP, on the devices that UCX_NET_DEVICES names; it may name RDMA's alone (`mlx5_0:1`), then on all."""
+    named = os.environ.get("UCX_NET_DEVICES", "all").split(",")
+    devices = [name for name in named if Path("/sys/class/net", name).exists()] or ["all"]
+    return f"{settings_text()}TLS=tcp\nNET_DEVICES={','.join(devices)}\n"
 
 
 def settings_text() -> str:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from ...messages.errors import ClusterError, DiptychError, PeerGone, TransferError
 from ...messages.ids import Imm
 from .build import build_shim
-from .provider import find_libucp, quiet_loading, settings_text
+from .provider import door_settings_text, find_libucp, quiet_loading, settings_text
 
 TEXT_BYTES = 256
 UID_BYTES = 16
@@ -59,7 +59,7 @@ _ERRORS: dict[_Code, type[DiptychError]] = {
 
 _PAGES = POINTER(c_int64)
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
-    "dx_open": (c_int, (c_char_p, c_char_p, c_char_p, c_uint32, c_double, POINTER(c_void_p), c_char_p)),
+    "dx_open": (c_int, (c_char_p, c_char_p, c_char_p, c_char_p, c_uint32, c_double, POINTER(c_void_p), c_char_p)),
     "dx_version": (c_char_p, ()),
     "dx_allocate": (c_int, (c_void_p, c_uint64, c_uint64, POINTER(c_void_p), c_char_p)),
     "dx_register": (c_int, (c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_char_p)),
@@ -103,7 +103,8 @@ class Shim:
         self.library = find_libucp()
         handle = c_void_p()
         with quiet_loading():
-            self._check("dx_open", self.library.encode(), settings_text().encode(), uid, num_imms, stall_s, byref(handle))
+            settings = (settings_text().encode(), door_settings_text().encode())
+            self._check("dx_open", self.library.encode(), *settings, uid, num_imms, stall_s, byref(handle))
         assert handle.value is not None
         self._handle = handle.value
 

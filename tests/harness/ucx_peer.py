@@ -1,6 +1,5 @@
 """A `ucx` transport in a process of its own, called over a pipe: what is killed and stopped in the tests and measured in the benchmark."""
 
-import ctypes
 import multiprocessing as mp
 import os
 import signal
@@ -18,8 +17,6 @@ from diptych.messages.ids import Imm
 from diptych.messages.membership import MemoryDescriptor
 
 CALL_TIMEOUT_S = 60.0
-CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
-MS_REC, MS_SLAVE = 0x4000, 0x80000
 
 
 def byte_layout(page_bytes: int) -> KVLayout:
@@ -79,23 +76,7 @@ class Served:
                 continue
 
 
-def enter_network(name: str) -> None:
-    """This process goes into a named network namespace, with a /sys of its own: UCX looks there for its devices."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with Path("/run/netns", name).open() as namespace:
-        calls = [
-            libc.setns(namespace.fileno(), CLONE_NEWNET),
-            libc.unshare(CLONE_NEWNS),
-            libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None),
-            libc.mount(name.encode(), b"/sys", b"sysfs", 0, None),
-        ]
-    if any(calls):
-        raise OSError(ctypes.get_errno(), f"network namespace {name}: {calls}")
-
-
-def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float, network: str | None) -> None:
-    if network is not None:
-        enter_network(network)
+def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float) -> None:
     served = Served(page_bytes, num_pages, stall_s)
     pipe.send(served.descriptor)
     while True:
@@ -110,11 +91,11 @@ def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float, net
 
 
 class UcxPeer:
-    def __init__(self, page_bytes: int, num_pages: int, stall_s: float = 5.0, network: str | None = None) -> None:
+    def __init__(self, page_bytes: int, num_pages: int, stall_s: float = 5.0) -> None:
         context = mp.get_context("forkserver")              # forks a process that has imported torch, but has no UCX in it yet
         context.set_forkserver_preload(["diptych.kvtransfer.ucx.transport"])
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s, network), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s), daemon=True)
         self.process.start()
         self.descriptor: MemoryDescriptor = self.answer()
 
@@ -150,8 +131,8 @@ class UcxPeer:
 
 
 @contextmanager
-def ucx_peer(page_bytes: int, num_pages: int, stall_s: float = 5.0, network: str | None = None) -> Iterator[UcxPeer]:
-    peer = UcxPeer(page_bytes, num_pages, stall_s, network)
+def ucx_peer(page_bytes: int, num_pages: int, stall_s: float = 5.0) -> Iterator[UcxPeer]:
+    peer = UcxPeer(page_bytes, num_pages, stall_s)
     try:
         yield peer
     finally:

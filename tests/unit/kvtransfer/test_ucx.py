@@ -1,12 +1,9 @@
 """The `ucx` transport between processes: what arrives, what a stop means, and what is left when either side is killed or stalls."""
 
-import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -233,60 +230,6 @@ def come_and_go(receiver: UcxPeer) -> None:
         guest.transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(80))
         guest.transport.disconnect(peer)
     guest.transport.close()
-
-
-class Cable:
-    """A network namespace, joined to this one by a veth pair that can be cut."""
-
-    def __init__(self) -> None:
-        self.name = f"dx{os.getpid()}"
-
-    def ip(self, *words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=10)
-
-    def lay(self) -> None:
-        self.ip("netns", "add", self.name)
-        self.ip("link", "add", f"{self.name}a", "type", "veth", "peer", "name", f"{self.name}b", "netns", self.name)
-        self.ip("addr", "add", "198.18.77.1/24", "dev", f"{self.name}a")
-        self.ip("-n", self.name, "addr", "add", "198.18.77.2/24", "dev", f"{self.name}b")
-        self.ip("-n", self.name, "link", "set", f"{self.name}b", "up")
-        self.set("up")
-
-    def set(self, state: str) -> None:
-        self.ip("link", "set", f"{self.name}a", state)
-
-    def remove(self) -> None:
-        """The veth pair goes with its namespace."""
-        if Path("/run/netns", self.name).exists():
-            self.ip("netns", "del", self.name)
-
-
-@pytest.fixture
-def cable() -> Iterator[Cable]:
-    cable = Cable()
-    try:
-        cable.lay()
-    except (OSError, subprocess.CalledProcessError) as error:
-        cable.remove()
-        pytest.skip(f"no network namespaces here: {error}")
-    yield cable
-    cable.remove()
-
-
-def test_a_cut_cable_is_reported_and_healed(cable: Cable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UCX_TLS", "tcp,self")
-    writer = Writer(stall_s=1.0)
-    with ucx_peer(PAGE_BYTES, NUM_PAGES, network=cable.name) as far:
-        peer = writer.transport.connect(far.descriptor)
-        assert_works(writer, peer, far, seed=90)
-        writer.transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(1))
-        cable.set("down")
-        write_until_refused(writer, peer, Imm(1), 10.0)
-        assert not writer.transport.stop(peer, Imm(1), 0.2)
-        cable.set("up")
-        until(lambda: writer.transport.stop(peer, Imm(1), 0.0), 10.0)
-        assert_works(writer, peer, far, seed=91)
-    writer.transport.close()
 
 
 @pytest.mark.parametrize("lanes", LANES)

@@ -53,6 +53,12 @@ def test_the_environment_overrides_settings(monkeypatch: pytest.MonkeyPatch) -> 
     assert "KEEPALIVE_INTERVAL" not in provider.settings_text()
 
 
+def test_the_door_takes_the_network_interfaces_among_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for devices, taken in (("mlx5_0:1,lo", "lo"), ("mlx5_0:1", "all"), ("all", "all")):
+        monkeypatch.setenv("UCX_NET_DEVICES", devices)
+        assert f"NET_DEVICES={taken}\n" in provider.door_settings_text()
+
+
 def test_loading_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCX_LOG_LEVEL", "info")
     before = dict(os.environ)
