@@ -53,7 +53,7 @@ class _Common(_Model):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None      # logits are divided by it, and must stay finite
     logit_bias: Annotated[dict[Token, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -14,6 +14,9 @@ from .tokenizer import TextModel
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 1024
+MAX_PROMPT_LOGPROBS = 250_000
+"""Of one prompt, alternatives included. They travel in one message, which has a limit: a quarter of it is taken here."""
+
 SEED_MASK = (1 << 63) - 1
 
 
@@ -53,13 +56,16 @@ class JobMaker:
         self._model_name = model_name
 
     async def completion(self, body: CompletionBody, max_model_len: int) -> Job:
-        prompts = [await self._prompt(each, body.add_special_tokens) for each in _separate(body.prompt)]
-        if not prompts:
+        given = _separate(body.prompt)
+        if not given:
             raise BadRequest("the prompt is empty", param="prompt")
+        _check_choices(len(given), body.n or 1)
+        prompts = [await self._prompt(each, body.add_special_tokens) for each in given]
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if max_tokens == 0 and not body.echo:
             raise BadRequest("max_tokens must be at least 1 (0 only with echo)", param="max_tokens")
         sampling = self._sampling(body, max_tokens, body.logprobs, body.logprobs if body.echo else None)
+        _check_prompt_logprobs(max(len(prompt.token_ids) for prompt in prompts), sampling.prompt_logprobs)
         return _job("cmpl", body, prompts, sampling, max_model_len, echo=body.echo)
 
     async def chat(self, body: ChatBody, max_model_len: int) -> Job:
@@ -82,9 +88,9 @@ class JobMaker:
             token_ids = await self._model.encode(prompt, add_special_tokens=add_special_tokens)
         else:
             token_ids = tuple(prompt)
-            self._check_tokens(token_ids, "prompt")
         if not token_ids:
             raise BadRequest("the prompt has no tokens", param="prompt")
+        self._check_tokens(token_ids, "prompt")          # of a text too: a tokenizer may know more tokens than the model
         return JobPrompt(token_ids, prompt if isinstance(prompt, str) else None)
 
     def _check_tokens(self, token_ids: Sequence[int], param: str) -> None:
@@ -101,11 +107,14 @@ class JobMaker:
         if min_tokens > max_tokens:
             raise BadRequest(f"min_tokens {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")
         eos = () if body.ignore_eos else self._model.eos_token_ids
+        stops = tuple(dict.fromkeys((*eos, *stop_token_ids)))
+        if min_tokens and len(stops) >= self._model.vocab_size:
+            raise BadRequest(f"stop_token_ids: with min_tokens {min_tokens} some token must not stop", param="stop_token_ids")
         return SamplingParams(
             max_tokens=max_tokens,
             seed=(secrets.randbits(63) if body.seed is None else body.seed) & SEED_MASK,
             temperature=_or(body.temperature, 1.0),
-            top_k=max(0, body.top_k or 0),
+            top_k=min(max(0, body.top_k or 0), self._model.vocab_size),      # a larger one need not fit into a message
             top_p=_or(body.top_p, 1.0),
             min_p=_or(body.min_p, 0.0),
             repetition_penalty=_or(body.repetition_penalty, 1.0),
@@ -114,7 +123,7 @@ class JobMaker:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             min_tokens=min_tokens,
-            stop_token_ids=tuple(dict.fromkeys((*eos, *stop_token_ids))),
+            stop_token_ids=stops,
             ignore_eos=body.ignore_eos,
             logit_bias=logit_bias,
         )
@@ -125,14 +134,11 @@ def _job(
 ) -> Job:
     for prompt in prompts:
         _check_context(len(prompt.token_ids), sampling.max_tokens, max_model_len)
-    n = body.n or 1
-    if n * len(prompts) > MAX_CHOICES:
-        raise BadRequest(f"{len(prompts)} prompts of {n} choices are more than {MAX_CHOICES} choices in one request", param="n")
     return Job(
         response_id=f"{prefix}-{secrets.token_hex(12)}",
         created=int(time.time()),
         prompts=tuple(prompts),
-        n=n,
+        n=body.n or 1,
         sampling=sampling,
         stops=tuple(body.stop or ()),
         include_stop=body.include_stop_str_in_output,
@@ -150,6 +156,18 @@ def _check_context(num_prompt_tokens: int, max_tokens: int, max_model_len: int) 
             param="max_tokens",
             code="context_length_exceeded",
         )
+
+
+def _check_choices(num_prompts: int, n: int) -> None:
+    """Before the prompts are tokenized, which takes long if there are many."""
+    if num_prompts * n > MAX_CHOICES:
+        raise BadRequest(f"{num_prompts} prompts of {n} choices are more than {MAX_CHOICES} choices in one request", param="n")
+
+
+def _check_prompt_logprobs(num_prompt_tokens: int, num_top: int | None) -> None:
+    if num_top is not None and num_prompt_tokens * (num_top + 1) > MAX_PROMPT_LOGPROBS:
+        wanted = f"{num_prompt_tokens} prompt tokens with {num_top} alternatives each"
+        raise BadRequest(f"logprobs: {wanted} are over {MAX_PROMPT_LOGPROBS} log-probabilities of a prompt (echo)", param="logprobs")
 
 
 def _separate(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:

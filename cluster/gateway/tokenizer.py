@@ -69,7 +69,8 @@ def _load_tokenizer(path: Path) -> Tokenizer:
 def _eos_token_ids(generation_config: Path, config: _ModelFile) -> tuple[int, ...]:
     ids = _read(generation_config, _GenerationFile).eos_token_id if generation_config.is_file() else None
     ids = config.eos_token_id if ids is None else ids
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(each for each in ids if each < config.vocab_size)           # what the model cannot sample cannot end an answer
 
 
 def _read(path: Path, into: type[S]) -> S:

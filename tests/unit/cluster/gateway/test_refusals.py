@@ -3,6 +3,7 @@
 import pytest
 from harness.gateway import CONTEXT, MODEL, VOCAB_SIZE, House, in_loop
 
+from diptych.cluster.gateway import jobs
 from diptych.cluster.gateway.config import Limits
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -28,6 +29,7 @@ BOTH = [
     ("n", 0), ("n", -1), ("n", 129), ("seed", 1.5), ("seed", 1 << 63), ("seed", "x"),
     ("stop", 5), ("stop", [5]), ("stop", [""]), ("stop", ""), ("stop", ["x"] * 17),
     ("presence_penalty", 2.1), ("presence_penalty", -2.1), ("frequency_penalty", 3), ("repetition_penalty", 0),
+    ("repetition_penalty", 1e-320),
     ("logit_bias", {"5": 101}), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {str(VOCAB_SIZE): 1}),
     ("stream", "yes"), ("stream_options", {"include_usage": True}), ("min_tokens", -1), ("min_tokens", 21), ("user", 5),
     ("stop_token_ids", [-1]), ("stop_token_ids", [VOCAB_SIZE]), ("stop_token_ids", 5), ("ignore_eos", "no"),
@@ -91,6 +93,40 @@ async def test_a_field_of_chat(tmp_path, body, param, text):
         error = await refused(house, CHAT, body)
         assert error["param"] == param
         assert text in error["message"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@in_loop
+async def test_stop_tokens_that_leave_nothing_to_sample(tmp_path, temperature):
+    async with House(tmp_path) as house:
+        body = {"prompt": "Hi", "min_tokens": 1, "stop_token_ids": list(range(VOCAB_SIZE)), "temperature": temperature}
+        assert (await refused(house, COMPLETIONS, body))["param"] == "stop_token_ids"
+        assert (await house.post(COMPLETIONS, body | {"stop_token_ids": list(range(VOCAB_SIZE - 2)), "ignore_eos": True})).status == 200
+
+
+@in_loop
+async def test_a_text_with_a_token_that_the_model_does_not_have(tmp_path):
+    async with House(tmp_path) as house:
+        house.core.model.vocab_size = VOCAB_SIZE - 1
+        error = await refused(house, COMPLETIONS, {"prompt": "Hi<|assistant|>"})
+        assert str(VOCAB_SIZE - 1) in error["message"]
+
+
+@in_loop
+async def test_more_prompt_logprobs_than_a_message_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "MAX_PROMPT_LOGPROBS", 30)
+    async with House(tmp_path) as house:
+        body = {"prompt": "x" * 10, "logprobs": 2, "max_tokens": 1}
+        assert (await refused(house, COMPLETIONS, body | {"prompt": "x" * 11, "echo": True}))["param"] == "logprobs"
+        for taken in (body | {"echo": True}, body | {"prompt": "x" * 11}):
+            assert (await house.post(COMPLETIONS, taken)).status == 200
+
+
+@in_loop
+async def test_a_top_k_that_is_no_machine_number(tmp_path):
+    async with House(tmp_path) as house:
+        assert (await house.post(COMPLETIONS, {"prompt": "Hi", "top_k": 10**30})).status == 200
+        assert {request.sampling.top_k for worker in house.workers for request in worker.received} == {VOCAB_SIZE}
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
