@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,6 +94,14 @@ class _Queue:
     running: _Job | None = None
     busy_s: dict[tuple[bytes, Imm], float] = field(default_factory=dict)
     closed: bool = False
+    failure: BaseException | None = None      # what ended the thread: nothing is known of the write it was at
+
+    def settled(self, condition: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """`condition` holds within the time. Raises RuntimeError if the thread has failed: the process must not go on."""
+        reached = self.changed.wait_for(lambda: self.failure is not None or condition(), timeout_s)
+        if self.failure is not None:
+            raise RuntimeError("the thread that copies pages has ended") from self.failure
+        return reached
 
 
 class ShmTransport:
@@ -191,7 +199,7 @@ class ShmTransport:
         location = peer.descriptor.location
         with self._queue.changed:
             self._queue.jobs = deque(job for job in self._queue.jobs if job.location != location)
-            self._queue.changed.wait_for(lambda: self._queue.running is None or self._queue.running.location != location)
+            self._queue.settled(lambda: self._queue.running is None or self._queue.running.location != location)
             mapping = self._peers.pop(location, None)
             self._queue.busy_s = {key: busy_s for key, busy_s in self._queue.busy_s.items() if key[0] != location}
         if mapping is not None:
@@ -207,6 +215,7 @@ class ShmTransport:
         if len(src_pages) != len(dst_pages) or not 0 <= imm < NUM_IMMS:
             raise TransferError(f"{len(src_pages)} pages to {len(dst_pages)} places, counter {imm} of {NUM_IMMS}")
         with self._queue.changed:
+            self._queue.settled(lambda: True)
             self._queue.jobs.append(_Job(location, src_pages, dst_pages, imm))
             self._queue.changed.notify_all()
 
@@ -214,7 +223,7 @@ class ShmTransport:
         key = (peer.descriptor.location, imm)
         with self._queue.changed:
             self._queue.jobs = deque(job for job in self._queue.jobs if job.key != key)
-            stopped = self._queue.changed.wait_for(lambda: self._queue.running is None or self._queue.running.key != key, timeout_s)
+            stopped = self._queue.settled(lambda: self._queue.running is None or self._queue.running.key != key, timeout_s)
             if stopped:
                 self._queue.busy_s.pop(key, None)
             return stopped
@@ -240,10 +249,15 @@ class ShmTransport:
     # the copying thread
 
     def _copy_all(self) -> None:
-        for job in self._jobs():
-            started = time.perf_counter()
-            self._copy(job)
-            self._account(job, time.perf_counter() - started)
+        try:
+            for job in self._jobs():
+                started = time.perf_counter()
+                self._copy(job)
+                self._account(job, time.perf_counter() - started)
+        except BaseException as error:        # raised again in the engine's thread
+            with self._queue.changed:
+                self._queue.failure = error
+                self._queue.changed.notify_all()
 
     def _jobs(self) -> Iterator[_Job]:
         queue = self._queue

@@ -102,6 +102,23 @@ def hold(writer: Side, peer: Peer, imm: Imm = IMM) -> Held:
     return pages
 
 
+def test_a_copying_thread_that_fails_ends_the_process_instead_of_its_handoffs(sides: tuple[Side, Side]) -> None:
+    writer, receiver = sides
+    peer = writer.transport.connect(receiver.descriptor)
+    source = hold(writer, peer)
+    source.append(1)                          # one page more than there are places
+    source.let_go.set()
+    calls: list[Callable[[], object]] = [
+        lambda: writer.transport.stop(peer, IMM, TIMEOUT_S),
+        lambda: writer.transport.write_pages(peer, [0], [0], IMM),
+        lambda: writer.transport.disconnect(peer),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="copies pages has ended"):
+            call()
+    assert receiver.transport.num_landed(IMM) == 0
+
+
 # Pages and counts
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
