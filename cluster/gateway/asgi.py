@@ -38,7 +38,7 @@ class AsgiExchange:
     async def read(self, max_bytes: int) -> bytes:
         declared = self.header("content-length")
         body = bytearray()
-        self._check_size(int(declared) if declared and declared.isdigit() else 0, max_bytes)
+        self._check_size(int(declared) if declared and declared.isdecimal() else 0, max_bytes)
         while True:
             event = await self._receive()
             if event["type"] == "http.disconnect":

@@ -43,7 +43,7 @@ class ChatTemplate:
         """Ends with the opening of the assistant's turn. Raises BadRequest for messages that the template does not take."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._specials)
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except (TemplateError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise BadRequest(f"the model's chat template does not take these messages: {error}", param="messages") from None
 
 

@@ -148,7 +148,7 @@ class Generation:
         )
 
     def _token_ids(self) -> tuple[int, ...]:
-        return (*self.prompt.token_ids, *self.outputs)
+        return (*self.prompt.token_ids, *self.outputs) if self.outputs else self.prompt.token_ids
 
     def _sampling(self) -> SamplingParams:
         """Prompt logprobs came with the first token: no second time."""

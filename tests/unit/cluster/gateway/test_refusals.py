@@ -194,3 +194,10 @@ async def test_unknown_fields_are_ignored(tmp_path):
 async def test_a_template_that_refuses(tmp_path):
     async with House(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}") as house:
         assert "roles must alternate" in (await refused(house, CHAT, {"messages": MESSAGES}))["message"]
+
+
+@in_loop
+async def test_a_message_that_the_template_was_not_written_for(tmp_path):
+    async with House(tmp_path, chat_template="{{ messages[0].options | dictsort }}") as house:
+        messages = [{"role": "user", "content": "Hi", "options": "text"}]
+        assert (await refused(house, CHAT, {"messages": messages}))["param"] == "messages"
