@@ -229,6 +229,8 @@ class KVReceiver:
 
     def _reserve(self, handoff: Incoming, now: float) -> bool:
         scheduler, pool = self._engine.scheduler, self._engine.pool
+        if any(sequence.was_admitted for sequence in scheduler.waiting):
+            return False                                     # preempted: what becomes free is theirs first
         num_live = sum(h.imm is not None for h in self._handoffs.values()) + len(scheduler.running)
         prefix = pool.match(handoff.offer.block_hashes)
         num_new = handoff.offer.num_blocks - len(prefix)
