@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 from ..messages.requests import LoadReport, WorkerRef
 from ..messages.steps import StepFeatures, StepModel, attended_pairs
-from .engine import Engine
 from .sequence import Sequence
+
+if TYPE_CHECKING:                             # the router shares this file's constants, and has no use for torch
+    from .engine import Engine
 
 SHARE_HORIZON_S = 2.0
 """How far back `prefill_share` looks: about as long as an answer decodes."""
@@ -32,7 +35,7 @@ class PrefillShare:
         return self._share * math.exp(-max(0.0, now - self._at) / SHARE_HORIZON_S)
 
 
-def load_report(worker: WorkerRef, engine: Engine, num_reserved: int, share: PrefillShare, model: StepModel, now: float) -> LoadReport:
+def load_report(worker: WorkerRef, engine: "Engine", num_reserved: int, share: PrefillShare, model: StepModel, now: float) -> LoadReport:
     scheduler, pool, limits = engine.scheduler, engine.pool, engine.limits
     unfinished = [s for s in (*scheduler.waiting, *scheduler.running) if not s.is_decoding]
     decoding = [s for s in scheduler.running if s.is_decoding]

@@ -28,7 +28,6 @@ from .display import ProgressWatcher, print_result
 from .errors import BenchError, EndpointError, WorkloadError
 from .generator import Arrivals, Lengths, Recipe, SharedPrefix, generate
 from .goodput import SearchPlan
-from .plot import plot_attainment
 from .report import Objective
 from .session import BenchPlan, BenchResult, Load, measure
 from .traces import read_trace
@@ -188,6 +187,8 @@ def _write(result: BenchResult, json: str | None, png: Path | None, target: floa
             Path(json).write_bytes(encoded)
         if png is not None:
             found = result.goodput.search.rate if result.goodput is not None else None
+            from .plot import plot_attainment             # matplotlib: not for every command that only names `bench`
+
             plot_attainment(png, result.runs, title=f"{result.model}, {result.workload.source}", target=target, goodput=found)
     except OSError as error:
         raise BenchError(f"the report cannot be written: {error}") from error
