@@ -66,7 +66,10 @@ class PrefixIndex:
 
     def insert(self, hashes: Sequence[int], worker: WorkerRef) -> None:
         for chunk in reversed(hashes):        # a prefix is more recent than what follows it, so it is forgotten later
-            self._holders.setdefault(chunk, set()).add(worker)
+            held = self._holders.setdefault(chunk, set())
+            if worker not in held:            # in place of its earlier lives: a prefix that never gets old must not collect the dead
+                held.difference_update([other for other in held if other.worker_id == worker.worker_id])
+                held.add(worker)
             self._holders.move_to_end(chunk)
         while len(self._holders) > self._max_chunks:
             self._holders.popitem(last=False)

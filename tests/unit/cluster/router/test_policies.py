@@ -134,6 +134,13 @@ class TestPrefixAware:
         newborn = msgspec.structs.replace(load("d-0", free=50), ref=WorkerRef(WorkerId("d-0"), Epoch(2), Address("fake://x")))
         assert picker.pick(REQUEST, [newborn, load("d-1", free=60)]).ref.worker_id == "d-1"
 
+    def test_a_prefix_in_use_does_not_collect_dead_lives(self):
+        index, hashes = PrefixIndex(), chain(range(20), 10)
+        lives = [WorkerRef(WorkerId(f"d-{i}"), Epoch(epoch), Address("fake://x")) for epoch in range(5) for i in range(2)]
+        for life in lives:
+            index.insert(hashes, life)
+        assert index.holders(hashes) == dict.fromkeys(lives[-2:], 2)
+
     def test_the_index_is_bounded_and_forgets_tails_first(self):
         index = PrefixIndex(max_chunks=6)
         old, new = chain(range(50), 10), chain(range(500, 540), 10)
