@@ -187,7 +187,7 @@ def _write(result: BenchResult, json: str | None, png: Path | None, target: floa
             Path(json).write_bytes(encoded)
         if png is not None:
             found = result.goodput.search.rate if result.goodput is not None else None
-            from .plot import plot_attainment             # matplotlib: not for every command that only names `bench`
+            from .plot import plot_attainment  # matplotlib: not for every command that only names `bench`
 
             plot_attainment(png, result.runs, title=f"{result.model}, {result.workload.source}", target=target, goodput=found)
     except OSError as error:
