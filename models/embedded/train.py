@@ -46,11 +46,11 @@ class Recipe:
     num_heads: int = 8
     num_kv_heads: int = 4
     seed: int = 20
-    num_steps: int = 1350
-    decay_steps: int = 600  # the last ones: focused text, learning rate linear to zero
+    num_steps: int = 1150
+    decay_steps: int = 400  # the last ones: focused text, learning rate linear to zero
     tokens_per_step: int = 4096
     row_tokens: int = 512
-    long_row_share: float = 0.08  # the last steps use rows of MAX_POSITIONS, so that late positions are trained too
+    long_row_share: float = 0.05  # the last steps use rows of MAX_POSITIONS, so that late positions are trained too
     muon_lr: float = 0.02
     adamw_lr: float = 0.004
     warmup_steps: int = 40

@@ -82,7 +82,7 @@ def test_the_recorded_loss_is_the_loss(folder: Path, tokenizer: Tokenizer, paper
     loss = train.held_out_loss(model, tokenizer, train.read_held_out_sample(folder))
     assert loss.num_tokens == papers["held_out_sample"]["num_tokens"]
     assert loss.nats_per_token == pytest.approx(papers["held_out_sample"]["nats_per_token"], abs=1e-3)
-    assert papers["held_out"]["nats_per_token"] < 5.0  # noise over this vocabulary is ln(3072) = 8.03
+    assert papers["held_out"]["nats_per_token"] < 4.5  # noise over this vocabulary is ln(3072) = 8.03
 
 
 def test_transformers_reads_the_tokenizer_and_template(folder: Path, tokenizer: Tokenizer) -> None:
