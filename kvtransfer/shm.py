@@ -10,6 +10,7 @@ whose lock is free belongs to a dead process, and the next worker to start remov
 import fcntl
 import mmap
 import os
+import platform
 import re
 import socket
 import threading
@@ -31,6 +32,7 @@ from .transport import NUM_IMMS, KVPool, Peer, TransferStats
 SHM = Path("/dev/shm")
 HEADER_BYTES = NUM_IMMS * 8
 PREFIX = "diptych-"
+STRONGLY_ORDERED = ("x86_64", "AMD64")        # elsewhere a count could be seen before its pages
 SEGMENT_NAME = re.compile(rb"diptych-[A-Za-z0-9._-]+")
 
 
@@ -122,6 +124,8 @@ class ShmTransport:
     # the receiver's side
 
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
+        if platform.machine() not in STRONGLY_ORDERED:
+            raise ClusterError(f"transport shm relies on the store order of x86-64; this machine is {platform.machine()}")
         sweep_orphans(self._cluster)
         pool_bytes = num_blocks * layout.block_bytes
         memory = self._create(HEADER_BYTES + pool_bytes)
