@@ -55,7 +55,7 @@ def _sample_kernel(token_ids, logits, temperature, top_k, top_p, min_p, fraction
     token = best
     if heat > 0.0:
         cut = tl.full([], 0, tl.uint32)     # below every key: all tokens are above it
-        ties = vocab.to(tl.float32)         # how many tokens of the cut's own key are kept
+        ties = vocab * 1.0                 # how many tokens of the cut's own key are kept
         share = 1.0                         # the same, as a part of them
         if (k > 0) & (k < vocab):
             cut = _cut(logits, vocab, most, heat, cut, share, k.to(tl.float32), False, TILE)
