@@ -18,7 +18,7 @@ from .ray_session import Deployment, launch
 from .spec import Spec, parse_spec
 from .tables import size
 
-QUESTION = "Explain the while statement."
+QUESTION = "What is the for statement?"
 MAX_TOKENS = 160
 START_TIMEOUT_S = 120.0
 SPAN_TIMEOUT_S = 5.0                          # the prefill worker's account of the handoff may come after the tokens
