@@ -4,8 +4,8 @@
       │
       └─ decodes alone, none of which will end ──► a leap: many such steps as one event, cut short when anything else happens
 
-A leap gives what its steps would have given one by one (but for one draw of jitter). A decode worker reserves for handoffs by the
-receiver's own rule.
+A leap gives what its steps would have given one by one (but for one draw of jitter). A decode worker has room for a
+handoff by the receiver's own rule (`has_room`); that handoffs wait for preempted sequences is not modelled.
 """
 
 import random
