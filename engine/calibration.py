@@ -30,9 +30,9 @@ def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], flo
         if clock() >= end:
             break
         features = features_of(plan)
-        runner.execute(plan, None)            # compiles, allocates, fills caches
+        runner.launch(plan, None).wait()      # compiles, allocates, fills caches
         started = clock()
-        runner.execute(plan, None)
+        runner.launch(plan, None).wait()
         measured.append((features, clock() - started))
     return _fit(measured) if measured else PRIOR
 

@@ -1,21 +1,26 @@
 """One model replica: sequences in, tokens out.
 
-    add / adopt ──► plan() ──► execute(plan) ──► one SequenceStep per chunk, with a TokenDelta if a token follows
+    add / adopt ──► plan() ──► launch(plan) ─ ─ ─► collect() ──► one SequenceStep per chunk, with a TokenDelta if a token follows
                        │            └─ model_runner computes, `on_layer` is told of each finished layer
                        └─ scheduler decides
+
+A runner that runs ahead (a GPU's) is given step n+1 before step n has been collected: the plan needs only how many tokens there are,
+and each that the host does not know yet stands as PENDING. A sequence that turns out to have ended at step n has been computed once
+too often; that result is dropped, and its blocks come back with the step that wrote to them last.
 """
 
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..messages.errors import ContextOverflow, PoolTooSmall
 from ..messages.ids import BlockId, RequestId
 from ..messages.requests import FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
 from .block_pool import BlockPool
-from .model_runner import ChunkOutput, ModelRunner
+from .model_runner import ChunkOutput, ModelRunner, StepOutputs
 from .sampler import Sampled
 from .scheduler import Chunk, Scheduler, StepPlan
-from .sequence import Sequence, SequenceState
+from .sequence import PENDING, Sequence, SequenceState
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,14 @@ class SequenceStep:
         return self.chunk.sequence
 
 
+@dataclass
+class _Launched:
+    chunks: tuple[Chunk, ...]
+    samples: tuple[bool, ...]                                 # of each chunk, as it was when the step was launched
+    retired: list[Sequence] = field(default_factory=list)     # ended since; their blocks are held until this step is over
+    outputs: StepOutputs = field(init=False)
+
+
 class Engine:
     """Raises PoolTooSmall if the longest allowed sequence does not fit into the pool alone."""
 
@@ -50,6 +63,7 @@ class Engine:
         self._runner = runner
         self._sequences: dict[RequestId, Sequence] = {}
         self._num_arrived = 0
+        self._under_way: deque[_Launched] = deque()           # two at most; the oldest first
         needed = self.scheduler.blocks_for(limits.max_model_len)
         if needed > num_blocks:
             raise PoolTooSmall(
@@ -58,7 +72,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._under_way)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -84,55 +98,125 @@ class Engine:
         return sequence
 
     def finish(self, sequence: Sequence) -> None:
-        """Ends it wherever it stands, and gives its blocks back."""
+        """Ends it wherever it stands. Its blocks come back once no step under way can write to them."""
         del self._sequences[sequence.id]
-        self.scheduler.finish(sequence)
+        self.scheduler.retire(sequence)
+        if self._under_way:
+            self._under_way[-1].retired.append(sequence)
+        else:
+            self.scheduler.give_back(sequence)
+
+    @property
+    def may_plan(self) -> bool:
+        """Whether the next step can be planned now: with a step under way, only by a runner that runs ahead, while nobody has to make
+        room (a preempted sequence starts over from its tokens, which the host must know) and nobody is sampled on the host."""
+        if not self._under_way:
+            return True
+        running = self.scheduler.running
+        return (
+            self._runner.runs_ahead
+            and len(self._under_way) == 1
+            and self.pool.num_available >= len(running)
+            and not any(s.is_pending and self._runner.needs_tokens(s) for s in running)
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        """The oldest step under way has been computed."""
+        return bool(self._under_way) and self._under_way[0].outputs.is_ready()
+
+    @property
+    def is_computing(self) -> bool:
+        return bool(self._under_way)
 
     def plan(self) -> StepPlan:
         return self.scheduler.schedule()
 
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> None:
+        """Starts a step. What `on_layer` does may end sequences."""
+        step = _Launched(plan.chunks, tuple(chunk.samples for chunk in plan.chunks))
+        self._under_way.append(step)
+        step.outputs = self._runner.launch(plan, on_layer)
+        for chunk, samples in zip(plan.chunks, step.samples, strict=True):
+            if chunk.sequence.state is SequenceState.RUNNING:
+                self._look_ahead(chunk, samples)
+
+    def collect(self) -> list[SequenceStep]:
+        """Waits for the oldest step under way; sequences that ended meanwhile are passed over."""
+        step = self._under_way[0]
+        outputs = step.outputs.wait()
+        self._under_way.popleft()
+        steps = [
+            self._advance(chunk, output)
+            for chunk, output in zip(step.chunks, outputs, strict=True)
+            if chunk.sequence.state is not SequenceState.FINISHED
+        ]
+        for sequence in step.retired:
+            self.scheduler.give_back(sequence)
+        return steps
+
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> list[SequenceStep]:
-        outputs = self._runner.execute(plan, on_layer)
-        return [self._advance(chunk, output) for chunk, output in zip(plan.chunks, outputs, strict=True)]
+        """A step from its launch to its end, with nothing else under way."""
+        assert not self._under_way, f"{len(self._under_way)} steps are under way"
+        self.launch(plan, on_layer)
+        return self.collect()
+
+    def _look_ahead(self, chunk: Chunk, samples: bool) -> None:
+        """What the next plan may count on, whichever token comes."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.end
+        if not samples:
+            return
+        if sequence.request.sampling.max_tokens > 0:
+            sequence.token_ids.append(PENDING)
+        if sequence.hands_off or self._is_at_limit(sequence):
+            self.scheduler.park(sequence)
 
     def _advance(self, chunk: Chunk, output: ChunkOutput) -> SequenceStep:
         sequence = chunk.sequence
         if not output.is_finite:
             return SequenceStep(chunk, None, broke_down=True)
+        delta = None
+        if output.sampled is not None and sequence.request.sampling.max_tokens > 0:
+            sequence.token_ids[chunk.end] = output.sampled.token_id
         self.scheduler.computed(chunk)
         sequence.add_prompt_logprobs(chunk.start, [_logprobs(s) for s in output.prompt])
-        if output.sampled is None:
-            return SequenceStep(chunk, None)
-        delta = self._append(sequence, output.sampled)
-        if delta.finish:
-            self.finish(sequence)
-        elif sequence.hands_off and sequence.state is SequenceState.RUNNING:
-            self.scheduler.park(sequence)
+        if output.sampled is not None:
+            delta = self._delta(chunk, output.sampled)
+            if delta.finish:
+                self.finish(sequence)
         return SequenceStep(chunk, delta)
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> TokenDelta:
-        request, index = sequence.request, sequence.num_outputs
-        is_first = len(sequence.token_ids) == len(request.token_ids)
+    def _delta(self, chunk: Chunk, sampled: Sampled) -> TokenDelta:
+        sequence, request = chunk.sequence, chunk.sequence.request
+        is_first = chunk.end == len(request.token_ids)
         wanted = request.sampling.max_tokens > 0
-        if wanted:
-            sequence.token_ids.append(sampled.token_id)
         return TokenDelta(
             request_id=request.request_id,
-            index=index,
+            index=chunk.end - request.num_prompt_tokens,
             token_ids=(sampled.token_id,) if wanted else (),
-            finish=self._finish_reason(sequence, sampled.token_id),
+            finish=self._finish_reason(chunk, sampled.token_id),
             logprobs=(_logprobs(sampled),) if wanted and sampled.logprob is not None else (),
             num_cached_tokens=sequence.num_cached if is_first else 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
         )
 
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        if sampling.max_tokens > 0 and token_id in sampling.stop_token_ids and sequence.num_outputs > sampling.min_tokens:
+    def _finish_reason(self, chunk: Chunk, token_id: int) -> FinishReason | None:
+        sampling = chunk.sequence.request.sampling
+        num_outputs = chunk.end + 1 - chunk.sequence.request.num_prompt_tokens
+        if sampling.max_tokens > 0 and token_id in sampling.stop_token_ids and num_outputs > sampling.min_tokens:
             return FinishReason.STOP
-        if sequence.num_outputs >= sampling.max_tokens or len(sequence.token_ids) >= self.limits.max_model_len:
+        if chunk.end + 1 >= self._max_len(chunk.sequence):
             return FinishReason.LENGTH
         return None
+
+    def _is_at_limit(self, sequence: Sequence) -> bool:
+        return len(sequence.token_ids) >= self._max_len(sequence)
+
+    def _max_len(self, sequence: Sequence) -> int:
+        """Tokens, prompt included, at which it ends."""
+        request = sequence.request
+        return min(request.num_prompt_tokens + request.sampling.max_tokens, self.limits.max_model_len)
 
     def _admit_to_books(self, request: GenerateRequest, now: float, hands_off: bool) -> Sequence:
         num_tokens, limit = len(request.token_ids), self.limits.max_model_len

@@ -10,7 +10,7 @@ import torch
 
 from ..kvtransfer.layout import KVLayout
 from ..kvtransfer.transport import KVPool
-from .model_runner import ChunkOutput
+from .model_runner import ChunkOutput, SyncRunner
 from .sampler import Sampled
 from .scheduler import Chunk, StepPlan
 
@@ -31,7 +31,7 @@ def next_token(token_ids: Sequence[int], num_layers: int = 2, vocab: int = 997) 
     return total % PRIME % vocab
 
 
-class FakeRunner:
+class FakeRunner(SyncRunner):
     def __init__(self, pool: KVPool, vocab: int = 997) -> None:
         self._pool = pool
         self._vocab = vocab

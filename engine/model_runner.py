@@ -1,9 +1,14 @@
 """Computes a StepPlan: packs it into one ForwardBatch, runs the model over the paged pool, samples.
 
-Sampling belongs to the step: logits never leave the runner.
+    launch(plan) ──► StepOutputs ──► is_ready? ──► wait(): one ChunkOutput a chunk
+
+Sampling belongs to the step: logits never leave the runner. `TorchRunner` has computed everything when `launch` returns;
+`cuda_runner.py` has queued it.
 """
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -15,6 +20,7 @@ from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from .sampler import Sampled, SamplingRow, sample, score
 from .scheduler import Chunk, StepPlan
+from .sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,56 @@ class ChunkOutput:
     is_finite: bool = True                 # False: NaN or infinity among the logits that were to be sampled or scored
 
 
-class ModelRunner(Protocol):
-    def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> list[ChunkOutput]:
-        """One output per chunk. `on_layer(i)` is called once layer i's KV of this step is in the pool."""
+class StepOutputs(Protocol):
+    def is_ready(self) -> bool: ...
+
+    def wait(self) -> list[ChunkOutput]:
+        """One output per chunk of the plan."""
         ...
 
 
-class TorchRunner:
+class ModelRunner(Protocol):
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched while the one before it is under way, some of its tokens PENDING."""
+        ...
+
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
+        """`on_layer(i)` is called once layer i's KV of this step is in the pool (on a GPU: queued to be, on the current stream)."""
+        ...
+
+    def needs_tokens(self, sequence: Sequence) -> bool:
+        """Whether the sequence can only be computed on when the host knows all of its tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Computed:
+    outputs: list[ChunkOutput]
+
+    def is_ready(self) -> bool:
+        return True
+
+    def wait(self) -> list[ChunkOutput]:
+        return self.outputs
+
+
+class SyncRunner(ABC):
+    """A runner whose launch returns when everything has been computed."""
+
+    runs_ahead = False
+
+    @abstractmethod
+    def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> list[ChunkOutput]: ...
+
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
+        return Computed(self.execute(plan, on_layer))
+
+    def needs_tokens(self, sequence: Sequence) -> bool:
+        return True
+
+
+class TorchRunner(SyncRunner):
     def __init__(self, model: Transformer, pool: KVPool, device: torch.device) -> None:
         self._model = model
         self._pool = pool
@@ -38,12 +87,12 @@ class TorchRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> list[ChunkOutput]:
-        spans = [_logit_span(chunk) for chunk in plan.chunks]
+        spans = [logit_span(chunk) for chunk in plan.chunks]
         batch = self._batch(plan.chunks, spans)
         logits = self._model.forward(batch, self._pool.tensor, on_layer)
-        return _outputs(plan.chunks, logits, [0, *accumulate(len(span) for span in spans)])
+        return outputs_of(plan.chunks, logits, [0, *accumulate(len(span) for span in spans)])
 
-    def _batch(self, chunks: Sequence[Chunk], spans: Sequence[range]) -> ForwardBatch:
+    def _batch(self, chunks: Seq[Chunk], spans: Seq[range]) -> ForwardBatch:
         block_size = self._pool.layout.block_size
         starts = [0, *accumulate(chunk.count for chunk in chunks)]
         positions = [p for chunk in chunks for p in range(chunk.start, chunk.end)]
@@ -51,18 +100,18 @@ class TorchRunner:
         return ForwardBatch(
             token_ids=self._ints([t for chunk in chunks for t in chunk.sequence.token_ids[chunk.start : chunk.end]]),
             positions=self._ints(positions),
-            slots=self._ints([_slot(chunk, p, block_size) for chunk in chunks for p in range(chunk.start, chunk.end)]),
+            slots=self._ints([slot(chunk, p, block_size) for chunk in chunks for p in range(chunk.start, chunk.end)]),
             query_starts=self._ints(starts, torch.int32),
             context_lens=self._ints([chunk.end for chunk in chunks], torch.int32),
             block_tables=self._ints([c.sequence.blocks + [0] * (widest - len(c.sequence.blocks)) for c in chunks], torch.int32),
-            logit_rows=self._ints([row for args in zip(chunks, spans, starts[:-1], strict=True) for row in _rows(*args)]),
+            logit_rows=self._ints([row for args in zip(chunks, spans, starts[:-1], strict=True) for row in rows_of(*args)]),
         )
 
     def _ints(self, values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
 
 
-def _outputs(chunks: Sequence[Chunk], logits: torch.Tensor, bounds: Sequence[int]) -> list[ChunkOutput]:
+def outputs_of(chunks: Seq[Chunk], logits: torch.Tensor, bounds: Seq[int]) -> list[ChunkOutput]:
     """Chunk i has rows bounds[i] to bounds[i + 1] of the logits [R, vocab]."""
     finite = [bool(torch.isfinite(logits[bounds[i] : bounds[i + 1]]).all()) for i in range(len(chunks))]
     sampling = [i for i, chunk in enumerate(chunks) if chunk.samples and finite[i]]
@@ -72,18 +121,18 @@ def _outputs(chunks: Sequence[Chunk], logits: torch.Tensor, bounds: Sequence[int
     return [ChunkOutput(drawn.get(i), scores[i], finite[i]) for i in range(len(chunks))]
 
 
-def _slot(chunk: Chunk, position: int, block_size: int) -> int:
+def slot(chunk: Chunk, position: int, block_size: int) -> int:
     return chunk.sequence.blocks[position // block_size] * block_size + position % block_size
 
 
-def _logit_span(chunk: Chunk) -> range:
+def logit_span(chunk: Chunk) -> range:
     """The positions whose logits are needed."""
     if _wants_prompt_logprobs(chunk):
         return range(chunk.start, chunk.end)
     return range(chunk.end - 1, chunk.end) if chunk.samples else range(0)
 
 
-def _rows(chunk: Chunk, span: range, first_row: int) -> range:
+def rows_of(chunk: Chunk, span: range, first_row: int) -> range:
     return range(first_row + span.start - chunk.start, first_row + span.stop - chunk.start) if span else range(0)
 
 

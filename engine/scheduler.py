@@ -57,12 +57,16 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Gives back what it holds, wherever it stands."""
+        self.retire(sequence)
+        self.give_back(sequence)
+
+    def retire(self, sequence: Sequence) -> None:
+        """Ends it, but for its blocks: a step under way may still write to them."""
         if sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
         elif sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
         sequence.state = SequenceState.FINISHED
-        self._give_back(sequence)
 
     def park(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -87,7 +91,7 @@ class Scheduler:
     def computed(self, chunk: Chunk) -> None:
         """The chunk's KV is in its blocks; full blocks become matchable."""
         sequence = chunk.sequence
-        sequence.num_computed = chunk.end
+        sequence.num_computed = max(sequence.num_computed, chunk.end)      # a later step may have been launched
         hashes = sequence.update_hashes(self._block_size)
         for index in range(sequence.num_published, min(chunk.end // self._block_size, len(hashes))):
             self._pool.publish(sequence.blocks[index], hashes[index])
@@ -143,10 +147,10 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         sequence.state = SequenceState.WAITING
-        self._give_back(sequence)
+        self.give_back(sequence)
         self.add(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
+    def give_back(self, sequence: Sequence) -> None:
         self._pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = sequence.num_published = 0

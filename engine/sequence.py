@@ -14,6 +14,10 @@ from ..messages.requests import GenerateRequest, TokenLogprobs
 from .block_pool import chain_hashes
 
 
+PENDING = -1
+"""Stands in `token_ids` for the token that a step under way samples: a device knows it, the host does not yet."""
+
+
 class SequenceState(Enum):
     WAITING = auto()
     RUNNING = auto()
@@ -28,7 +32,7 @@ class Sequence:
     deadline: float                              # engine clock: the attempt is given up then
     ttft_deadline: float                         # engine clock: what urgency goes by; infinite without an objective
     hands_off: bool                              # park after the first token
-    token_ids: list[int] = field(init=False)     # request.token_ids, then what was sampled here
+    token_ids: list[int] = field(init=False)     # request.token_ids, then what was sampled here, PENDING if a step under way will say
     num_computed: int = 0                        # leading tokens whose KV is in `blocks`
     num_cached: int = 0                          # of those, taken from the prefix cache when the sequence was admitted first
     blocks: list[BlockId] = field(default_factory=list)
@@ -64,9 +68,14 @@ class Sequence:
         """Smaller goes first."""
         return self.ttft_deadline, self.arrival
 
+    @property
+    def is_pending(self) -> bool:
+        return self.token_ids[-1] == PENDING
+
     def update_hashes(self, block_size: int) -> list[BlockHash]:
-        if len(self.token_ids) // block_size > len(self.hashes):
-            self.hashes = chain_hashes(self.token_ids, block_size, self.hashes)
+        known = len(self.token_ids) - self.is_pending
+        if known // block_size > len(self.hashes):
+            self.hashes = chain_hashes(self.token_ids[:known], block_size, self.hashes)
         return self.hashes
 
     def add_prompt_logprobs(self, start: int, scores: list[TokenLogprobs]) -> None:

@@ -1,6 +1,9 @@
 """What both roles share: the loop of a worker's one thread, its books of members, and what it tells gateways.
 
-    turn:  receive ─► commands from other threads ─► expire ─► tick (the role's own) ─► step ─► tokens out ─► heartbeat
+    turn:  receive ─► commands from other threads ─► expire ─► tick (the role's own) ─► launch ─► collect ─► tokens out ─► heartbeat
+
+A step is launched when one may be planned, and collected when its results are there; in between the loop goes on, so that a handoff is
+answered while a GPU computes. On a CPU both happen in one turn.
 
 A role adds its side of the KV handoff by overriding the methods at the end. Whatever it raises ends the process: a worker that is
 in doubt about its state does not go on; the gateways route its requests anew and the controller starts another.
@@ -66,6 +69,9 @@ class Worker(ABC):
         self._commands: deque[Callable[[], None]] = deque()      # appended to by other threads
         self._stopping = threading.Event()
         self._draining = False
+        self._backlog: list[Message] = []                        # came while a step was being launched
+        self._steps: deque[tuple[StepFeatures, float]] = deque() # under way: what they are, when they were launched
+        self._collected_at = 0.0
         self._next_beat = clock()
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._predictor = StepPredictor(self.replica.step_model)
@@ -116,14 +122,18 @@ class Worker(ABC):
 
     def turn(self, timeout_s: float) -> bool:
         """One pass; True if anything was computed."""
-        for message in self.post.receive(timeout_s):
+        backlog, self._backlog = self._backlog, []
+        for message in [*backlog, *self.post.receive(0.0 if backlog else timeout_s)]:
             self._receive(message)
         while self._commands:
             self._commands.popleft()()
         now = self.clock()
         self._expire(now)
         self.tick(now)
-        progressed = self.engine.has_work and self._step()
+        progressed = self._launch()
+        if self.engine.is_ready:
+            self._collect()
+            progressed = True
         self._beat(self.clock())
         return progressed
 
@@ -157,17 +167,24 @@ class Worker(ABC):
             except ContextOverflow as error:
                 self.fail(request, FailureKind.INVALID, str(error), retryable=False)
 
-    def _step(self) -> bool:
+    def _launch(self) -> bool:
+        """The next step, if there is one."""
+        if not (self.engine.scheduler.running or self.engine.scheduler.waiting) or not self.engine.may_plan:
+            return False
         plan = self.engine.plan()
         self.num_preempted += len(plan.preempted)
         if not plan.chunks:
             return False
         self.before_step(plan)
-        features, started_at = features_of(plan), self.clock()
-        steps = self.engine.execute(plan, self._each_layer(plan))
-        self._learn(features, started_at)
-        self._num_steps += 1
+        self._steps.append((features_of(plan), self.clock()))
+        self.engine.launch(plan, self._each_layer(plan))
         self._num_tokens += sum(chunk.count for chunk in plan.chunks)
+        return True
+
+    def _collect(self) -> None:
+        steps = self.engine.collect()
+        self._learn(*self._steps.popleft())
+        self._num_steps += 1
         for step in steps:
             if step.delta is not None:
                 self._outbox.add(step.sequence.request.gateway, step.delta)
@@ -176,22 +193,32 @@ class Worker(ABC):
         for step in [step for step in steps if step.broke_down]:
             self.abort(step.sequence.id)
             self.fail(step.sequence.request, FailureKind.INTERNAL, "the model's logits are not finite", retryable=False)
-        return True
 
     def _each_layer(self, plan: StepPlan) -> Callable[[int], None]:
-        """A step may last longer than gateways bear silence."""
+        """A step may last longer than gateways bear silence, and pages can leave from the layer on at which they were accepted."""
         role_hook = self.on_layer(plan)
 
         def finished(layer: int) -> None:
             if role_hook is not None:
+                self._receive_handoffs()
                 role_hook(layer)
             self._beat(self.clock())
 
         return finished
 
-    def _learn(self, features: StepFeatures, started_at: float) -> None:
+    def _receive_handoffs(self) -> None:
+        """While a step is being launched; what else arrives waits for the next turn."""
+        for message in self.post.receive(0.0):
+            if isinstance(message, GenerateRequest | Abort):
+                self._backlog.append(message)
+            else:
+                self.receive_handoff(message)
+
+    def _learn(self, features: StepFeatures, launched_at: float) -> None:
+        """A step that was launched ahead began when the one before it ended."""
         now = self.clock()
-        self._predictor.observe(features, now - started_at)
+        self._predictor.observe(features, now - max(launched_at, self._collected_at))
+        self._collected_at = now
         self._prefill_share.add(self._predictor.model.prefill_s(features.prefill_tokens, features.prefill_pairs), now)
 
     def _expire(self, now: float) -> None:
@@ -267,6 +294,8 @@ class Worker(ABC):
 
     def idle_wait_s(self) -> float:
         """How long the loop may sleep when nothing was computed: short while somebody else's memory is waited for."""
+        if self.engine.is_computing:
+            return 0.0
         return 0.001 if self.engine.has_work else max(0.0, self._next_beat - self.clock())
 
     @abstractmethod

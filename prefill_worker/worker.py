@@ -61,7 +61,7 @@ class PrefillWorker(Worker):
         self._writer.update_membership(self.membership, gone)
 
     def idle_wait_s(self) -> float:
-        return 0.001 if self._writer.is_waiting else super().idle_wait_s()
+        return min(0.001, super().idle_wait_s()) if self._writer.is_waiting else super().idle_wait_s()
 
     def _handoff_ended(self, sequence: Sequence, failure: Failure | None) -> None:
         if sequence.state is not SequenceState.FINISHED:

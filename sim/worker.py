@@ -18,7 +18,7 @@ from itertools import accumulate
 from ..decode_worker.admission import has_room
 from ..engine.engine import Engine, EngineLimits, SequenceStep
 from ..engine.load import PrefillShare, load_report
-from ..engine.model_runner import ChunkOutput
+from ..engine.model_runner import ChunkOutput, SyncRunner
 from ..engine.predictor import StepPredictor, features_of
 from ..engine.sampler import Sampled
 from ..engine.scheduler import Chunk, StepPlan
@@ -31,7 +31,7 @@ from .events import Timeline
 from .h200 import MEASURED
 
 
-class KnownAnswers:
+class KnownAnswers(SyncRunner):
     """A runner to whom every next token is 0."""
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> list[ChunkOutput]:

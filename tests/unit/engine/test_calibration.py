@@ -5,7 +5,7 @@ import pytest
 from diptych.engine.calibration import calibrate
 from diptych.engine.engine import EngineLimits
 from diptych.engine.fake_runner import FakeRunner, fake_layout
-from diptych.engine.model_runner import ChunkOutput
+from diptych.engine.model_runner import ChunkOutput, SyncRunner
 from diptych.engine.predictor import PRIOR, features_of
 from diptych.engine.scheduler import StepPlan
 from diptych.kvtransfer.fake import FakeFabric
@@ -16,7 +16,7 @@ TRUTH = StepModel(2e-3, 150e-6, 4e-9, 300e-6, 1e-6)
 
 
 @dataclass
-class TimedRunner:
+class TimedRunner(SyncRunner):
     """Takes as long as TRUTH says, and ten times that when it sees a shape for the first time."""
 
     now: float = 0.0
