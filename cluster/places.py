@@ -12,7 +12,17 @@ from ..messages.ids import Epoch, GatewayId, WorkerId
 from .gateway.config import GatewayConfig, Limits
 from .router.policy import Objectives
 from .router.registry import PolicyOptions
-from .spec import PoolSpec, Spec
+from .spec import Device, PoolSpec, Spec
+
+
+@dataclass(frozen=True)
+class PoolDefaults:
+    block_size: int
+    max_step_tokens: int
+    max_sequences: int
+
+
+DEFAULTS = {Device.CPU: PoolDefaults(16, 512, 64), Device.CUDA: PoolDefaults(64, 2048, 256)}
 
 
 class PlaceKind(StrEnum):
@@ -86,17 +96,19 @@ def _pool(spec: Spec, kind: PlaceKind) -> PoolSpec:
 
 
 def _engine_config(spec: Spec, pool: PoolSpec) -> EngineConfig:
+    default = DEFAULTS[spec.model.device]
     return EngineConfig(
         model_path=spec.model.path,
         load_format=spec.model.load_format,
         dtype=spec.model.dtype,
         device=spec.model.device,
-        block_size=pool.block_size,
+        block_size=pool.block_size or default.block_size,
         num_blocks=pool.num_blocks,
         kv_memory_bytes=pool.kv_memory,
+        gpu_memory=pool.gpu_memory,
         max_model_len=pool.max_model_len,
-        max_step_tokens=pool.max_step_tokens,
-        max_sequences=pool.max_sequences,
+        max_step_tokens=pool.max_step_tokens or default.max_step_tokens,
+        max_sequences=pool.max_sequences or default.max_sequences,
         layer_group=pool.layer_group,
         prefix_cache=pool.prefix_cache,
     )

@@ -73,11 +73,12 @@ class Objectives(Section):
 class PoolSpec(Section):
     workers: Count
     tp: Count = 1                             # ranks of one worker
-    block_size: Annotated[int, Field(ge=1, le=256)] = 16       # tokens
+    block_size: Annotated[int, Field(ge=1, le=256)] | None = None      # tokens; None: 16 on the CPU, 64 on a GPU
     max_model_len: Count | None = None
-    max_step_tokens: Count = 512
-    max_sequences: Count = 64
-    kv_memory: Size = 256 << 20               # bytes
+    max_step_tokens: Count | None = None      # None: 512 on the CPU, 2048 on a GPU
+    max_sequences: Count | None = None        # None: 64 on the CPU, 256 on a GPU
+    kv_memory: Size | None = None             # bytes; None: 256 MiB on the CPU; on a GPU what the model leaves of gpu_memory
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.9      # share of a GPU that a worker takes
     num_blocks: Count | None = None           # instead of kv_memory
     num_threads: Count = 1
     layer_group: Count = 1

@@ -60,7 +60,7 @@ class Engine:
         self.limits = limits
         self.pool = BlockPool(num_blocks, limits.prefix_cache)
         self.scheduler = Scheduler(self.pool, limits.block_size, limits.max_step_tokens, limits.max_sequences)
-        self._runner = runner
+        self.runner = runner
         self._sequences: dict[RequestId, Sequence] = {}
         self._num_arrived = 0
         self._under_way: deque[_Launched] = deque()           # two at most; the oldest first
@@ -114,10 +114,10 @@ class Engine:
             return True
         running = self.scheduler.running
         return (
-            self._runner.runs_ahead
+            self.runner.runs_ahead
             and len(self._under_way) == 1
             and self.pool.num_available >= len(running)
-            and not any(s.is_pending and self._runner.needs_tokens(s) for s in running)
+            and not any(s.is_pending and self.runner.needs_tokens(s) for s in running)
         )
 
     @property
@@ -136,7 +136,7 @@ class Engine:
         """Starts a step. What `on_layer` does may end sequences."""
         step = _Launched(plan.chunks, tuple(chunk.samples for chunk in plan.chunks))
         self._under_way.append(step)
-        step.outputs = self._runner.launch(plan, on_layer)
+        step.outputs = self.runner.launch(plan, on_layer)
         for chunk, samples in zip(plan.chunks, step.samples, strict=True):
             if chunk.sequence.state is SequenceState.RUNNING:
                 self._look_ahead(chunk, samples)

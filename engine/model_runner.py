@@ -9,7 +9,7 @@ Sampling belongs to the step: logits never leave the runner. `TorchRunner` has c
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Protocol
 
@@ -18,6 +18,7 @@ import torch
 from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
+from .packing import pack
 from .sampler import Sampled, SamplingRow, sample, score
 from .scheduler import Chunk, StepPlan
 from .sequence import Sequence
@@ -93,22 +94,8 @@ class TorchRunner(SyncRunner):
         return outputs_of(plan.chunks, logits, [0, *accumulate(len(span) for span in spans)])
 
     def _batch(self, chunks: Seq[Chunk], spans: Seq[range]) -> ForwardBatch:
-        block_size = self._pool.layout.block_size
-        starts = [0, *accumulate(chunk.count for chunk in chunks)]
-        positions = [p for chunk in chunks for p in range(chunk.start, chunk.end)]
-        widest = max(len(chunk.sequence.blocks) for chunk in chunks)
-        return ForwardBatch(
-            token_ids=self._ints([t for chunk in chunks for t in chunk.sequence.token_ids[chunk.start : chunk.end]]),
-            positions=self._ints(positions),
-            slots=self._ints([slot(chunk, p, block_size) for chunk in chunks for p in range(chunk.start, chunk.end)]),
-            query_starts=self._ints(starts, torch.int32),
-            context_lens=self._ints([chunk.end for chunk in chunks], torch.int32),
-            block_tables=self._ints([c.sequence.blocks + [0] * (widest - len(c.sequence.blocks)) for c in chunks], torch.int32),
-            logit_rows=self._ints([row for args in zip(chunks, spans, starts[:-1], strict=True) for row in rows_of(*args)]),
-        )
-
-    def _ints(self, values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+        packed = pack(chunks, spans, self._pool.layout.block_size)
+        return ForwardBatch(**{field.name: torch.from_numpy(getattr(packed, field.name)).to(self._device) for field in fields(packed)})
 
 
 def outputs_of(chunks: Seq[Chunk], logits: torch.Tensor, bounds: Seq[int]) -> list[ChunkOutput]:
@@ -121,19 +108,11 @@ def outputs_of(chunks: Seq[Chunk], logits: torch.Tensor, bounds: Seq[int]) -> li
     return [ChunkOutput(drawn.get(i), scores[i], finite[i]) for i in range(len(chunks))]
 
 
-def slot(chunk: Chunk, position: int, block_size: int) -> int:
-    return chunk.sequence.blocks[position // block_size] * block_size + position % block_size
-
-
 def logit_span(chunk: Chunk) -> range:
     """The positions whose logits are needed."""
     if _wants_prompt_logprobs(chunk):
         return range(chunk.start, chunk.end)
     return range(chunk.end - 1, chunk.end) if chunk.samples else range(0)
-
-
-def rows_of(chunk: Chunk, span: range, first_row: int) -> range:
-    return range(first_row + span.start - chunk.start, first_row + span.stop - chunk.start) if span else range(0)
 
 
 def _wants_prompt_logprobs(chunk: Chunk) -> bool:

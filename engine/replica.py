@@ -20,11 +20,13 @@ from ..models.transformer import Transformer
 from .calibration import calibrate
 from .config import EngineConfig, WorkerConfig
 from .engine import Engine, EngineLimits
-from .model_runner import TorchRunner
+from .gpu_memory import kv_room
+from .model_runner import ModelRunner, TorchRunner
 from .predictor import PRIOR
 
 NUM_SAMPLES = 64                # of a weights file, evenly spread
 SAMPLE_BYTES = 64 << 10
+DEFAULT_KV_BYTES = 256 << 20      # on the CPU
 CALIBRATION_S = 0.25              # to measure steps before anything is served
 
 
@@ -36,12 +38,12 @@ class Replica:
     step_model: StepModel = PRIOR             # of this model on this device, as far as is known before anything is served
 
 
-def build_replica(config: WorkerConfig) -> Replica:
-    """Raises ModelError, PoolTooSmall, ClusterError (no shared memory)."""
+def build_replica(config: WorkerConfig, transport: Transport | None = None) -> Replica:
+    """Raises ModelError, PoolTooSmall, ClusterError (no shared memory). `transport` makes the pool; None: the config's."""
     torch.set_num_threads(config.num_threads)
     folder, engine = Path(config.engine.model_path), config.engine
     model_config = ModelConfig.from_folder(folder)
-    dtype, device, load_format = _dtype(engine, model_config), torch.device(engine.device), _load_format(engine)
+    dtype, device, load_format = _dtype(engine, model_config), _device(engine), _load_format(engine)
     layout = KVLayout(
         model=fingerprint(folder, load_format),
         dtype=dtype,
@@ -50,14 +52,35 @@ def build_replica(config: WorkerConfig) -> Replica:
         head_dim=model_config.head_dim,
         block_size=engine.block_size,
     )
-    num_blocks = _num_blocks(engine, layout)
-    limits = _limits(engine, model_config, num_blocks)
+    num_blocks = _num_blocks(engine, layout, device)
+    if num_blocks is not None:
+        _limits(engine, model_config, num_blocks)            # refuses before anything large is loaded
     ops = _ops(device, model_config, engine, dtype)
     model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ops)
-    transport = ShmTransport(config.cluster, config.worker_id, config.epoch)
+    if num_blocks is None:
+        num_blocks = _blocks_in(kv_room(model, layout, engine, device), "what the model leaves of the GPU,", layout)
+    limits = _limits(engine, model_config, num_blocks)
+    transport = transport or make_transport(config, device)
     pool = transport.allocate(layout, num_blocks)
-    runner = TorchRunner(model, pool, device)
+    runner = _runner(model, pool, limits, device)
     return Replica(Engine(runner, num_blocks, limits), pool, transport, calibrate(runner, limits, time.monotonic, CALIBRATION_S))
+
+
+def make_transport(config: WorkerConfig, device: torch.device) -> Transport:
+    return ShmTransport(config.cluster, config.worker_id, config.epoch)
+
+
+def _runner(model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device) -> ModelRunner:
+    if device.type == "cpu":
+        return TorchRunner(model, pool, device)
+    from .cuda_runner import CudaRunner  # needs Triton
+
+    return CudaRunner(model, pool, limits, device)
+
+
+def _device(engine: EngineConfig) -> torch.device:
+    device = torch.device(engine.device)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and torch.cuda.is_available() else device
 
 
 def fingerprint(folder: Path, load_format: LoadFormat) -> str:
@@ -75,13 +98,19 @@ def fingerprint(folder: Path, load_format: LoadFormat) -> str:
     return digest.hexdigest()
 
 
-def _num_blocks(engine: EngineConfig, layout: KVLayout) -> int:
+def _num_blocks(engine: EngineConfig, layout: KVLayout, device: torch.device) -> int | None:
+    """None: as many as the model will leave room for."""
     if engine.num_blocks is not None:
         return engine.num_blocks
-    if engine.kv_memory_bytes < layout.block_bytes:
-        one = f"one block of {layout.block_size} tokens takes {layout.block_bytes}"
-        raise PoolTooSmall(f"kv_memory_bytes {engine.kv_memory_bytes}: {one}")
-    return engine.kv_memory_bytes // layout.block_bytes
+    if engine.kv_memory_bytes is None and device.type == "cuda":
+        return None
+    return _blocks_in(DEFAULT_KV_BYTES if engine.kv_memory_bytes is None else engine.kv_memory_bytes, "kv_memory_bytes", layout)
+
+
+def _blocks_in(num_bytes: int, whose: str, layout: KVLayout) -> int:
+    if num_bytes < layout.block_bytes:
+        raise PoolTooSmall(f"{whose} {num_bytes}: one block of {layout.block_size} tokens takes {layout.block_bytes}")
+    return num_bytes // layout.block_bytes
 
 
 def _limits(engine: EngineConfig, model: ModelConfig, num_blocks: int) -> EngineLimits:

@@ -13,7 +13,6 @@ from ..messages.ids import BlockHash, BlockId, RequestId
 from ..messages.requests import GenerateRequest, TokenLogprobs
 from .block_pool import chain_hashes
 
-
 PENDING = -1
 """Stands in `token_ids` for the token that a step under way samples: a device knows it, the host does not yet."""
 

@@ -35,19 +35,24 @@ class Draws:
     fraction: Tensor          # [R] fp32 in [0, 1]: the row's uniform number
 
 
-def sample(logits: Tensor, draws: Draws, tile: int = TILE) -> Tensor:
-    """logits [R, vocab] fp32, penalties and masks (-inf) already in it, none NaN → token ids [R] int64."""
+def sample(logits: Tensor, draws: Draws, tile: int = TILE, refuse_infinite: bool = False) -> Tensor:
+    """logits [R, vocab] fp32, penalties and masks (-inf) already in it, none NaN → token ids [R] int64.
+
+    With `refuse_infinite`, for logits as they come from a model, a row that holds NaN or an infinity gets -1.
+    """
     token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     if len(logits):
         _sample_kernel[(len(logits),)](
             token_ids, logits, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.fraction,
-            logits.shape[1], logits.stride(0), TILE=tile, num_warps=NUM_WARPS,
+            logits.shape[1], logits.stride(0), REFUSE_INFINITE=refuse_infinite, TILE=tile, num_warps=NUM_WARPS,
         )  # fmt: skip
     return token_ids
 
 
 @triton.jit
-def _sample_kernel(token_ids, logits, temperature, top_k, top_p, min_p, fraction, vocab, row_stride, TILE: tl.constexpr):
+def _sample_kernel(
+    token_ids, logits, temperature, top_k, top_p, min_p, fraction, vocab, row_stride, REFUSE_INFINITE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     heat, k = tl.load(temperature + row), tl.load(top_k + row)
@@ -72,7 +77,19 @@ def _sample_kernel(token_ids, logits, temperature, top_k, top_p, min_p, fraction
             ties = tl.where(nucleus == cut, tl.minimum(room, ties), room)
             cut = nucleus
         token = _draw(logits, vocab, most, heat, cut, ties, tl.load(min_p + row), tl.load(fraction + row), best, TILE)
+    if REFUSE_INFINITE:
+        token = tl.where(_is_finite(logits, vocab, TILE), token, -1)
     tl.store(token_ids + row, token.to(tl.int64))
+
+
+@triton.jit
+def _is_finite(logits, vocab, TILE: tl.constexpr):
+    """A finite number times 0 is 0; NaN and the infinities become NaN, which no sum loses."""
+    zeros = tl.zeros([TILE], tl.float32)
+    for start in range(0, vocab, TILE):
+        ids = start + tl.arange(0, TILE)
+        zeros += tl.load(logits + ids, mask=ids < vocab, other=0.0) * 0.0
+    return tl.sum(zeros, 0) == 0.0
 
 
 @triton.jit

@@ -17,4 +17,6 @@ def ops_for(device: torch.device, head_dim: int, block_size: int, dtype: torch.d
     except ModuleNotFoundError as missing:
         raise UnsupportedByKernels(f"device {device}: the kernels need the package {missing.name}") from missing
     check_supported(head_dim, block_size, dtype)
+    if not torch.cuda.is_available():
+        raise UnsupportedByKernels(f"device {device}: torch finds no CUDA GPU here")
     return TritonOps.on(device)

@@ -114,12 +114,11 @@ class KVWriter:
 
     def layer_finished(self, plan: StepPlan, layer: int) -> None:
         """Layer `layer` of the step under way is in the pool: a finished group of layers leaves."""
-        first = layer - layer % self._layer_group
-        if layer + 1 == first + self._layer_group or layer + 1 == self._layout.num_layers:
+        if (layer + 1) % self._layer_group == 0 or layer + 1 == self._layout.num_layers:
             for chunk in plan.chunks:
                 handoff = self._handoffs.get(chunk.sequence.id)
                 if handoff is not None:
-                    self._write(handoff, range(first, layer + 1), self._num_ready_after(chunk))
+                    self._write(handoff, range(layer + 1), self._num_ready_after(chunk))     # earlier ones too: accepted late
 
     def chunk_finished(self, chunk: Chunk, delta: TokenDelta | None, now: float) -> None:
         handoff = self._handoffs.get(chunk.sequence.id)

@@ -122,6 +122,36 @@ def serve(
     raise typer.Exit(_exit_code(result))
 
 
+@app.command()
+def engine(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder; only config.json is needed with --load-format dummy")],
+    load_format: Annotated[str, typer.Option(help="safetensors, or dummy: seeded random weights")] = "safetensors",
+    dtype: Annotated[str, typer.Option()] = "auto",
+    device: Annotated[str, typer.Option()] = "cuda",
+    block_size: Annotated[int, typer.Option(help="tokens of a KV block")] = 64,
+    repeats: Annotated[int, typer.Option(min=3, help="of each prefill row; decode rows take ten times as many steps")] = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="small shapes, to see that it works")] = False,
+    json: Annotated[Path | None, report_option()] = None,
+    png: Annotated[Path | None, report_option(help="milliseconds and roofline share of each row")] = None,
+) -> None:
+    """Time one engine by itself, without a cluster: prefill, decode, kernels, each beside its roofline."""
+    from ...messages.errors import DiptychError
+    from .engine_bench import EngineBench, run_engine_bench  # torch: not for every command that only names `bench`
+
+    plan = EngineBench(model, load_format, dtype, device, block_size, repeats, quick)
+    try:
+        result = run_engine_bench(plan, Console())
+        if json is not None:
+            json.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        if png is not None:
+            from .plot import plot_rows
+
+            plot_rows(png, result)
+    except (DiptychError, OSError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(EXIT_USAGE) from error
+
+
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
     try:

@@ -1,4 +1,4 @@
-"""Attainment over rate as a PNG: points with their 95 % intervals, the target line, the rate found."""
+"""Reports as PNG: attainment over rate (points with their 95 % intervals, the target line, the rate found), and an engine's rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .engine_rows import EngineReport
 from .report import Report
 
 
@@ -27,4 +28,18 @@ def plot_attainment(path: Path, reports: Sequence[Report], *, title: str, target
     axes.set_xlim(left=0)
     axes.legend(loc="lower left")
     axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
+def plot_rows(path: Path, report: EngineReport) -> None:
+    """One bar a row: its time, and as a darker part of it the roofline's."""
+    figure = Figure(figsize=(8, 0.34 * len(report.rows) + 1.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = [f"{row.kind} {row.shape}" for row in report.rows]
+    axes.barh(names, [row.ms for row in report.rows], color="lightsteelblue", label="measured")
+    axes.barh(names, [row.floor_ms for row in report.rows], color="steelblue", label="roofline")
+    axes.set(xscale="log", xlabel="ms", title=f"{report.model}, {report.device}")
+    axes.invert_yaxis()
+    axes.legend()
     figure.savefig(path, format="png")

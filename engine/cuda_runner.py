@@ -1,0 +1,165 @@
+"""The runner of a GPU: queues a step and returns; the tokens stay on the device for the next one.
+
+    launch(plan) ── decodes alone ──► one upload, one CUDA graph (decode_graphs.py) ─┐
+                 └─ any prompt ────► the batch packed and uploaded, kernels one by one ┴─► sampled ──► pinned host memory, event
+    launch(next plan) … its PENDING tokens are read from `sampled` by row
+    outputs.wait() ◄── event
+
+Nothing between launch and wait needs the host. The exception are requests whose sampling or scores the device has no kernel for
+(penalties, biases, log-probabilities): their steps are sampled by `sampler.py`, and the engine plans no step ahead of their tokens.
+A draw is in fp32 here and in fp64 there, from the same uniform number: they can part where two tokens' cumulative weights are that close.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.sampling import Draws, sample
+from ..kvtransfer.transport import KVPool
+from ..models.batch import ForwardBatch
+from ..models.transformer import Transformer
+from .decode_graphs import DecodeGraphs, DecodeRow
+from .engine import EngineLimits
+from .model_runner import ChunkOutput, Computed, StepOutputs, logit_span, outputs_of
+from .packing import pack
+from .sampler import Sampled, uniform
+from .scheduler import Chunk, StepPlan
+from .sequence import Sequence as Seq
+from .staging import DEPTH, Staging
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A step's outputs, once `event` has passed."""
+
+    event: Any                     # torch.cuda.Event, whose methods have no types
+    tokens: Tensor                 # [R] int64, pinned: of the chunks that sample, in order; -1: logits not finite
+    samples: tuple[bool, ...]      # of each chunk
+
+    def is_ready(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> list[ChunkOutput]:
+        self.event.synchronize()
+        tokens = iter(self.tokens.tolist())
+        return [_output(next(tokens)) if samples else ChunkOutput(None) for samples in self.samples]
+
+
+class CudaRunner:
+    runs_ahead = True
+
+    def __init__(self, model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device) -> None:
+        self._model, self._pool, self._device = model, pool, device
+        self._num_layers = pool.layout.num_layers
+        self._sampled = torch.zeros(limits.max_sequences, dtype=torch.int64, device=device)
+        self._row_of: dict[Seq, int] = {}            # in `sampled`, of the step that was launched last
+        self._staging = Staging(64 * (limits.max_step_tokens + limits.max_sequences), device)
+        self._tokens = [torch.zeros(limits.max_sequences, dtype=torch.int64, pin_memory=True) for _ in range(DEPTH)]
+        self._turn = 0
+        self._graphs = DecodeGraphs(model, pool, self._sampled, limits.max_sequences, limits.max_model_len)
+        with torch.cuda.device(device):
+            self._graphs.capture()
+
+    def needs_tokens(self, sequence: Seq) -> bool:
+        sampling = sequence.request.sampling
+        return (
+            sampling.logprobs is not None
+            or sampling.prompt_logprobs is not None
+            or bool(sampling.logit_bias)
+            or sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+            or (bool(sampling.stop_token_ids) and sequence.num_outputs < sampling.min_tokens)
+        )
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
+        chunks, on_host = plan.chunks, any(self.needs_tokens(chunk.sequence) for chunk in plan.chunks)
+        if all(chunk.count == 1 and chunk.samples for chunk in chunks) and len(chunks) <= self._graphs.max_batch:
+            logits, bounds = self._decode(chunks, on_layer)
+        else:
+            logits, bounds = self._prefill(chunks, on_layer, sampled_here=not on_host)
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        self._row_of = {sequence: row for row, sequence in enumerate(sampling)}
+        return self._on_host(chunks, logits, bounds) if on_host else self._queue(chunks, len(sampling))
+
+    def replay_last(self, num_sequences: int) -> None:
+        """Queues the graph of that batch once more, on what it was last given: for a benchmark."""
+        self._graphs.replay_last(num_sequences)
+
+    def _decode(self, chunks: Sequence[Chunk], on_layer: Callable[[int], None] | None) -> tuple[Tensor, Sequence[int]]:
+        logits = self._graphs.replay([self._decode_row(chunk) for chunk in chunks])
+        if on_layer is not None:
+            for layer in range(self._num_layers):
+                on_layer(layer)
+        return logits, range(len(chunks) + 1)
+
+    def _decode_row(self, chunk: Chunk) -> DecodeRow:
+        sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+        source = self._row_of[sequence] if sequence.is_pending else -1
+        return DecodeRow(
+            context=chunk.end,
+            source=source,
+            token=max(0, sequence.token_ids[chunk.start]),
+            blocks=sequence.blocks,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            fraction=uniform(sampling.seed, sequence.num_outputs),
+        )
+
+    def _prefill(
+        self, chunks: Sequence[Chunk], on_layer: Callable[[int], None] | None, sampled_here: bool
+    ) -> tuple[Tensor, Sequence[int]]:
+        """→ logits [R, vocab], and where each chunk's begin in them."""
+        spans = [logit_span(chunk) for chunk in chunks]
+        packed = pack(chunks, spans, self._pool.layout.block_size)
+        pending = [i for i, chunk in enumerate(chunks) if chunk.samples and chunk.sequence.is_pending]
+        rows = packed.query_starts[1:][pending].astype(np.int64) - 1          # a pending token is its chunk's last
+        sources = np.array([self._row_of[chunks[i].sequence] for i in pending], dtype=np.int64)
+        arrays = [packed.token_ids, packed.positions, packed.slots, packed.query_starts, packed.context_lens, packed.block_tables]
+        draws = _draws([chunk for chunk in chunks if chunk.samples])
+        uploaded = self._staging.upload([*arrays, packed.logit_rows, rows, sources, *draws])
+        batch = ForwardBatch(*uploaded[:7])
+        rows_there, sources_there, real, top_k = uploaded[7:]
+        if pending:
+            batch.token_ids[rows_there] = self._sampled[sources_there].clamp_min(0)
+        logits = self._model.forward(batch, self._pool.tensor, on_layer)
+        if sampled_here and len(logits):
+            temperature, top_p, min_p, fraction = real
+            tokens = sample(logits, Draws(temperature, top_k, top_p, min_p, fraction), refuse_infinite=True)
+            self._sampled[: len(tokens)] = tokens
+        return logits, [0, *accumulate(len(span) for span in spans)]
+
+    def _on_host(self, chunks: Sequence[Chunk], logits: Tensor, bounds: Sequence[int]) -> Computed:
+        outputs = outputs_of(chunks, logits, bounds)
+        tokens = [output.sampled.token_id if output.sampled else -1 for output, c in zip(outputs, chunks, strict=True) if c.samples]
+        self._sampled[: len(tokens)] = torch.tensor(tokens, device=self._device)
+        return Computed(outputs)
+
+    def _queue(self, chunks: Sequence[Chunk], num_sampled: int) -> Queued:
+        self._turn = (self._turn + 1) % DEPTH
+        tokens = self._tokens[self._turn][:num_sampled]
+        tokens.copy_(self._sampled[:num_sampled], non_blocking=True)
+        event: Any = torch.cuda.Event()             # type: ignore[no-untyped-call]
+        event.record()
+        return Queued(event, tokens, tuple(chunk.samples for chunk in chunks))
+
+
+def _draws(chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """What `Draws` needs: [4, R] fp32 of temperature, top_p, min_p and fraction; [R] int32 of top_k."""
+    params = [chunk.sequence.request.sampling for chunk in chunks]
+    fractions = [uniform(p.seed, chunk.sequence.num_outputs) for p, chunk in zip(params, chunks, strict=True)]
+    columns = [p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params], fractions
+    return np.array(columns, dtype=np.float32), np.array([p.top_k for p in params], dtype=np.int32)
+
+
+def _output(token: int) -> ChunkOutput:
+    return ChunkOutput(None, is_finite=False) if token < 0 else ChunkOutput(Sampled(token))

@@ -1,0 +1,143 @@
+"""A decode step as one CUDA graph: inputs unpacked, the model, sampling; one graph for each of some batch sizes.
+
+    upload (host, pinned) ──copy──► upload ──► [ decode_inputs ─► model ─► sample ] ──► sampled ──copy──► host
+                                                      ▲                                    │
+                                                      └── tokens that the host has not seen ┘
+
+A batch takes the next larger graph; the rows over are padding, which reads and writes no block. All graphs share one memory pool, so the
+logits of a replay stand until the next one.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.decode_inputs import HEADER, decode_inputs
+from ..kernels.ops import Paging
+from ..kernels.sampling import Draws, sample
+from ..kvtransfer.transport import KVPool
+from ..models.batch import ForwardBatch
+from ..models.transformer import Transformer
+from .staging import Staging
+
+SMALL_BATCHES = (1, 2, 4, 8)
+WARM_UPS = 2                    # compile and choose algorithms before capture
+
+
+def batch_sizes(max_sequences: int) -> list[int]:
+    """Which batches get a graph: steps of 8, from 128 on of 16, from 256 on of 32, so that little of a step is padding."""
+    stepped = [*range(16, 128, 8), *range(128, 256, 16), *range(256, max_sequences + 32, 32)]
+    return sorted({min(size, max_sequences) for size in (*SMALL_BATCHES, *stepped)})
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """One sequence's part of a step."""
+
+    context: int                # tokens, this step's included
+    source: int                 # row of the step before that sampled its token; -1: `token` is it
+    token: int
+    blocks: Sequence[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    fraction: float             # the draw's uniform number
+
+
+class DecodeGraphs:
+    """`sampled` [max_sequences] int64 on the device: the tokens of the step before; -1 where logits were not finite."""
+
+    def __init__(self, model: Transformer, pool: KVPool, sampled: Tensor, max_sequences: int, max_model_len: int) -> None:
+        self._model, self._pool, self._sampled = model, pool, sampled
+        self._sizes = batch_sizes(max_sequences)
+        device, widest = sampled.device, self._sizes[-1]
+        self._max_blocks = -(-max_model_len // pool.layout.block_size)
+        num_ints = widest * (len(HEADER) + self._max_blocks)
+        self._upload = torch.zeros(num_ints, dtype=torch.int32, device=device)
+        self._staging = Staging(4 * num_ints, device)
+        self._token_ids, self._positions, self._slots = (torch.zeros(widest, dtype=torch.int64, device=device) for _ in range(3))
+        self._contexts = torch.zeros(widest, dtype=torch.int32, device=device)
+        self._tables = torch.zeros(widest, self._max_blocks, dtype=torch.int32, device=device)
+        self._starts = torch.arange(widest + 1, dtype=torch.int32, device=device)
+        self._rows = torch.arange(widest, device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    @property
+    def max_batch(self) -> int:
+        return self._sizes[-1]
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """All graphs, the largest first: the others fit into its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):
+            stream = torch.cuda.Stream()                        # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self._step(size)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._step(size)
+            self._graphs[size] = graph, logits
+
+    def replay(self, rows: list[DecodeRow]) -> Tensor:
+        """Queues the step → logits [len(rows), vocab] fp32, until the next replay; tokens are in `sampled`."""
+        size = self._sizes[bisect_left(self._sizes, len(rows))]
+        self._stage(rows, size)
+        graph, logits = self._graphs[size]
+        graph.replay()
+        return logits[: len(rows)]
+
+    def replay_last(self, num_rows: int) -> None:
+        graph, _ = self._graphs[self._sizes[bisect_left(self._sizes, num_rows)]]
+        graph.replay()
+
+    def _stage(self, rows: list[DecodeRow], size: int) -> None:
+        host = self._staging.next()
+        header = host.numpy()[: 4 * len(HEADER) * size].view(np.int32).reshape(len(HEADER), size)
+        numbers, n = header.view(np.float32), len(rows)
+        header[:] = 0                                           # padding: context 0
+        header[0, :n] = [row.context for row in rows]
+        header[1, :n] = [row.source for row in rows]
+        header[2, :n] = [row.token for row in rows]
+        lengths = [len(row.blocks) for row in rows]
+        header[3, 1:n] = np.cumsum(lengths[:-1])
+        numbers[4, :n] = [row.temperature for row in rows]
+        header[5, :n] = [row.top_k for row in rows]
+        numbers[6, :n] = [row.top_p for row in rows]
+        numbers[7, :n] = [row.min_p for row in rows]
+        numbers[8, :n] = [row.fraction for row in rows]
+        begin, end = header.size, header.size + sum(lengths)
+        host.numpy()[4 * begin : 4 * end].view(np.int32)[:] = [block for row in rows for block in row.blocks]
+        self._upload[:end].copy_(host[: 4 * end].view(torch.int32), non_blocking=True)
+
+    def _step(self, size: int) -> Tensor:
+        paging = Paging(self._starts[: size + 1], self._contexts[:size], self._tables[:size])
+        token_ids, positions, slots = self._token_ids[:size], self._positions[:size], self._slots[:size]
+        decode_inputs(token_ids, positions, slots, paging, self._upload, self._sampled, self._pool.layout.block_size)
+        batch = ForwardBatch(token_ids, positions, slots, *_fields(paging), self._rows[:size])
+        logits = self._model.forward(batch, self._pool.tensor)
+        self._sampled[:size].copy_(sample(logits, self._draws(size), refuse_infinite=True))
+        return logits
+
+    def _draws(self, size: int) -> Draws:
+        columns = dict(zip(HEADER, self._upload[: len(HEADER) * size].view(len(HEADER), size), strict=True))
+        real = torch.float32
+        return Draws(
+            temperature=columns["temperature"].view(real),
+            top_k=columns["top_k"],
+            top_p=columns["top_p"].view(real),
+            min_p=columns["min_p"].view(real),
+            fraction=columns["fraction"].view(real),
+        )
+
+
+def _fields(paging: Paging) -> tuple[Tensor, Tensor, Tensor]:
+    return paging.query_starts, paging.context_lens, paging.block_tables

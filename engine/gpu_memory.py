@@ -1,0 +1,46 @@
+"""How much of a GPU is left for KV: the model is run once at its largest step, and what that took is known from then on.
+
+    room = share · total − (weights, the largest step's activations, whatever else is on the GPU)
+
+What torch has reserved by then it keeps, so nothing that a step needs later competes with the pool.
+"""
+
+from itertools import pairwise
+
+import torch
+
+from ..kvtransfer.layout import KVLayout
+from ..messages.errors import PoolTooSmall
+from ..models.batch import ForwardBatch
+from ..models.transformer import Transformer
+from .config import EngineConfig
+
+
+def kv_room(model: Transformer, layout: KVLayout, engine: EngineConfig, device: torch.device) -> int:
+    """Bytes. Raises PoolTooSmall with the numbers if nothing is left."""
+    _largest_step(model, layout, engine, device)
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    room = int(engine.gpu_memory * total) - (total - free)
+    if room <= 0:
+        taken = f"{(total - free) / 2**30:.1f} GiB are taken by weights, the largest step and other processes"
+        raise PoolTooSmall(f"no room for KV: {taken}, {engine.gpu_memory:.0%} of {total / 2**30:.1f} GiB may be")
+    return room
+
+
+def _largest_step(model: Transformer, layout: KVLayout, engine: EngineConfig, device: torch.device) -> None:
+    """As many prompts as may end in one step, of all the tokens that it may have: nothing is stored, all read one block of zeros."""
+    num_tokens, num_prompts = engine.max_step_tokens, min(engine.max_sequences, engine.max_step_tokens)
+    starts = [num_tokens * i // num_prompts for i in range(num_prompts + 1)]
+    longest = max(b - a for a, b in pairwise(starts))
+    pool = torch.zeros(layout.shape(1), dtype=layout.dtype, device=device)
+    batch = ForwardBatch(
+        token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        positions=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        slots=torch.full((num_tokens,), -1, dtype=torch.int64, device=device),
+        query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        context_lens=torch.tensor([b - a for a, b in pairwise(starts)], dtype=torch.int32, device=device),
+        block_tables=torch.zeros(num_prompts, -(-longest // layout.block_size), dtype=torch.int32, device=device),
+        logit_rows=torch.tensor(starts[1:], device=device) - 1,
+    )
+    model.forward(batch, pool)
