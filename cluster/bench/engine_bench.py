@@ -145,7 +145,7 @@ def _bare_replay_ms(replica: Replica, count: int) -> float | None:
     """The last step's graph again and again, with nothing between."""
     if replica.pool.tensor.device.type == "cpu":
         return None
-    from ...engine.cuda_runner import CudaRunner      # needs Triton
+    from ...engine.cuda_runner import CudaRunner  # needs Triton
 
     runner = replica.engine.runner
     assert isinstance(runner, CudaRunner)

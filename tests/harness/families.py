@@ -50,7 +50,7 @@ def save_random_model(case: Case, folder: Path) -> Any:
     heads = {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads}
     if case.family != "Qwen2":
         heads["head_dim"] = case.head_dim
-    config = getattr(transformers, f"{case.family}Config")(**sizes, **heads, **case.options)
+    config = getattr(transformers, f"{case.family}Config")(**sizes | heads | case.options)
     torch.manual_seed(7)
     oracle = getattr(transformers, f"{case.family}ForCausalLM")(config).eval()
     with torch.no_grad():

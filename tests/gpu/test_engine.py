@@ -1,0 +1,165 @@
+"""The engine on a GPU against the same engine on the CPU, and its logits against transformers, for every family."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+pytest.importorskip("triton")
+pytest.importorskip("transformers")
+
+import transformers
+from harness.families import Case, save_random_model
+
+from diptych.engine.config import EngineConfig, WorkerConfig
+from diptych.engine.engine import Engine
+from diptych.engine.replica import build_replica
+from diptych.kernels.selection import ops_for
+from diptych.kvtransfer.local import LocalTransport
+from diptych.messages.errors import PoolTooSmall
+from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
+from diptych.messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
+from diptych.models.batch import ForwardBatch
+from diptych.models.config import ModelConfig
+from diptych.models.loader import load_weights
+from diptych.models.transformer import Transformer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+NOBODY = WorkerRef(WorkerId("w"), Epoch(0), Address(""))
+FAMILIES = {
+    "llama": Case("Llama", 6, 2, 64),
+    "mistral-window": Case("Mistral", 4, 4, 64, {"sliding_window": 20}),
+    "qwen2": Case("Qwen2", 8, 2, 64, {"hidden_size": 512}),
+    "qwen3": Case("Qwen3", 3, 1, 128),
+}
+GREEDY = SamplingParams(max_tokens=12, seed=0, temperature=0.0)
+DRAWN = SamplingParams(max_tokens=12, seed=5, temperature=0.9, top_k=40, top_p=0.95, min_p=0.01)
+
+
+@dataclass
+class Served:
+    """What came of one request."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def engine_on(device: str, folder: Path, **changes: Any) -> Engine:
+    plain = EngineConfig(str(folder), dtype="float32", device=device, block_size=16, num_blocks=120, max_step_tokens=64, max_sequences=12)
+    config = WorkerConfig("test", NOBODY.worker_id, NOBODY.epoch, engine=replace(plain, **changes))
+    return build_replica(config, LocalTransport(torch.device(device))).engine
+
+
+def prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = [1, 15, 16, 17, 40, 100, 3, 64, 130, 7, 33, 5][:count]
+    return [torch.randint(0, 97, (length,), generator=generator).tolist() for length in lengths]
+
+
+def serve(engine: Engine, wanted: list[tuple[list[int], SamplingParams]]) -> list[Served]:
+    """As a worker's loop does: launched whenever a step may be planned."""
+    served = {RequestId(str(i)): Served([], []) for i in range(len(wanted))}
+    for i, (prompt, sampling) in enumerate(wanted):
+        engine.add(GenerateRequest(RequestId(str(i)), Address(""), tuple(prompt), sampling, Route(decode=NOBODY), 1e9), float(i))
+    while engine.has_work:
+        if engine.may_plan and (plan := engine.plan()).chunks:
+            engine.launch(plan)
+        if engine.is_ready:
+            for step in engine.collect():
+                assert not step.broke_down
+                if step.delta is not None:
+                    served[step.delta.request_id].tokens += step.delta.token_ids
+                    served[step.delta.request_id].logprobs += [p.logprob for p in step.delta.logprobs]
+    assert engine.pool.num_available == engine.pool.num_blocks
+    return list(served.values())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {name: tmp_path_factory.mktemp(name) for name in FAMILIES}
+    for name, case in FAMILIES.items():
+        save_random_model(case, made[name])
+    return made
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [7, 64, 512])
+def test_greedy_tokens_are_those_of_the_cpu(family: str, budget: int, folders: dict[str, Path]) -> None:
+    wanted = [(prompt, GREEDY) for prompt in prompts(12)]
+    ours = serve(engine_on("cuda", folders[family], max_step_tokens=budget), wanted)
+    assert ours == serve(engine_on("cpu", folders[family]), wanted)
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_batch_mates_order_and_padding_change_nothing(count: int, folders: dict[str, Path]) -> None:
+    engine = engine_on("cuda", folders["llama"])
+    wanted = [(prompt, GREEDY if i % 2 else DRAWN) for i, prompt in enumerate(prompts(count))]
+    alone = [serve(engine, [one])[0] for one in wanted]
+    assert serve(engine, wanted) == alone
+    assert serve(engine, wanted[::-1])[::-1] == alone
+
+
+def test_tokens_sampled_on_the_host_beside_tokens_sampled_on_the_device(folders: dict[str, Path]) -> None:
+    scored = replace(GREEDY, logprobs=0)
+    punished = replace(GREEDY, repetition_penalty=1.5, presence_penalty=0.5, max_tokens=9)
+    wanted = [(prompt, (GREEDY, scored, punished)[i % 3]) for i, prompt in enumerate(prompts(9))]
+    ours = serve(engine_on("cuda", folders["qwen3"]), wanted)
+    theirs = serve(engine_on("cpu", folders["qwen3"]), wanted)
+    assert [one.tokens for one in ours] == [one.tokens for one in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+def test_stop_tokens_end_a_sequence_that_was_computed_ahead(folders: dict[str, Path]) -> None:
+    plain = serve(engine_on("cuda", folders["llama"]), [(prompt, GREEDY) for prompt in prompts(6)])
+    stops = [one.tokens[4] for one in plain]
+    wanted = [(p, replace(GREEDY, stop_token_ids=(stop,))) for p, stop in zip(prompts(6), stops, strict=True)]
+    cut = [one.tokens[: one.tokens.index(stop) + 1] for one, stop in zip(plain, stops, strict=True)]
+    assert [one.tokens for one in serve(engine_on("cuda", folders["llama"]), wanted)] == cut
+
+
+def test_a_pool_that_is_too_small_for_all_preempts_and_stays_exact(folders: dict[str, Path]) -> None:
+    long = replace(GREEDY, max_tokens=60)
+    wanted = [(prompt, long) for prompt in prompts(8)]
+    ours = serve(engine_on("cuda", folders["llama"], num_blocks=18), wanted)
+    assert ours == serve(engine_on("cpu", folders["llama"]), wanted)
+
+
+def test_memory_is_measured_and_what_does_not_fit_is_refused(folders: dict[str, Path]) -> None:
+    engine = engine_on("cuda", folders["llama"], num_blocks=None, gpu_memory=0.25)
+    free, total = torch.cuda.mem_get_info()
+    assert 0.15 < (total - free) / total < 0.27
+    assert engine.pool.num_blocks > 1000
+    del engine
+    with pytest.raises(PoolTooSmall, match="GiB are taken by weights"):
+        engine_on("cuda", folders["llama"], num_blocks=None, gpu_memory=0.001)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_logits_are_those_of_transformers(family: str, folders: dict[str, Path]) -> None:
+    folder, device = folders[family], torch.device("cuda")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    config = ModelConfig.from_folder(folder)
+    model = Transformer(config, load_weights(folder, config, torch.bfloat16, device), ops_for(device, config.head_dim, 64, torch.bfloat16))
+    ids = torch.randint(0, 97, (150,), device=device)
+    pool = torch.full((3, config.num_layers, 2, config.num_kv_heads, 64, config.head_dim), torch.nan, device=device, dtype=torch.bfloat16)
+    ints = {"dtype": torch.int32, "device": device}
+    rows = torch.arange(150, device=device)
+    tables = torch.tensor([[0, 1, 2]], **ints)
+    batch = ForwardBatch(ids, rows, rows, torch.tensor([0, 150], **ints), torch.tensor([150], **ints), tables, rows)
+    with torch.no_grad():
+        theirs = oracle(ids[None]).logits[0].double()
+    ours = model.forward(batch, pool).double()
+    assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
