@@ -34,7 +34,7 @@ NOBODY = WorkerRef(WorkerId("w"), Epoch(0), Address(""))
 FAMILIES = {
     "llama": Case("Llama", 6, 2, 64),
     "mistral-window": Case("Mistral", 4, 4, 64, {"sliding_window": 20}),
-    "qwen2": Case("Qwen2", 8, 2, 64, {"hidden_size": 512}),
+    "qwen2": Case("Qwen2", 2, 1, 64, {"hidden_size": 128}),
     "qwen3": Case("Qwen3", 3, 1, 128),
 }
 GREEDY = SamplingParams(max_tokens=12, seed=0, temperature=0.0)
