@@ -64,6 +64,8 @@ def test_decode_attention(case: AttentionCase, splits: int, device: Device) -> N
         AttentionCase(lengths=((3, 60),), heads=(2, 1), head_dim=256, block_size=16, dtype=torch.float16),
         AttentionCase(lengths=((1, 20), (6, 20), (1, 0), (17, 1)), heads=(4, 2)),
         AttentionCase(lengths=((40, 9),), dtype=torch.float16, sharpness=100),
+        AttentionCase(lengths=((1, 9), (40, 90), (3, 0)), heads=(8, 2), head_dim=128, block_size=64, dtype=BF16),      # by pages
+        AttentionCase(lengths=((20, 107),), heads=(7, 1), head_dim=128, block_size=64, dtype=torch.float16, sharpness=100),
     ],
 )
 def test_prefill_attention_beside_decodes(case: AttentionCase, device: Device) -> None:
