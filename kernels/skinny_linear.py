@@ -48,8 +48,9 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
+    """k is a multiple of 16 elements, else rows do not start where 16-byte copies may."""
     sixteen_bits = x.dtype is weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return sixteen_bits and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and x.shape[1] % 8 == 0
+    return sixteen_bits and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and x.shape[1] % 16 == 0
 
 
 def skinny_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None) -> None:
