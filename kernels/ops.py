@@ -35,6 +35,10 @@ class UnsupportedByKernels(ValueError):
 class Ops(Protocol):
     """Results have the input's dtype. Arguments are left as they were, except where an operation says that it may overwrite them."""
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x weightᵀ + bias`, sums in fp32. x [T, k], weight [n, k], bias [n] → [T, n]."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in fp32 inside. x [..., n], weight [n] → [..., n]."""
         ...

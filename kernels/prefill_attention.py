@@ -8,6 +8,9 @@ more keys, start first: what is left for the grid's tail is short.
 
 Sequences with one query row are passed over: `decode_attention` has them. FLOPs bound a long chunk: 4 · head_dim for each query head
 and visible key.
+
+Where a page is a tile (`PrefillTile.page_shape`), `prefill_pages.py` walks them: the pool is then one matrix of rows [head_dim], in
+which one head's keys, or values, of a block are block_size adjacent rows: one copy by the tensor memory accelerator (TMA).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -17,10 +20,12 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_tile import attend_tile
 from .decode_attention import LOG2_E
 from .ops import Paging
+from .prefill_pages import attend_pages
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class PrefillTile:
     keys: int
     num_warps: int
     num_stages: int
+    pages: int = 0                        # that one step of the loop takes by TMA, `keys` in each; 0: keys come by pointers
+    max_registers: int | None = None      # of a thread, where two programs are to share an SM
+    specialised: bool = False             # warps that only copy, warps that only compute
 
     @classmethod
     def of(cls, head_dim: int, group: int, element_bytes: int) -> "PrefillTile":
@@ -42,24 +50,43 @@ class PrefillTile:
             return cls(rows=max(128, at_least), keys=32, num_warps=8, num_stages=2)
         return cls(rows=max(128, at_least), keys=64, num_warps=8, num_stages=3)
 
+    @classmethod
+    def for_call(cls, q: Tensor, kv_pool: Tensor, window: int | None) -> "PrefillTile":
+        """By pages in the case that is worth it, by pointers in every other."""
+        group, head_dim = q.shape[1] // kv_pool.shape[3], q.shape[2]
+        plain = kv_pool.dtype is q.dtype and q.element_size() == 2 and window is None
+        if plain and (head_dim, kv_pool.shape[4]) == (128, 64) and group <= PAGED.rows:
+            return PAGED
+        return cls.of(head_dim, group, q.element_size())
+
+
+PAGED = PrefillTile(rows=128, keys=64, num_warps=8, num_stages=3, pages=1)      # head_dim 128, blocks of 64, 16-bit elements
+
 
 def prefill_attention(
-    out: Tensor, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None, kv_scales: Tensor | None
-) -> None:
-    """Writes the rows of `out` that belong to sequences with several query rows; arguments as `decode_attention` has them."""
+    out: Tensor, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None, kv_scales: Tensor | None,
+    tile: PrefillTile | None = None,
+) -> None:  # fmt: skip
+    """Writes the rows of `out` that belong to sequences with several query rows; arguments as `decode_attention` has them.
+
+    `tile` is for measuring; left out, it is the one for these shapes.
+    """
     num_tokens, num_heads, head_dim = q.shape
     kv_heads, block_size = kv_pool.shape[3:5]
     num_sequences = len(paging.context_lens)
     group = num_heads // kv_heads
-    tile = PrefillTile.of(head_dim, group, q.element_size())
+    tile = tile or PrefillTile.for_call(q, kv_pool, window)
+    assert not tile.pages or (tile.keys, window, kv_scales) == (block_size, None, None), f"{tile} for pages of {block_size}"
     queries = tile.rows // group
+    pages = TensorDescriptor.from_tensor(kv_pool.view(-1, head_dim), [block_size, head_dim]) if tile.pages else None
     _prefill_kernel[(kv_heads, num_tokens // queries + num_sequences)](
-        out, q, kv_pool, None if kv_scales is None else kv_scales[layer],
+        out, q, kv_pool, pages, None if kv_scales is None else kv_scales[layer],
         paging.query_starts, paging.context_lens, paging.block_tables, num_sequences, scale * LOG2_E,
         out.stride(0), out.stride(1), q.stride(0), q.stride(1), paging.block_tables.stride(0), kv_pool.stride(0), layer * kv_pool.stride(1),
         QUERIES=queries, GROUP=group, ROWS=tile.rows, WINDOW=window,
         TILE=tile.keys, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PAGES=tile.pages, SPECIALISED=tile.specialised,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
     )  # fmt: skip
 
 
@@ -78,10 +105,11 @@ def _sequence_of(tile, query_starts, num_sequences, QUERIES: tl.constexpr):
 
 @triton.jit
 def _prefill_kernel(
-    out, q, kv_pool, kv_scales, query_starts, context_lens, block_tables, num_sequences, scale,
+    out, q, kv_pool, pages, kv_scales, query_starts, context_lens, block_tables, num_sequences, scale,
     out_row_stride, out_head_stride, q_row_stride, q_head_stride, table_stride, block_stride, layer_offset,
     QUERIES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PAGES: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     kv_head, kv_heads = tl.program_id(0), tl.num_programs(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -118,18 +146,26 @@ def _prefill_kernel(
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     table = block_tables + sequence.to(tl.int64) * table_stride
-    keys = kv_pool + layer_offset + kv_head * (BLOCK_SIZE * HEAD_DIM)
-    value_offset = kv_heads * (BLOCK_SIZE * HEAD_DIM)
-    for at in range(start, diagonal, TILE):
-        accumulator, row_max, row_sum = attend_tile(
-            query, accumulator, row_max, row_sum, positions, at, end, table, keys, value_offset, block_stride, scale,
-            False, WINDOW, TILE, BLOCK_SIZE, HEAD_DIM, WIDTH,
+    if PAGES:
+        first_page_row = ((layer_offset // HEAD_DIM) + kv_head * BLOCK_SIZE).to(tl.int32)
+        accumulator, row_sum = attend_pages(
+            query, accumulator, row_max, row_sum, positions, end, earlier + num_queries, table, pages,
+            first_page_row, (block_stride // HEAD_DIM).to(tl.int32), kv_heads * BLOCK_SIZE, scale,
+            first_position, TILE, PAGES, SPECIALISED,
         )  # fmt: skip
-    for at in range(diagonal, end, TILE):
-        accumulator, row_max, row_sum = attend_tile(
-            query, accumulator, row_max, row_sum, positions, at, end, table, keys, value_offset, block_stride, scale,
-            True, WINDOW, TILE, BLOCK_SIZE, HEAD_DIM, WIDTH,
-        )  # fmt: skip
+    else:
+        keys = kv_pool + layer_offset + kv_head * (BLOCK_SIZE * HEAD_DIM)
+        value_offset = kv_heads * (BLOCK_SIZE * HEAD_DIM)
+        for at in range(start, diagonal, TILE):
+            accumulator, row_max, row_sum = attend_tile(
+                query, accumulator, row_max, row_sum, positions, at, end, table, keys, value_offset, block_stride, scale,
+                False, WINDOW, TILE, BLOCK_SIZE, HEAD_DIM, WIDTH,
+            )  # fmt: skip
+        for at in range(diagonal, end, TILE):
+            accumulator, row_max, row_sum = attend_tile(
+                query, accumulator, row_max, row_sum, positions, at, end, table, keys, value_offset, block_stride, scale,
+                True, WINDOW, TILE, BLOCK_SIZE, HEAD_DIM, WIDTH,
+            )  # fmt: skip
 
     answer = accumulator * (value_scale / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     targets = out + (rows * out_row_stride + heads * out_head_stride)[:, None] + columns[None, :]

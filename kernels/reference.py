@@ -16,6 +16,9 @@ from .ops import HeadNorms, Paging
 class ReferenceOps:
     """The `Ops` protocol over torch; works on any device, is meant for CPUs."""
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -4,6 +4,7 @@ Two things padding rows of a captured graph rely on: a slot of -1 stores nothing
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import norms as norm_kernels
@@ -12,6 +13,7 @@ from .decode_attention import decode_attention, num_splits
 from .ops import HeadNorms, Paging, UnsupportedByKernels
 from .prefill_attention import prefill_attention
 from .silu_mul import silu_mul
+from .skinny_linear import skinny_linear, suits
 
 HEAD_DIMS = (64, 96, 128, 256)
 BLOCK_SIZES = (16, 32, 64)
@@ -29,6 +31,13 @@ class TritonOps:
     @classmethod
     def on(cls, device: torch.device) -> "TritonOps":
         return cls(torch.cuda.get_device_properties(device).multi_processor_count)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not suits(x, weight):
+            return F.linear(x, weight, bias)
+        out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+        skinny_linear(out, x, weight, bias)
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -42,16 +42,16 @@ class Transformer:
         for i, layer in enumerate(weights.layers):
             attended = self._attention(i, layer, normed, batch, kv_pool)
             normed, residual = ops.add_rms_norm(attended, residual, layer.mlp_norm, eps)
-            gated = ops.silu_mul(F.linear(normed, layer.gate_up, layer.gate_up_bias))
-            normed, residual = ops.add_rms_norm(F.linear(gated, layer.down, layer.down_bias), residual, next_norms[i], eps)
+            gated = ops.silu_mul(ops.linear(normed, layer.gate_up, layer.gate_up_bias))
+            normed, residual = ops.add_rms_norm(ops.linear(gated, layer.down, layer.down_bias), residual, next_norms[i], eps)
             if on_layer is not None:
                 on_layer(i)
         head = weights.embedding if weights.lm_head is None else weights.lm_head
-        return F.linear(normed[batch.logit_rows], head).float()
+        return ops.linear(normed[batch.logit_rows], head, None).float()
 
     def _attention(self, index: int, layer: LayerWeights[Tensor], normed: Tensor, batch: ForwardBatch, kv_pool: Tensor) -> Tensor:
         config, ops = self.config, self._ops
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(normed.shape[0], -1, config.head_dim)
+        qkv = ops.linear(normed, layer.qkv, layer.qkv_bias).view(normed.shape[0], -1, config.head_dim)
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         q, k, v = torch.split(qkv, heads, dim=1)                                # each [T, its heads, head_dim]
         norms = None
@@ -59,4 +59,4 @@ class Transformer:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.rms_norm_eps)
         q = ops.rope_write_kv(q, k, v, norms, batch.positions, self._cos_sin, kv_pool, index, batch.slots)
         out = ops.paged_attention(q, kv_pool, index, batch.paging, config.head_dim**-0.5, config.windows[index])
-        return F.linear(out.flatten(1), layer.out, layer.out_bias)
+        return ops.linear(out.flatten(1), layer.out, layer.out_bias)

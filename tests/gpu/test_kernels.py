@@ -18,10 +18,12 @@ from harness.kernel_checks import (
     check_rope_alone,
     check_rope_write_kv,
     check_silu_mul,
+    check_skinny_linear,
 )
 from harness.kernel_model import logits_of_steps, random_weights
 from harness.sampling_checks import check_sampling
 
+from diptych.kernels.prefill_attention import PrefillTile
 from diptych.kernels.selection import ops_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -91,6 +93,37 @@ def test_norms(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> Non
 @pytest.mark.parametrize("num_rows", ROWS)
 def test_silu_mul(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> None:
     check_silu_mul(num_rows, n, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336), (4864, 896), (1001, 1008), (3, 16)])
+@pytest.mark.parametrize("m", [1, 7, 16, 33, 64])
+def test_skinny_linear(m: int, n: int, k: int, dtype: torch.dtype, device: Device) -> None:
+    check_skinny_linear(m, n, k, dtype, device)
+
+
+def test_skinny_linear_in_a_graph(device: Device) -> None:
+    x, weight = (torch.randn(rows, 4096, generator=device.generator()).to(device.name, BF16) for rows in (16, 4096))
+    linear = ops_for(torch.device("cuda"), 128, 64, BF16).linear
+    expected, graph = linear(x, weight, None), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = linear(x, weight, None)
+    graph.replay()
+    assert torch.equal(found, expected)
+
+
+PAGED_TILES = [
+    PrefillTile(128, 64, 8, 3, pages=1),
+    PrefillTile(128, 64, 8, 2, pages=1, max_registers=128),
+    PrefillTile(128, 64, 8, 2, pages=2),
+]
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (28, 4), (8, 8)])
+@pytest.mark.parametrize("tile", PAGED_TILES)
+def test_prefill_by_pages(tile: PrefillTile, heads: tuple[int, int], device: Device) -> None:
+    case = AttentionCase(((700, 0), (129, 1000), (1, 70), (64, 64), (2, 0), (33, 5)), heads, 128, 64, dtype=BF16)
+    check_attention(case, device, prefill_tile=tile)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, FP8])

@@ -21,9 +21,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = GPUTarget("cuda", 90, 32)
-LAUNCH_OPTIONS = ("num_warps", "num_stages")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -31,7 +32,7 @@ DIVISIBLE = [["tt.divisibility", 16]]
 class Launch:
     kernel: Any
     arguments: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _kind(value: object) -> str:
         return "constexpr"
     if isinstance(value, torch.Tensor):
         return f"*{POINTEES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTEES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     assert isinstance(value, int), f"{value!r} cannot be a kernel's argument"

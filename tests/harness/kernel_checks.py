@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diptych.kernels import norms, rope_kv, silu_mul
+from diptych.kernels import norms, rope_kv, silu_mul, skinny_linear
 from diptych.kernels.decode_attention import decode_attention
 from diptych.kernels.ops import HeadNorms, Paging
-from diptych.kernels.prefill_attention import prefill_attention
+from diptych.kernels.prefill_attention import PrefillTile, prefill_attention
 from diptych.kernels.reference import ReferenceOps
 from diptych.kernels.triton_ops import TritonOps
 
@@ -136,14 +136,16 @@ def expected_attention(case: AttentionCase, inputs: AttentionInputs) -> Tensor:
     return REFERENCE.paged_attention(inputs.q.float(), inputs.wide_pool, inputs.layer, inputs.paging, case.scale, case.window)
 
 
-def check_attention(case: AttentionCase, device: Device, splits: int = 1, blocks_before: int = 0) -> None:
+def check_attention(
+    case: AttentionCase, device: Device, splits: int = 1, blocks_before: int = 0, prefill_tile: PrefillTile | None = None
+) -> None:
     """Both kernels on one batch: each writes its own sequences' rows, no other place, and leaves the pool as it was."""
     inputs = attention_inputs(case, device, blocks_before)
     pool_before, q_before = bits(inputs.kv_pool), bits(inputs.q)
     decoded, prefilled = Guarded(inputs.q.shape, case.dtype, device), Guarded(inputs.q.shape, case.dtype, device)
     arguments = (inputs.q, inputs.kv_pool, inputs.layer, inputs.paging, case.scale, case.window, inputs.kv_scales)
     decode_attention(decoded.tensor, *arguments, splits)
-    prefill_attention(prefilled.tensor, *arguments)
+    prefill_attention(prefilled.tensor, *arguments, prefill_tile)
     lengths = inputs.paging.query_starts.diff().long()
     is_decode = (lengths == 1).repeat_interleave(lengths)
     assert bool(decoded.tensor[~is_decode].isnan().all()), "the decode kernel wrote a chunk's row"
@@ -179,6 +181,20 @@ def check_silu_mul(num_rows: int, n: int, dtype: torch.dtype, device: Device) ->
     silu_mul.silu_mul(out.tensor, gate_up)
     assert_close(out.tensor, REFERENCE.silu_mul(gate_up.float()), TOLERANCE[dtype], device)
     out.assert_untouched_around()
+
+
+def check_skinny_linear(m: int, n: int, k: int, dtype: torch.dtype, device: Device, tile: skinny_linear.LinearTile | None = None) -> None:
+    """With and without a bias, and twice the same bits."""
+    generator = device.generator()
+    x, weight = (torch.randn(rows, k, generator=generator).to(device.name, dtype) for rows in (m, n))
+    for bias in (None, torch.randn(n, generator=generator).to(device.name, dtype) * k**0.5):
+        out, again = Guarded((m, n), dtype, device), Guarded((m, n), dtype, device)
+        for target in (out, again):
+            skinny_linear.skinny_linear(target.tensor, x, weight, bias, tile)
+            target.assert_untouched_around()
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert_close(out.tensor, expected, TOLERANCE[dtype], device)
+        assert torch.equal(out.tensor, again.tensor)
 
 
 @dataclass(frozen=True)

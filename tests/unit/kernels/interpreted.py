@@ -16,10 +16,13 @@ from harness.kernel_checks import (
     check_rope_alone,
     check_rope_write_kv,
     check_silu_mul,
+    check_skinny_linear,
 )
 from harness.kernel_model import logits_of_steps, random_weights
 from harness.sampling_checks import check_sampling
 
+from diptych.kernels.prefill_attention import PrefillTile
+from diptych.kernels.skinny_linear import LinearTile
 from diptych.kernels.triton_ops import TritonOps
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -64,10 +67,18 @@ def test_decode_attention(case: AttentionCase, splits: int, device: Device) -> N
         AttentionCase(lengths=((3, 60),), heads=(2, 1), head_dim=256, block_size=16, dtype=torch.float16),
         AttentionCase(lengths=((1, 20), (6, 20), (1, 0), (17, 1)), heads=(4, 2)),
         AttentionCase(lengths=((40, 9),), dtype=torch.float16, sharpness=100),
+        AttentionCase(lengths=((1, 9), (40, 90), (3, 0)), heads=(8, 2), head_dim=128, block_size=64, dtype=BF16),      # by pages
+        AttentionCase(lengths=((20, 107),), heads=(7, 1), head_dim=128, block_size=64, dtype=torch.float16, sharpness=100),
     ],
 )
 def test_prefill_attention_beside_decodes(case: AttentionCase, device: Device) -> None:
     check_attention(case, device)
+
+
+@pytest.mark.parametrize("pages", [1, 2])
+def test_prefill_by_pages(pages: int, device: Device) -> None:
+    case = AttentionCase(lengths=((1, 9), (3, 130), (20, 250), (3, 0)), heads=(8, 2), head_dim=128, block_size=64, dtype=BF16)
+    check_attention(case, device, prefill_tile=PrefillTile(32, 64, 4, 2, pages))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
@@ -80,6 +91,12 @@ def test_norms(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> Non
 @pytest.mark.parametrize(("num_rows", "n"), [(1, 1024), (5, 1500), (3, 3)])
 def test_silu_mul(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> None:
     check_silu_mul(num_rows, n, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "k", "splits"), [(1, 64, 128, 1), (3, 40, 336, 3), (17, 33, 96, 1), (5, 32, 256, 2)])
+def test_skinny_linear(m: int, n: int, k: int, splits: int, dtype: torch.dtype, device: Device) -> None:
+    check_skinny_linear(m, n, k, dtype, device, LinearTile(columns=32, depth=64, splits=splits, num_warps=4, num_stages=2))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The Triton kernels compile for sm_90, use its tensor cores and asynchronous copies, and keep everything in registers: no GPU needed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ pytest.importorskip("triton")
 
 from harness.hopper import Launch, Resources, captured, resources
 
-from diptych.kernels import decode_attention, norms, prefill_attention, rope_kv, sampling, silu_mul
+from diptych.kernels import decode_attention, norms, prefill_attention, rope_kv, sampling, silu_mul, skinny_linear
 from diptych.kernels.ops import HeadNorms, Paging
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -63,6 +65,27 @@ def test_attention(
     with captured(prefill_attention, "_prefill_kernel") as launches:
         prefill_attention.prefill_attention(out, q, pool, 31, paging(4), 0.1, window, scales)
     assert "wgmma.mma_async" in compiled(launches[0]).ptx, "products are not on Hopper's own matrix instructions"
+
+
+@pytest.mark.parametrize("pages", [1, 2])
+def test_prefill_by_pages(pages: int) -> None:
+    q, pool = meta(64, 48, 128)[:, :32], meta(20_000, 32, 2, 8, 64, 128)
+    tile = replace(prefill_attention.PAGED, pages=pages, num_stages=2)
+    with captured(prefill_attention, "_prefill_kernel") as launches:
+        prefill_attention.prefill_attention(meta(64, 32, 128), q, pool, 31, paging(4), 0.1, None, None, tile)
+    found = compiled(launches[0])
+    assert "cp.async.bulk.tensor" in found.ptx, "pages are not copied by TMA"
+    assert "wgmma.mma_async" in found.ptx
+
+
+@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize(("n", "k"), [(28_672, 4096), (4096, 14_336), (1001, 1008)])
+def test_skinny_linear(n: int, k: int, m: int) -> None:
+    with captured(skinny_linear, "_linear_kernel", "_sum_kernel") as launches:
+        skinny_linear.skinny_linear(meta(m, n), meta(m, k), meta(n, k), meta(n))
+    product, *total = [compiled(launch) for launch in launches]
+    assert "cp.async.cg" in product.ptx, "weights are not copied asynchronously, 16 bytes at a time"
+    assert len(total) == (n == 4096)
 
 
 @pytest.mark.parametrize("n", [896, 4096, 8192])
