@@ -55,12 +55,16 @@ class PrefillTile:
         """By pages in the case that is worth it, by pointers in every other."""
         group, head_dim = q.shape[1] // kv_pool.shape[3], q.shape[2]
         plain = kv_pool.dtype is q.dtype and q.element_size() == 2 and window is None
-        if plain and (head_dim, kv_pool.shape[4]) == (128, 64) and group <= PAGED.rows:
-            return PAGED
+        if plain and (head_dim, kv_pool.shape[4]) == (128, 64) and group <= SHORT.rows:
+            return LONG if len(q) >= LONG_TOKENS else SHORT
         return cls.of(head_dim, group, q.element_size())
 
 
-PAGED = PrefillTile(rows=128, keys=64, num_warps=8, num_stages=3, pages=1)      # head_dim 128, blocks of 64, 16-bit elements
+# For head_dim 128, blocks of 64, 16-bit elements: the fastest of tests/bench/prefill_sweep.py on an H200. Few tokens make few tiles, so
+# small ones; with many, two programs share an SM, and one computes its softmax while the other multiplies.
+SHORT = PrefillTile(rows=64, keys=64, num_warps=4, num_stages=2, pages=1)
+LONG = PrefillTile(rows=128, keys=64, num_warps=8, num_stages=2, pages=1, max_registers=128)
+LONG_TOKENS = 1536
 
 
 def prefill_attention(

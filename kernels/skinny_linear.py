@@ -35,10 +35,12 @@ class LinearTile:
 
     @classmethod
     def of(cls, n: int, k: int) -> "LinearTile":
-        """About 512 programs, each with four stages of 16 KiB: 32 KiB a multiprocessor must be in flight to saturate HBM3e."""
+        """Four stages of 16 KiB each: 32 KiB a multiprocessor must be in flight to saturate HBM3e. K is split where fewer programs than
+        three quarters of an H100's multiprocessors would be left: fastest on Llama-3-8B's shapes (tests/bench/linear_sweep.py).
+        """
         columns, depth = 64, 128
         programs = triton.cdiv(n, columns)
-        splits = max(1, min(512 // programs, k // (8 * depth), 8))
+        splits = 1 if programs >= 96 else max(1, min(256 // programs, k // (8 * depth)))
         return cls(columns, depth, splits, num_warps=4, num_stages=4)
 
 
