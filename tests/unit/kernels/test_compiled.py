@@ -67,10 +67,9 @@ def test_attention(
     assert "wgmma.mma_async" in compiled(launches[0]).ptx, "products are not on Hopper's own matrix instructions"
 
 
-@pytest.mark.parametrize("pages", [1, 2])
-def test_prefill_by_pages(pages: int) -> None:
+@pytest.mark.parametrize("tile", [prefill_attention.SHORT, prefill_attention.LONG])
+def test_prefill_by_pages(tile: prefill_attention.PrefillTile) -> None:
     q, pool = meta(64, 48, 128)[:, :32], meta(20_000, 32, 2, 8, 64, 128)
-    tile = replace(prefill_attention.LONG, pages=pages, max_registers=128 if pages == 1 else None)
     with captured(prefill_attention, "_prefill_kernel") as launches:
         prefill_attention.prefill_attention(meta(64, 32, 128), q, pool, 31, paging(4), 0.1, None, None, tile)
     found = compiled(launches[0])
