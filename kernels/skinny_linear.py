@@ -25,7 +25,7 @@ SUM_COLUMNS = 1024
 
 @dataclass(frozen=True)
 class LinearTile:
-    """What is compiled in. columns × depth weights are one stage of the pipeline; K is cut into `splits` shares."""
+    """What is compiled in. columns × depth weights are a stage of the pipeline, k is cut into `splits`."""
 
     columns: int
     depth: int
@@ -35,7 +35,7 @@ class LinearTile:
 
     @classmethod
     def of(cls, n: int, k: int) -> "LinearTile":
-        """About 512 programs, each with four stages of 16 KiB: 32 KiB a multiprocessor must be in flight to saturate HBM3e."""
+        """Stages of 16 KiB, and where n is small as many splits as make 512 programs."""
         columns, depth = 64, 128
         programs = triton.cdiv(n, columns)
         splits = max(1, min(512 // programs, k // (8 * depth), 8))
@@ -50,7 +50,8 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 def takes(x: Tensor, weight: Tensor) -> bool:
     """k is a multiple of 16 elements, else rows do not start where 16-byte copies may."""
     sixteen_bits = x.dtype is weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return sixteen_bits and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and x.shape[1] % 16 == 0
+    contiguous = x.is_contiguous() and weight.is_contiguous()
+    return sixteen_bits and contiguous and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and x.shape[1] % 16 == 0
 
 
 def skinny_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None) -> None:
