@@ -38,7 +38,6 @@ class PrefillTile:
     num_stages: int
     pages: int = 0                        # that one step of the loop takes by TMA, `keys` in each; 0: keys come by pointers
     max_registers: int | None = None      # of a thread, where two programs are to share an SM
-    specialised: bool = False             # warps that only copy, warps that only compute
 
     @classmethod
     def of(cls, head_dim: int, group: int, element_bytes: int) -> "PrefillTile":
@@ -89,7 +88,7 @@ def prefill_attention(
         out.stride(0), out.stride(1), q.stride(0), q.stride(1), paging.block_tables.stride(0), kv_pool.stride(0), layer * kv_pool.stride(1),
         QUERIES=queries, GROUP=group, ROWS=tile.rows, WINDOW=window,
         TILE=tile.keys, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-        PAGES=tile.pages, SPECIALISED=tile.specialised,
+        PAGES=tile.pages,
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
     )  # fmt: skip
 
@@ -113,7 +112,7 @@ def _prefill_kernel(
     out_row_stride, out_head_stride, q_row_stride, q_head_stride, table_stride, block_stride, layer_offset,
     QUERIES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAGES: tl.constexpr, SPECIALISED: tl.constexpr,
+    PAGES: tl.constexpr,
 ):  # fmt: skip
     kv_head, kv_heads = tl.program_id(0), tl.num_programs(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -155,7 +154,7 @@ def _prefill_kernel(
         accumulator, row_sum = attend_pages(
             query, accumulator, row_max, row_sum, positions, end, earlier + num_queries, table, pages,
             first_page_row, (block_stride // HEAD_DIM).to(tl.int32), kv_heads * BLOCK_SIZE, scale,
-            first_position, TILE, PAGES, SPECIALISED,
+            first_position, TILE, PAGES,
         )  # fmt: skip
     else:
         keys = kv_pool + layer_offset + kv_head * (BLOCK_SIZE * HEAD_DIM)

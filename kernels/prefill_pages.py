@@ -16,7 +16,7 @@ import triton.language as tl
 @triton.jit
 def attend_pages(
     query, accumulator, row_max, row_sum, positions, end, context, table, pages, first_row, block_rows, value_rows, scale, first_position,
-    PAGE: tl.constexpr, PAGES: tl.constexpr, SPECIALISED: tl.constexpr,
+    PAGE: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """→ the accumulator and the sums of weights, after the keys 0 … end - 1.
 
@@ -27,7 +27,7 @@ def attend_pages(
     last = tl.maximum(end - 1, 0) // PAGE
     block = tl.load(table)
     if PAGES == 1:
-        for at in tl.range(0, diagonal, PAGE, warp_specialize=SPECIALISED):
+        for at in tl.range(0, diagonal, PAGE):
             row = first_row + block * block_rows
             block = tl.load(table + tl.minimum(at // PAGE + 1, last))
             keys = pages.load([row, 0])
@@ -41,7 +41,7 @@ def attend_pages(
             row_max = new_max
     else:
         second = tl.load(table + tl.minimum(1, last))
-        for at in tl.range(0, diagonal, 2 * PAGE, warp_specialize=SPECIALISED):
+        for at in tl.range(0, diagonal, 2 * PAGE):
             row, second_row = first_row + block * block_rows, first_row + second * block_rows
             block = tl.load(table + tl.minimum(at // PAGE + 2, last))
             second = tl.load(table + tl.minimum(at // PAGE + 3, last))

@@ -25,7 +25,7 @@ SUM_COLUMNS = 1024
 
 @dataclass(frozen=True)
 class LinearTile:
-    """What is compiled in. columns × depth weights are one stage of the pipeline; K is cut into `splits` shares."""
+    """What is compiled in. columns × depth weights are a stage of the pipeline, k is cut into `splits`."""
 
     columns: int
     depth: int
@@ -52,7 +52,8 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 def takes(x: Tensor, weight: Tensor) -> bool:
     """k is a multiple of 16 elements, else rows do not start where 16-byte copies may."""
     sixteen_bits = x.dtype is weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return sixteen_bits and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous() and x.shape[1] % 16 == 0
+    contiguous = x.is_contiguous() and weight.is_contiguous()
+    return sixteen_bits and contiguous and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and x.shape[1] % 16 == 0
 
 
 def skinny_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None) -> None:

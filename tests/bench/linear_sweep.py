@@ -1,6 +1,7 @@
-"""The skinny product's tiles beside cuBLAS at Llama-3-8B's shapes, on one GPU: `python tests/bench/linear_sweep.py`. µs, and TB/s of weights.
+"""The skinny product's tiles beside cuBLAS at Llama-3-8B's shapes, on one GPU: `python tests/bench/linear_sweep.py`.
 
-A measurement is one CUDA graph over copies of the weights that together exceed the L2 cache: every product finds its weights cold.
+Columns are µs and TB/s of weights. A measurement is one CUDA graph over copies of the weights that together exceed the L2 cache:
+every product finds its weights cold.
 """
 
 from collections.abc import Callable

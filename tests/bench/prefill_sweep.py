@@ -74,7 +74,8 @@ def main() -> None:
     for tile in TILES:
         try:
             error = error_of(tile)
-            print(row(f"{tile}", lambda length, tile=tile: ours(tile, length)) if error < 1e-2 else f"error {error:.1e}  {tile}", flush=True)
+            assert error < 1e-2, f"error {error:.1e}"
+            print(row(str(tile), lambda length, tile=tile: ours(tile, length)), flush=True)
         except Exception as failure:      # one that does not compile must not hide the others
             print(f"{type(failure).__name__}: {str(failure)[-160:]!r}  {tile}", flush=True)
 

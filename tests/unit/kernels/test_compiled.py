@@ -1,6 +1,5 @@
 """The Triton kernels compile for sm_90, use its tensor cores and asynchronous copies, and keep everything in registers: no GPU needed."""
 
-from dataclasses import replace
 
 import pytest
 import torch
