@@ -19,8 +19,10 @@ from harness.kernel_checks import (
     check_skinny_linear,
 )
 from harness.kernel_model import logits_of_steps, random_weights
+from harness.push_checks import check_push
 from harness.sampling_checks import check_sampling
 
+from diptych.kernels.page_push import PushShape
 from diptych.kernels.prefill_attention import PrefillTile
 from diptych.kernels.skinny_linear import LinearTile
 from diptych.kernels.triton_ops import TritonOps
@@ -136,3 +138,9 @@ def test_a_model_over_the_kernels(device: Device) -> None:
 
 def test_sampling(device: Device) -> None:
     check_sampling(300, device, tile=256, rows_of_each=1)
+
+
+@pytest.mark.parametrize(("page_words", "num_pages"), [(256, 9), (1024, 3), (96, 7), (2048, 1), (64, 0)])
+def test_page_push(page_words: int, num_pages: int) -> None:
+    """Several pages to a tile, several tiles to a page, pages that are no power of two, none."""
+    check_push(page_words, num_pages, PushShape(num_programs=3, num_warps=4, tile_bytes=4096), torch.device("cpu"))

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from harness.hopper import Launch, Resources, captured, resources
 
-from diptych.kernels import decode_attention, norms, prefill_attention, rope_kv, sampling, silu_mul, skinny_linear
+from diptych.kernels import decode_attention, norms, page_push, prefill_attention, rope_kv, sampling, silu_mul, skinny_linear
 from diptych.kernels.ops import HeadNorms, Paging
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -124,3 +124,19 @@ def test_sampling() -> None:
     with captured(sampling, "_sample_kernel") as launches:
         sampling.sample(meta(rows, 128_256, dtype=fp32), sampling.Draws(top_k=meta(rows, dtype=torch.int32), **columns))
     assert "ld.global.v4" in compiled(launches[0]).ptx
+
+
+@pytest.mark.parametrize("page_bytes", [2048, 4096, 65_536, 98_304, 262_144])
+@pytest.mark.parametrize("num_warps", [8, 16, 32])
+def test_page_push(page_bytes: int, num_warps: int) -> None:
+    int64 = torch.int64
+    counting = page_push.Counting(meta(4096, dtype=int64), 7, 99, meta(1, dtype=torch.int32))
+    shape = page_push.PushShape(num_programs=24, num_warps=num_warps, tile_bytes=min(num_warps, 16) << 11)
+    with captured(page_push, "_push_kernel") as launches:
+        pool = meta(1 << 20, dtype=int64)
+        page_push.push_pages(pool, pool, meta(198, dtype=int64), 99, page_bytes // 8, counting, shape)
+    found = compiled(launches[0])
+    assert found.registers <= REGISTERS_OF_AN_SM // (32 * num_warps)
+    assert "ld.global.v2.b64" in found.ptx
+    assert "st.global.v2.b64" in found.ptx
+    assert "acq_rel.sys" in found.ptx or "sys.acq_rel" in found.ptx, "the count could run ahead of its pages"

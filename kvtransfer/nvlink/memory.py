@@ -1,0 +1,137 @@
+"""Pools in GPU memory: one plain allocation each, how another process finds it, and its mapping there."""
+
+import secrets
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from msgspec import Struct
+
+from ...messages.errors import ClusterError, LayoutMismatch, PeerGone
+from ...messages.membership import MemoryDescriptor
+from ..shm import HEADER_BYTES, host_identity
+from . import cudart
+from .counters import PeerCounters
+
+VERSION = 1
+GRANULE_BYTES = 2 << 20
+"""The driver shares memory in pieces of this size: a pool that fills its pieces exposes nobody else's allocations."""
+
+THIS_PROCESS = secrets.token_bytes(16)
+"""Process ids would not do: containers that share /dev/shm may have equal ones."""
+
+
+class Location(Struct, frozen=True, array_like=True):
+    """What a writer must know of a pool; packed into MemoryDescriptor.location."""
+
+    version: int
+    process: bytes                # THIS_PROCESS of the owner: nobody can open a handle of its own
+    handle: bytes                 # cudaIpcMemHandle_t
+    address: int                  # in the owner's process
+    device: int                   # in the owner's numbering
+    num_bytes: int
+    counters: str                 # the segment's name
+
+    def pack(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @staticmethod
+    def unpack(packed: bytes) -> "Location":
+        """Raises PeerGone."""
+        try:
+            location = msgspec.msgpack.decode(packed, type=Location)
+        except msgspec.MsgspecError as error:
+            raise PeerGone(f"{len(packed)} bytes are no location of transport nvlink: {error}") from None
+        if location.version != VERSION or len(location.handle) != cudart.HANDLE_BYTES:
+            raise PeerGone(f"location of version {location.version} with a handle of {len(location.handle)} bytes, {VERSION} is known here")
+        return location
+
+
+def check_descriptor(descriptor: MemoryDescriptor, page_bytes: int) -> Location:
+    """Raises PeerGone (another host, nothing of ours), LayoutMismatch (pages of another size)."""
+    if descriptor.page_bytes != page_bytes:
+        raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {page_bytes} here")
+    if descriptor.host != host_identity():
+        raise PeerGone(f"GPU memory of {descriptor.host}, this is {host_identity()}")
+    return Location.unpack(descriptor.location)
+
+
+class DeviceMemory:
+    """Zeros on the current device; freed with the last tensor over it. Raises ClusterError with the sizes."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = -(-num_bytes // GRANULE_BYTES) * GRANULE_BYTES
+        self._address: int | None = None
+        try:
+            torch.cuda.empty_cache()               # what torch holds back would be missing here
+            self._address = cudart.allocate(self.num_bytes)
+        except cudart.CudaError as error:
+            free, total = torch.cuda.mem_get_info()
+            text = f"{self.num_bytes} bytes of GPU memory wanted for the KV pool, {free} of {total} free: {error}"
+            raise ClusterError(text) from None
+        self.address = self._address
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        return {"shape": (self.num_bytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
+
+    def __del__(self) -> None:
+        if self._address is not None:
+            try:
+                cudart.free(self._address)
+            except cudart.CudaError:
+                pass                               # the process ends, and CUDA has gone first
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """[num_bytes] uint8; keeps the memory."""
+        return torch.as_tensor(self, device=device)
+
+
+@dataclass(frozen=True)
+class RemotePool:
+    """A peer's pool, mapped: what the kernel takes for a tensor of words."""
+
+    address: int
+    dtype: torch.dtype = torch.int64
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class PeerMemory:
+    """A peer's pool and counters in this process. Raises PeerGone, LayoutMismatch."""
+
+    def __init__(self, location: Location, pool_bytes: int, device: int) -> None:
+        if not 0 < pool_bytes <= location.num_bytes:
+            raise LayoutMismatch(f"{pool_bytes} bytes of pages announced, the memory has {location.num_bytes}")
+        self._counters = PeerCounters(location.counters)
+        self._opened: int | None = None
+        self._registered = False
+        try:
+            counters = cudart.map_host(self._counters.address, HEADER_BYTES)
+            self._registered = True
+            self.pool, self.counters = RemotePool(self._open(location, device)), RemotePool(counters)
+        except cudart.CudaError as error:
+            self.close()
+            raise PeerGone(f"cannot map {location.num_bytes} bytes of {location.counters}: {error}") from None
+        except PeerGone:
+            self.close()
+            raise
+
+    def _open(self, location: Location, device: int) -> int:
+        if location.process == THIS_PROCESS:
+            if location.device != device:
+                raise PeerGone(f"cuda:{location.device} and cuda:{device} of one process: each GPU needs its own")
+            return location.address
+        address = cudart.ipc_open(location.handle)
+        self._opened = address
+        return address
+
+    def close(self) -> None:
+        if self._opened is not None:
+            cudart.ipc_close(self._opened)
+            self._opened = None
+        if self._registered:
+            cudart.unmap_host(self._counters.address)
+            self._registered = False
+        self._counters.close()

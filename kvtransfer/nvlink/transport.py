@@ -1,0 +1,262 @@
+"""Transport for GPUs of one host: the writer's GPU stores pages right into the receiver's pool, which is mapped by CUDA IPC.
+
+    engine's stream   … layer group ──●── next layers …
+                                      │ event
+    side stream                       └─► ids ─► pages ═══ NVLink ═══► pool;  then the count ─── PCIe ──► receiver's host memory
+
+The receiver's GPU and CPU do nothing; it reads its counters, which are host memory. A count is raised by a load and a store of the
+writer's GPU: a counter has one writer at a time, and it stays right whenever the receiver resets it. What has been launched cannot be
+called back, so `stop` waits for it; no call here waits for the GPU otherwise, except those that unmap.
+
+Deaths. A dead writer's GPU context ends with its process: nothing of it writes once the process is gone. A dead receiver's memory stays
+valid for as long as a writer maps it: late writes land where nobody reads. A new life has a new handle and new counters.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ...kernels.page_push import DEFAULT_SHAPE, VECTOR_BYTES, WORD_BYTES, Addressable, Counting, PushShape, push_pages
+from ...messages.errors import ClusterError, PeerGone, TransferError
+from ...messages.ids import Epoch, Imm, WorkerId
+from ...messages.membership import MemoryDescriptor
+from ..layout import KVLayout
+from ..shm import host_identity, sweep_orphans
+from ..transport import NUM_IMMS, KVPool, Peer, TransferStats
+from . import cudart
+from .counters import OwnCounters
+from .memory import THIS_PROCESS, VERSION, DeviceMemory, Location, PeerMemory, check_descriptor
+from .pages import Slot, Slots, check_pages, runs_of
+
+POLL_S = 2e-5
+UNMAP_TIMEOUT_S = 30.0
+HIGH_PRIORITY = -1
+"""Of the side stream: its few programs get the next SM that is free, where at the engine's own priority they would queue behind all
+programs of the kernel that is running, and pages would leave only between kernels."""
+
+Key = tuple[bytes, Imm]
+
+
+@dataclass(frozen=True)
+class _Write:
+    """On the side stream; ended when its second event has happened."""
+
+    key: Key
+    num_pages: int
+    slot: Slot
+    started: torch.cuda.Event
+    ended: torch.cuda.Event
+
+
+@dataclass(frozen=True)
+class _Target:
+    memory: PeerMemory
+    num_pages: int
+
+
+class NvlinkTransport:
+    """For one thread. `engine` says what moves pages: SMs ("sm") or copy engines ("copy")."""
+
+    name = "nvlink"
+
+    def __init__(
+        self, cluster: str, worker_id: WorkerId, epoch: Epoch, device: torch.device,
+        engine: Literal["sm", "copy"] = "sm", shape: PushShape = DEFAULT_SHAPE,
+    ) -> None:  # fmt: skip
+        self._names = (cluster, worker_id, epoch)
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._engine, self._shape = engine, shape
+        self._own: DeviceMemory | None = None
+        self._counters: OwnCounters | None = None
+        self._targets: dict[bytes, _Target] = {}
+        self._writes: deque[_Write] = deque()
+        self._num_pending: dict[Key, int] = {}
+        self._busy_s: dict[Key, float] = {}
+        self._stats = TransferStats()
+        self._free_events: list[torch.cuda.Event] = []
+
+    # the receiver's side
+
+    def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
+        if layout.page_bytes % VECTOR_BYTES:
+            raise ClusterError(f"transport nvlink moves pages of whole {VECTOR_BYTES} bytes, not of {layout.page_bytes}")
+        sweep_orphans(self._names[0])
+        pool_bytes = num_blocks * layout.block_bytes
+        with torch.cuda.device(self._device):
+            self._own = DeviceMemory(pool_bytes)
+            self._counters = OwnCounters(*self._names)
+            memory = self._own.tensor(self._device)[:pool_bytes].zero_()
+            self._words = memory.view(torch.int64)
+            self._page_bytes, self._block_bytes = layout.page_bytes, layout.block_bytes
+            self._num_pages = num_blocks * layout.num_layers
+            self._prepare_writing()
+        return KVPool(layout, memory.view(layout.dtype).view(layout.shape(num_blocks)))
+
+    def _prepare_writing(self) -> None:
+        """All that takes long the first time: stream, pinned memory, the kernel's compilation."""
+        self._stream = torch.cuda.Stream(self._device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):           # whose allocations nobody else has used before
+            self._slots = Slots(self._device)
+            self._arrived = torch.zeros(1, dtype=torch.int32, device=self._device)
+            nowhere = Counting(torch.zeros(1, dtype=torch.int64, device=self._device), 0, 0, self._arrived)
+            slot = self._slots.take(0)
+            self._launch(self._words, slot, 0, nowhere)
+            self._slots.give_back(slot)
+        self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(self._device)
+
+    def register(self, pool: KVPool) -> MemoryDescriptor:
+        assert self._own is not None
+        assert self._counters is not None
+        assert self._device.index is not None
+        with torch.cuda.device(self._device):
+            handle = cudart.ipc_handle(self._own.address)
+        where = (self._own.address, self._device.index, self._own.num_bytes, self._counters.name)
+        return MemoryDescriptor(
+            transport=self.name,
+            host=host_identity(),
+            location=Location(VERSION, THIS_PROCESS, handle, *where).pack(),
+            num_blocks=pool.num_blocks,
+            page_bytes=pool.layout.page_bytes,
+            num_imms=NUM_IMMS,
+        )
+
+    def num_landed(self, imm: Imm) -> int:
+        assert self._counters is not None
+        return self._counters.read(imm)
+
+    def reset(self, imm: Imm) -> None:
+        assert self._counters is not None
+        self._counters.reset(imm)
+
+    # the writer's side
+
+    def connect(self, descriptor: MemoryDescriptor) -> Peer:
+        location = check_descriptor(descriptor, self._page_bytes)
+        if descriptor.location not in self._targets:
+            assert self._device.index is not None
+            with torch.cuda.device(self._device):
+                memory = PeerMemory(location, descriptor.num_blocks * self._block_bytes, self._device.index)
+            num_pages = descriptor.num_blocks * (self._block_bytes // self._page_bytes)
+            self._targets[descriptor.location] = _Target(memory, num_pages)
+        return Peer(descriptor)
+
+    def disconnect(self, peer: Peer) -> None:
+        """Raises RuntimeError if the writes do not end in UNMAP_TIMEOUT_S: the GPU hangs, and the process must not go on."""
+        if peer.descriptor.location in self._targets:
+            self._unmap(peer.descriptor.location)
+
+    def _unmap(self, location: bytes) -> None:
+        if not self._poll_until(lambda: all(key[0] != location for key in self._num_pending), UNMAP_TIMEOUT_S):
+            raise RuntimeError(f"writes to a peer have not ended in {UNMAP_TIMEOUT_S} s")
+        target = self._targets.pop(location)
+        self._busy_s = {key: busy_s for key, busy_s in self._busy_s.items() if key[0] != location}
+        with torch.cuda.device(self._device):
+            target.memory.close()
+
+    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+        target = self._targets.get(peer.descriptor.location)
+        if target is None:
+            raise PeerGone(f"the peer of {len(dst_pages)} pages for counter {imm} is not connected")
+        if len(src_pages) != len(dst_pages) or not 0 <= imm < NUM_IMMS:
+            raise TransferError(f"{len(src_pages)} pages to {len(dst_pages)} places, counter {imm} of {NUM_IMMS}")
+        if not len(src_pages):
+            return
+        self._settle()
+        slot = self._slots.take(len(src_pages))
+        try:
+            here, there = slot.fill(src_pages, dst_pages)
+            check_pages(here, self._num_pages, "here")
+            check_pages(there, target.num_pages, "there")
+        except BaseException:
+            self._slots.give_back(slot)
+            raise
+        self._start(target, slot, len(src_pages), (peer.descriptor.location, imm))
+
+    def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
+        key = (peer.descriptor.location, imm)
+        stopped = self._poll_until(lambda: key not in self._num_pending, timeout_s)
+        if stopped:
+            self._busy_s.pop(key, None)
+        return stopped
+
+    def busy_s(self, peer: Peer, imm: Imm) -> float:
+        self._settle()
+        return self._busy_s.get((peer.descriptor.location, imm), 0.0)
+
+    @property
+    def stats(self) -> TransferStats:
+        self._settle()
+        return self._stats
+
+    def close(self) -> None:
+        """The pool's memory goes with its last tensor."""
+        for location in list(self._targets):
+            self._unmap(location)
+        if self._counters is not None:
+            self._counters.close()
+            self._counters = None
+        if self._own is not None:
+            del self._words
+            self._own = None
+
+    # the side stream
+
+    def _start(self, target: _Target, slot: Slot, num_pages: int, key: Key) -> None:
+        write = _Write(key, num_pages, slot, self._event(), self._event())
+        self._ready.record(torch.cuda.current_stream(self._device))
+        self._stream.wait_event(self._ready)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            write.started.record(self._stream)
+            counting = Counting(target.memory.counters, key[1], num_pages, self._arrived)
+            if self._engine == "copy":
+                self._copy(target.memory.pool.address, slot, num_pages)
+                self._launch(target.memory.pool, slot, 0, counting)
+            else:
+                cudart.copy(slot.on_device.data_ptr(), slot.pinned.data_ptr(), 2 * num_pages * 8, self._stream.cuda_stream)
+                self._launch(target.memory.pool, slot, num_pages, counting)
+            write.ended.record(self._stream)
+        self._writes.append(write)
+        self._num_pending[key] = self._num_pending.get(key, 0) + 1
+
+    def _launch(self, target: Addressable, slot: Slot, num_pages: int, counting: Counting) -> None:
+        push_pages(self._words, target, slot.on_device, num_pages, self._page_bytes // WORD_BYTES, counting, self._shape)
+
+    def _copy(self, target: int, slot: Slot, num_pages: int) -> None:
+        ids = slot.pinned.numpy()
+        lengths, here, there = runs_of(ids[:num_pages], ids[num_pages : 2 * num_pages])
+        sources = (self._words.data_ptr() + here * self._page_bytes).tolist()
+        targets = (target + there * self._page_bytes).tolist()
+        cudart.copy_all(targets, sources, (lengths * self._page_bytes).tolist(), self._stream.cuda_stream)
+
+    def _event(self) -> torch.cuda.Event:
+        if self._free_events:
+            return self._free_events.pop()
+        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def _settle(self) -> None:
+        """Accounts for what has ended; writes end in the order of their start. Raises torch's error if the GPU reports one."""
+        while self._writes and self._writes[0].ended.query():  # type: ignore[no-untyped-call]
+            write = self._writes.popleft()
+            seconds = write.started.elapsed_time(write.ended) / 1e3
+            self._busy_s[write.key] = self._busy_s.get(write.key, 0.0) + seconds
+            self._stats = self._stats.plus(write.num_pages, write.num_pages * self._page_bytes, seconds)
+            self._num_pending[write.key] -= 1
+            if not self._num_pending[write.key]:
+                del self._num_pending[write.key]
+            self._slots.give_back(write.slot)
+            self._free_events += [write.started, write.ended]
+
+    def _poll_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        give_up_at = time.monotonic() + timeout_s
+        while True:
+            self._settle()
+            if condition():
+                return True
+            if time.monotonic() >= give_up_at:
+                return False
+            time.sleep(POLL_S)

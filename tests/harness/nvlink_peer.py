@@ -1,0 +1,242 @@
+"""An `nvlink` transport in a process of its own, called over a pipe: what is killed and stopped in the tests and measured in the benchmark.
+
+The process that calls it needs no CUDA. `gpu` becomes the only GPU that the process sees, as Ray sets it up.
+"""
+
+import array
+import multiprocessing as mp
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from diptych.kvtransfer.layout import KVLayout
+from diptych.kvtransfer.transport import Peer
+from diptych.messages.errors import DiptychError
+from diptych.messages.ids import Epoch, Imm, WorkerId
+from diptych.messages.membership import MemoryDescriptor
+
+CALL_TIMEOUT_S = 90.0
+"""Of the slowest call, which starts CUDA and compiles the kernel."""
+
+
+def byte_layout(page_bytes: int) -> KVLayout:
+    """One layer, so that a page is a block."""
+    return KVLayout("bytes", torch.uint8, num_layers=1, num_kv_heads=1, head_dim=page_bytes // 32, block_size=16)
+
+
+def shuffled(num_pages: int, seed: int) -> "array.array[int]":
+    return array.array("q", random.Random(seed).sample(range(num_pages), num_pages))
+
+
+class Served:
+    """What runs in the process; `NvlinkPeer.call` reaches its methods from the other side of the pipe."""
+
+    def __init__(self, cluster: str, worker: str, epoch: int) -> None:
+        torch.set_num_threads(1)
+        torch.cuda.set_device(0)
+        self._names = (cluster, WorkerId(worker), Epoch(epoch))
+        self._peers: dict[bytes, Peer] = {}
+        self._transport: Any = None
+
+    def open(self, page_bytes: int, num_pages: int, engine: str = "sm", shape: tuple[int, int, int] | None = None) -> MemoryDescriptor:
+        """A fresh transport and pool; shape: programs, warps, tile bytes."""
+        from diptych.kernels.page_push import DEFAULT_SHAPE, PushShape
+        from diptych.kvtransfer.nvlink.transport import NvlinkTransport
+
+        self.close()
+        push = DEFAULT_SHAPE if shape is None else PushShape(*shape)
+        self._transport = NvlinkTransport(*self._names, torch.device("cuda"), engine, push)  # type: ignore[arg-type]
+        self._pool = self._transport.allocate(byte_layout(page_bytes), num_pages)
+        self._pages = self._pool.tensor.view(num_pages, page_bytes)
+        return self._transport.register(self._pool)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = self._pool = self._pages = None
+            self._peers.clear()
+
+    # the receiver's side
+
+    def reset(self, imm: int) -> None:
+        self._transport.reset(Imm(imm))
+
+    def num_landed(self, imm: int) -> int:
+        return int(self._transport.num_landed(Imm(imm)))
+
+    def landed_at(self, imm: int, num_pages: int, timeout_s: float) -> float:
+        """The monotonic clock, which all processes of a host share, when that many were counted."""
+        give_up_at = time.monotonic() + timeout_s
+        while self._transport.num_landed(Imm(imm)) < num_pages:
+            if time.monotonic() > give_up_at:
+                raise TimeoutError(f"{self.num_landed(imm)} of {num_pages} pages after {timeout_s} s")
+        return time.monotonic()
+
+    def read_when_counted(self, imm: int, num_pages: int, timeout_s: float) -> list[int]:
+        self.landed_at(imm, num_pages, timeout_s)
+        return self.sums()
+
+    # the pool
+
+    def fill(self, seed: int) -> list[int]:
+        """Random bytes; their sums."""
+        generator = torch.Generator(device="cuda").manual_seed(seed)
+        self._pages.copy_(torch.randint(0, 256, self._pages.shape, dtype=torch.uint8, device="cuda", generator=generator))
+        return self.sums()
+
+    def sums(self) -> list[int]:
+        """Of each page: every 8 bytes count with their place."""
+        words = self._pages.view(torch.int64)
+        return (words * torch.arange(1, 2 * words.shape[1], 2, device="cuda")).sum(1).tolist()  # type: ignore[no-any-return]
+
+    # the writer's side
+
+    def connect(self, target: MemoryDescriptor) -> None:
+        self._peers[target.location] = self._transport.connect(target)
+
+    def disconnect(self, target: MemoryDescriptor) -> None:
+        self._transport.disconnect(self._peers.get(target.location, Peer(target)))
+
+    def write(self, target: MemoryDescriptor, src: Any, dst: Any, imm: int, num_times: int = 1) -> float:
+        """The monotonic clock just before."""
+        peer = self._peers.get(target.location, Peer(target))
+        started = time.monotonic()
+        for _ in range(num_times):
+            self._transport.write_pages(peer, src, dst, Imm(imm))
+        return started
+
+    def write_for_ever(self, target: MemoryDescriptor, src: Any, dst: Any, imm: int) -> None:
+        while True:
+            self.write(target, src, dst, imm)
+            self.stop(target, imm, 0.01)
+
+    def stop(self, target: MemoryDescriptor, imm: int, timeout_s: float) -> bool:
+        return bool(self._transport.stop(self._peers.get(target.location, Peer(target)), Imm(imm), timeout_s))
+
+    def busy_s(self, target: MemoryDescriptor, imm: int) -> float:
+        return float(self._transport.busy_s(self._peers[target.location], Imm(imm)))
+
+    def stats(self) -> tuple[int, int, float]:
+        stats = self._transport.stats
+        return stats.num_pages, stats.num_bytes, stats.busy_s
+
+    def stall(self, seconds: float) -> None:
+        """The engine's stream is busy for about that long: what is written next waits for it."""
+        torch.cuda._sleep(int(seconds * 1.9e9))
+
+    # work beside the pages
+
+    def work(self, kind: str, num_times: int) -> float:
+        """Milliseconds of one 8192³ product, or of one device copy of 1 GiB, over so many in a row."""
+        once = self._work_of(kind)
+        for _ in range(3):
+            once()
+        return _elapsed_ms(once, num_times)
+
+    def work_and_write(self, kind: str, num_times: int, target: MemoryDescriptor, src: Any, dst: Any, num_writes: int) -> float:
+        """The same while pages leave: each product starts so many writes, which wait for nothing of it."""
+        once, beside = self._work_of(kind), torch.cuda.Stream()
+        for _ in range(3):
+            once()
+
+        def both() -> None:
+            with torch.cuda.stream(beside):
+                self.write(target, src, dst, 0, num_writes)
+            once()
+
+        elapsed = _elapsed_ms(both, num_times)
+        self.stop(target, 0, 30.0)
+        return elapsed
+
+    def _work_of(self, kind: str) -> Any:
+        if kind == "gemm":
+            a, b, c = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+            return lambda: torch.mm(a, b, out=c)
+        source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+        return lambda: target.copy_(source)
+
+
+def _elapsed_ms(once: Any, num_times: int) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
+    for _ in range(num_times):
+        once()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / num_times
+
+
+def serve(pipe: Connection, cluster: str, worker: str, epoch: int) -> None:
+    served = Served(cluster, worker, epoch)
+    while True:
+        method, arguments = pipe.recv()
+        if method == "end":
+            served.close()
+            return
+        try:
+            pipe.send(getattr(served, method)(*arguments))
+        except Exception as error:
+            pipe.send(error if isinstance(error, DiptychError | TimeoutError) else RuntimeError(f"{worker}: {error!r}"))
+
+
+class NvlinkPeer:
+    def __init__(self, cluster: str, worker: str, gpu: int, epoch: int = 1) -> None:
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, cluster, worker, epoch), daemon=True)
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = before.split(",")[gpu] if before else str(gpu)
+        try:
+            self.process.start()
+        finally:
+            if before is None:
+                del os.environ["CUDA_VISIBLE_DEVICES"]
+            else:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+    def call(self, method: str, *arguments: object) -> Any:
+        self.tell(method, *arguments)
+        return self.answer()
+
+    def tell(self, method: str, *arguments: object) -> None:
+        """Does not wait; `answer` has the result."""
+        self.pipe.send((method, arguments))
+
+    def answer(self) -> Any:
+        if not wait([self.pipe, self.process.sentinel], CALL_TIMEOUT_S) or not self.pipe.poll():
+            raise TimeoutError(f"process {self.process.pid} did not answer in {CALL_TIMEOUT_S} s; exit code {self.process.exitcode}")
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def kill(self) -> None:
+        """SIGKILL; returns when the process is gone."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join(20.0)
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def end(self) -> None:
+        if self.process.is_alive():
+            self.pipe.send(("end", ()))
+            self.process.join(20.0)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join(20.0)
+
+
+@contextmanager
+def nvlink_peer(cluster: str, worker: str, gpu: int, epoch: int = 1) -> Iterator[NvlinkPeer]:
+    peer = NvlinkPeer(cluster, worker, gpu, epoch)
+    try:
+        yield peer
+    finally:
+        peer.end()
