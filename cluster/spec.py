@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from ..kvtransfer.selection import what_is_wrong
 from ..messages.errors import SpecError
 from ..models.embedded.path import embedded_model_path
 from .router.registry import POLICIES
@@ -171,12 +172,9 @@ def _impossible(spec: Spec) -> list[str]:
         found.append(f"router.policy: {spec.router.policy!r} is unknown; known: {', '.join(POLICIES)}")
     if spec.router.processes > 1 and spec.router.port == 0:
         found.append(f"router.port: must be a fixed port, since {spec.router.processes} processes share it")
-    if not spec.transfer.transports:
-        found.append("transfer.transports: must name at least one")
-    unknown = [transport for transport in spec.transfer.transports if transport != "shm"]
-    found.extend(f"transfer.transports: {transport!r} is not there yet; known: shm" for transport in unknown)
+    found.extend(f"transfer.transports: {problem}" for problem in what_is_wrong(spec.transfer.transports, spec.model.device))
     if spec.model.device is Device.CUDA:
-        found.append("model.device: 'cuda' is not there yet: the transport shm moves CPU memory only")
+        found.append("model.device: 'cuda' is not there yet: no transport moves GPU memory")
     pools = {"prefill": spec.pools.prefill, "decode": spec.pools.decode}
     for name, pool in pools.items():
         if pool is not None:

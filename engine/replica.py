@@ -9,9 +9,10 @@ import torch
 
 from ..kernels.ops import Ops, UnsupportedByKernels
 from ..kernels.selection import ops_for
+from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.layout import KVLayout
-from ..kvtransfer.shm import ShmTransport
-from ..kvtransfer.transport import KVPool, Transport
+from ..kvtransfer.selection import Owner, make_transports
+from ..kvtransfer.transport import KVPool
 from ..messages.errors import ModelError, PoolTooSmall
 from ..messages.steps import StepModel
 from ..models.config import ModelConfig
@@ -32,12 +33,12 @@ CALIBRATION_S = 0.25              # to measure steps before anything is served
 class Replica:
     engine: Engine
     pool: KVPool
-    transport: Transport
+    transport: TransportBundle
     step_model: StepModel = PRIOR             # of this model on this device, as far as is known before anything is served
 
 
 def build_replica(config: WorkerConfig) -> Replica:
-    """Raises ModelError, PoolTooSmall, ClusterError (no shared memory)."""
+    """Raises ModelError, PoolTooSmall, ClusterError (no shared memory, no UCX)."""
     torch.set_num_threads(config.num_threads)
     folder, engine = Path(config.engine.model_path), config.engine
     model_config = ModelConfig.from_folder(folder)
@@ -54,7 +55,7 @@ def build_replica(config: WorkerConfig) -> Replica:
     limits = _limits(engine, model_config, num_blocks)
     ops = _ops(device, model_config, engine, dtype)
     model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ops)
-    transport = ShmTransport(config.cluster, config.worker_id, config.epoch)
+    transport = make_transports(config.transports, Owner(config.cluster, config.worker_id, config.epoch, engine.device))
     pool = transport.allocate(layout, num_blocks)
     runner = TorchRunner(model, pool, device)
     return Replica(Engine(runner, num_blocks, limits), pool, transport, calibrate(runner, limits, time.monotonic, CALIBRATION_S))

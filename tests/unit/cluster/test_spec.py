@@ -98,6 +98,7 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"router": {"port": 65536}}, "router.port: "),
         ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports: 'carrier_pigeon' is not there yet"),
         ({"transfer": {"transports": []}}, "transfer.transports: must name at least one"),
+        ({"transfer": {"transports": ["ucx", "ucx"]}}, "transfer.transports: 'ucx' is named twice"),
         ({"security": {"api_keys_file": "none.txt"}}, "security.api_keys_file: no file"),
         ({"security": {"api_keys_file": "empty.txt"}}, "holds no key"),
         ({"timeouts": {"start_s": float("inf")}}, "timeouts.start_s: "),
