@@ -58,6 +58,7 @@ def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
         worker_id=WorkerId(str(place)),
         epoch=epoch,
         engine=_engine_config(spec, pool),
+        transports=spec.transports,
         num_threads=pool.num_threads,
         handoff_timeout_s=spec.transfer.handoff_timeout_s,
     )

@@ -6,8 +6,8 @@
     Publish ► update_membership() of all
 
 Actors are detached so that they outlive their controller: the next one finds them by name (`adopt`) and goes on. All stand on the
-controller's own machine, because shared memory is the only transport yet; so it can look into the process table itself, and does
-not take Ray's word for a death (Ray reports it when it has sent the signal).
+controller's own machine; so it can look into the process table itself, and does not take Ray's word for a death (Ray reports it
+when it has sent the signal).
 """
 
 import logging

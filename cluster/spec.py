@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from ..kvtransfer.selection import what_is_wrong
 from ..messages.errors import SpecError
 from ..models.embedded.path import embedded_model_path
 from .router.registry import POLICIES
@@ -99,7 +100,7 @@ class RouterSpec(Section):
 
 
 class TransferSpec(Section):
-    transports: tuple[str, ...] = ("shm",)    # in order of preference
+    transports: tuple[str, ...] | None = None  # in order of preference; None: shm on the CPU, nvlink on GPUs
     handoff_timeout_s: Seconds = 30.0
 
 
@@ -123,6 +124,12 @@ class Spec(Section):
     transfer: TransferSpec = TransferSpec()
     security: SecuritySpec = SecuritySpec()
     timeouts: TimeoutsSpec = TimeoutsSpec()
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Of KV, in order of preference."""
+        default = ("nvlink",) if self.model.device is Device.CUDA else ("shm",)
+        return default if self.transfer.transports is None else self.transfer.transports
 
     def api_keys(self) -> frozenset[str]:
         """Raises SpecError: the file was there when the spec was read, and may not be now."""
@@ -172,12 +179,7 @@ def _impossible(spec: Spec) -> list[str]:
         found.append(f"router.policy: {spec.router.policy!r} is unknown; known: {', '.join(POLICIES)}")
     if spec.router.processes > 1 and spec.router.port == 0:
         found.append(f"router.port: must be a fixed port, since {spec.router.processes} processes share it")
-    if not spec.transfer.transports:
-        found.append("transfer.transports: must name at least one")
-    unknown = [transport for transport in spec.transfer.transports if transport != "shm"]
-    found.extend(f"transfer.transports: {transport!r} is not there yet; known: shm" for transport in unknown)
-    if spec.model.device is Device.CUDA:
-        found.append("model.device: 'cuda' is not there yet: the transport shm moves CPU memory only")
+    found.extend(f"transfer.transports: {problem}" for problem in what_is_wrong(spec.transports, spec.model.device))
     pools = {"prefill": spec.pools.prefill, "decode": spec.pools.decode}
     for name, pool in pools.items():
         if pool is not None:

@@ -3,6 +3,7 @@
     KVOffer ──► checked ──► blocks reserved ──► KVAccept ──► pages counted ──► KVLanded: announced = counted? ──► commit, KVCommitted
                    │ no memory: KVWait, first come first served
     any abort, deadline or cancel: CANCELLING; the reserved blocks stay reserved until KVDrained, or until the writer is confirmed dead
+    and the transport has fenced it: what a dead process has sent may still be under way
 """
 
 from collections import OrderedDict
@@ -10,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..engine.engine import Engine
+from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.session import HandoffState, Session
-from ..kvtransfer.transport import NUM_IMMS, KVPool, Transport
+from ..kvtransfer.transport import NUM_IMMS, KVPool
 from ..messages.handoff import (
     KVAccept,
     KVCancel,
@@ -31,6 +33,7 @@ from ..messages.requests import FailureKind, GenerateRequest, TokenDelta, Worker
 from .admission import has_room
 
 MAX_REMEMBERED_TICKETS = 65_536
+FENCE_S, FENCE_PAUSE_S = 0.05, 0.5        # the engine waits for a fence so long; the next try comes after the pause
 
 ReceiverMessage = KVOffer | KVLanded | KVDrained
 
@@ -46,6 +49,7 @@ class Incoming:
     num_seen: int = 0                                        # pages counted when last looked
     landed: KVLanded | None = None
     cancel: KVCancel | None = None                           # what the writer was told; again and again until it answers
+    writer_died: bool = False                                # and is still to be fenced
 
     @property
     def ticket(self) -> Ticket:
@@ -63,7 +67,7 @@ class KVReceiver:
         self,
         me: WorkerRef,
         post: Post,
-        transport: Transport,
+        transport: TransportBundle,
         pool: KVPool,
         engine: Engine,
         timeout_s: float,
@@ -179,7 +183,10 @@ class KVReceiver:
         for handoff in list(self._handoffs.values()):
             if handoff.session.state in (HandoffState.RESERVED, HandoffState.MOVING):
                 self._count(handoff, now)
-            if handoff.session.state is HandoffState.CANCELLING and self._is_unlisted(handoff, now):
+            if handoff.writer_died:
+                if now >= handoff.session.deadline:
+                    self._fence(handoff, now)
+            elif handoff.session.state is HandoffState.CANCELLING and self._is_unlisted(handoff, now):
                 self._writer_died(handoff, now)
             elif handoff.cancel is not None and now >= handoff.session.deadline:
                 handoff.session.deadline = now + self._timeout_s
@@ -214,7 +221,15 @@ class KVReceiver:
         if handoff.session.live:
             writer = handoff.offer.writer
             self._on_failure(handoff.request, FailureKind.PEER_LOST, f"{writer.worker_id} epoch {writer.epoch} has died")
-        self._end(handoff, HandoffState.FAILED)
+            handoff.session.move(HandoffState.CANCELLING)
+        handoff.landed, handoff.writer_died = None, True
+        self._fence(handoff, now)
+
+    def _fence(self, handoff: Incoming, now: float) -> None:
+        if handoff.imm is None or self._transport.fence(handoff.offer.descriptors, FENCE_S):
+            self._end(handoff, HandoffState.FAILED)
+        else:
+            handoff.session.deadline = now + FENCE_PAUSE_S
 
     # doing
 

@@ -30,6 +30,7 @@ class WorkerConfig(Struct, frozen=True):
     worker_id: WorkerId
     epoch: Epoch
     engine: EngineConfig
+    transports: tuple[str, ...] = ("shm",)     # of KV, in order of preference
     host: str = "127.0.0.1"               # interface for messages
     num_threads: int = 1                  # torch CPU threads
     heartbeat_s: float = 0.05             # between load reports

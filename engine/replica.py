@@ -9,9 +9,10 @@ import torch
 
 from ..kernels.ops import Ops, UnsupportedByKernels
 from ..kernels.selection import ops_for
+from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.layout import KVLayout
-from ..kvtransfer.shm import ShmTransport
-from ..kvtransfer.transport import KVPool, Transport
+from ..kvtransfer.selection import Owner, make_transports
+from ..kvtransfer.transport import KVPool
 from ..messages.errors import ModelError, PoolTooSmall
 from ..messages.steps import StepModel
 from ..models.config import ModelConfig
@@ -34,12 +35,12 @@ CALIBRATION_S = 0.25              # to measure steps before anything is served
 class Replica:
     engine: Engine
     pool: KVPool
-    transport: Transport
+    transport: TransportBundle
     step_model: StepModel = PRIOR             # of this model on this device, as far as is known before anything is served
 
 
-def build_replica(config: WorkerConfig, transport: Transport | None = None) -> Replica:
-    """Raises ModelError, PoolTooSmall, ClusterError (no shared memory). `transport` makes the pool; None: the config's."""
+def build_replica(config: WorkerConfig, transport: TransportBundle | None = None) -> Replica:
+    """Raises ModelError, PoolTooSmall, ClusterError (no shared memory, no UCX). `transport` makes the pool; None: the config's."""
     torch.set_num_threads(config.num_threads)
     folder, engine = Path(config.engine.model_path), config.engine
     model_config = ModelConfig.from_folder(folder)
@@ -60,14 +61,10 @@ def build_replica(config: WorkerConfig, transport: Transport | None = None) -> R
     if num_blocks is None:
         num_blocks = _blocks_in(kv_room(model, layout, engine, device), "what the model leaves of the GPU,", layout)
     limits = _limits(engine, model_config, num_blocks)
-    transport = transport or make_transport(config, device)
+    transport = transport or make_transports(config.transports, Owner(config.cluster, config.worker_id, config.epoch, engine.device))
     pool = transport.allocate(layout, num_blocks)
     runner = _runner(model, pool, limits, device)
     return Replica(Engine(runner, num_blocks, limits), pool, transport, calibrate(runner, limits, time.monotonic, CALIBRATION_S))
-
-
-def make_transport(config: WorkerConfig, device: torch.device) -> Transport:
-    return ShmTransport(config.cluster, config.worker_id, config.epoch)
 
 
 def _runner(model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device) -> ModelRunner:

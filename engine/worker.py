@@ -76,7 +76,7 @@ class Worker(ABC):
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._predictor = StepPredictor(self.replica.step_model)
         self._prefill_share = PrefillShare()
-        self._descriptor = self.replica.transport.register(self.replica.pool)
+        self._descriptors = self.replica.transport.register(self.replica.pool)
         self.setup()
         self._status = self._snapshot()
 
@@ -92,7 +92,7 @@ class Worker(ABC):
             block_size=limits.block_size,
             num_blocks=self.replica.pool.num_blocks,
             max_model_len=limits.max_model_len,
-            descriptors=(self._descriptor,),
+            descriptors=self._descriptors,
             draining=self._draining,
         )
 

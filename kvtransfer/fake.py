@@ -1,7 +1,7 @@
 """Transport for tests and the simulator: pools are tensors of one process, and writes wait in flight until somebody lands them.
 
-The fabric's owner decides when and in which order writes land; a killed writer's writes may land or be lost. Pages and their count
-land as one, as on the real ones.
+The fabric's owner decides when and in which order writes land. A killed writer's writes are still in flight: they may land, or be lost,
+until the receiver fences that writer. Pages and their count land as one, as on the real ones.
 """
 
 from collections.abc import Sequence
@@ -49,9 +49,12 @@ class FakeFabric:
             self.land()
 
     def kill(self, name: bytes) -> None:
-        """The process is gone: its memory, and what it had not written yet."""
+        """The process is gone with its memory; what it had sent is still under way."""
         self.pools.pop(name, None)
-        self.in_flight = [write for write in self.in_flight if write.writer != name]
+
+    def lose(self, writer: bytes, target: bytes) -> None:
+        """What is in flight from one to the other will never land."""
+        self.in_flight = [write for write in self.in_flight if (write.writer, write.target) != (writer, target)]
 
 
 def as_pages(pool: KVPool) -> torch.Tensor:
@@ -66,10 +69,14 @@ class FakeTransport:
     name: str = "fake"
     pool: KVPool | None = None
     stats: TransferStats = field(default_factory=TransferStats)
+    fences: bool = True                      # False: `fence` runs into its timeout
 
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
         self.pool = KVPool(layout, torch.zeros(layout.shape(num_blocks), dtype=layout.dtype))
         return self.pool
+
+    def adopt(self, pool: KVPool) -> None:
+        self.pool = pool
 
     def register(self, pool: KVPool) -> MemoryDescriptor:
         self.fabric.pools[self.location] = pool
@@ -85,7 +92,12 @@ class FakeTransport:
         return Peer(descriptor)
 
     def disconnect(self, peer: Peer) -> None:
-        self.fabric.in_flight = [w for w in self.fabric.in_flight if (w.writer, w.target) != (self.location, peer.descriptor.location)]
+        self.fabric.lose(self.location, peer.descriptor.location)
+
+    def fence(self, writer: MemoryDescriptor, timeout_s: float) -> bool:
+        if self.fences:
+            self.fabric.lose(writer.location, self.location)
+        return self.fences
 
     def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
         assert self.pool is not None

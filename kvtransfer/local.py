@@ -1,5 +1,7 @@
 """A pool that no other process reaches: for one engine by itself, as a benchmark or a test runs it."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..messages.errors import ClusterError, PeerGone
@@ -22,6 +24,12 @@ class LocalTransport:
         except torch.OutOfMemoryError as error:
             raise ClusterError(f"no room for {num_blocks} blocks of {layout.block_bytes} bytes on {self._device}: {error}") from None
 
+    def adopt(self, pool: KVPool) -> None:
+        return None
+
+    def fence(self, writer: MemoryDescriptor, timeout_s: float) -> bool:
+        return True
+
     def register(self, pool: KVPool) -> MemoryDescriptor:
         return MemoryDescriptor(self.name, "", b"", pool.num_blocks, pool.layout.page_bytes, num_imms=0)
 
@@ -31,7 +39,7 @@ class LocalTransport:
     def disconnect(self, peer: Peer) -> None:
         return None
 
-    def write_pages(self, peer: Peer, src_pages: object, dst_pages: object, imm: Imm) -> None:
+    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
         raise PeerGone("a local pool reaches no other")
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:

@@ -134,6 +134,9 @@ class ShmTransport:
         tensor = torch.frombuffer(memory, dtype=layout.dtype, offset=HEADER_BYTES).view(layout.shape(num_blocks))
         return KVPool(layout, tensor)
 
+    def adopt(self, pool: KVPool) -> None:
+        raise ClusterError(f"{pool.tensor.nbytes} bytes of another transport's memory: the pool of shm is a segment of its own")
+
     def _create(self, size: int) -> mmap.mmap:
         try:
             self._fd = self._open_locked()
@@ -170,6 +173,10 @@ class ShmTransport:
     def reset(self, imm: Imm) -> None:
         assert self._own is not None
         self._own.counters[imm] = 0
+
+    def fence(self, writer: MemoryDescriptor, timeout_s: float) -> bool:
+        """Its stores ended with it."""
+        return True
 
     # the writer's side
 

@@ -3,22 +3,27 @@
     receiver: register(pool) ──► MemoryDescriptor ──────────────────────────► writer: connect(descriptor) ──► Peer
     receiver: reset(imm)                                                       writer: write_pages(peer, src, dst, imm) …
     receiver: num_landed(imm) == announced?   ◄═══ pages, then the count ════  writer: stop(peer, imm) when cancelled
+    receiver: fence(writer) when the writer is confirmed dead, before its blocks are used again
 
 No order among writes is assumed; a count never runs ahead of its pages. Nothing calls back.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from ..messages.errors import PeerGone
 from ..messages.ids import Imm
 from ..messages.membership import MemoryDescriptor
 from .layout import KVLayout
 
 NUM_IMMS = 4096
 """Counters of one pool: how many handoffs into it can be in flight."""
+
+LOOK_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,24 @@ class Transport(Protocol):
         """This process's own pool, in memory that peers can reach. Raises ClusterError with the sizes if there is no room."""
         ...
 
+    def adopt(self, pool: KVPool) -> None:
+        """Instead of `allocate`: a pool in memory that another transport of this process has allocated. Raises ClusterError."""
+        ...
+
     def register(self, pool: KVPool) -> MemoryDescriptor:
         """Makes the pool reachable."""
         ...
 
-    def connect(self, descriptor: MemoryDescriptor) -> Peer:
-        """Raises PeerGone, LayoutMismatch (page sizes differ)."""
+    def connect(self, descriptor: MemoryDescriptor) -> Peer | None:
+        """Returns at once; None: the peer is being dialled, call again. Raises PeerGone, LayoutMismatch (page sizes differ)."""
         ...
 
     def disconnect(self, peer: Peer) -> None:
-        """Unmaps; waits for writes under way. Unknown peers are ignored."""
+        """Unmaps, and ends a dialling; writes under way are waited for or ended by force. Unknown peers are ignored."""
+        ...
+
+    def fence(self, writer: MemoryDescriptor, timeout_s: float) -> bool:
+        """Of a writer whose process is gone: True once nothing of it can land here any more."""
         ...
 
     def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
@@ -97,3 +110,14 @@ class Transport(Protocol):
     def close(self) -> None:
         """Frees the pool; peers' writes land nowhere from now on."""
         ...
+
+
+def connect_within(transport: Transport, descriptor: MemoryDescriptor, timeout_s: float) -> Peer:
+    """Raises PeerGone, LayoutMismatch."""
+    deadline = time.monotonic() + timeout_s
+    while (peer := transport.connect(descriptor)) is None:
+        if time.monotonic() >= deadline:
+            transport.disconnect(Peer(descriptor))
+            raise PeerGone(f"no link to {descriptor.host} over {transport.name} within {timeout_s} s")
+        time.sleep(LOOK_S)
+    return peer

@@ -18,6 +18,7 @@ from enum import StrEnum
 from msgspec import Struct
 
 from .ids import BlockHash, BlockId, Epoch, Imm, RequestId, WorkerId
+from .membership import MemoryDescriptor
 from .requests import GenerateRequest, TokenDelta, WorkerRef
 
 
@@ -50,6 +51,7 @@ class KVOffer(Struct, frozen=True, tag=True):
     request: GenerateRequest                  # all that the receiver needs to continue the sequence
     block_hashes: tuple[BlockHash, ...]       # of the full blocks of request.token_ids
     num_blocks: int                           # blocks that hold request.token_ids
+    descriptors: tuple[MemoryDescriptor, ...] = ()    # the writer's: what to fence if it dies, even before its listing has come
 
 
 class KVAccept(Struct, frozen=True, tag=True):

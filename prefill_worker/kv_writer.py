@@ -8,15 +8,17 @@ A handoff's own blocks may be freed before its last write has stopped: then the 
 given up and will not reuse before KVDrained.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..engine.scheduler import Chunk, StepPlan
 from ..engine.sequence import Sequence
+from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.plan import PagePlan
 from ..kvtransfer.session import HandoffState, Session
-from ..kvtransfer.transport import KVPool, Peer, Transport
-from ..messages.errors import TransferError
+from ..kvtransfer.transport import KVPool, Peer
+from ..messages.errors import PeerGone, TransferError
 from ..messages.handoff import (
     KVAccept,
     KVCancel,
@@ -30,9 +32,14 @@ from ..messages.handoff import (
     Ticket,
 )
 from ..messages.ids import RequestId, new_nonce
-from ..messages.membership import Member, Membership
+from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
 from ..messages.requests import FailureKind, RequestSpan, TokenDelta, WorkerRef
+
+LINK_WAIT_S = 2.0
+"""A handoff that was accepted waits so long for a link that is down; then another route may do better."""
+
+logger = logging.getLogger(__name__)
 
 WriterMessage = KVAccept | KVWait | KVRefuse | KVCommitted | KVCancel
 
@@ -51,6 +58,7 @@ class Outgoing:
     decode: WorkerRef
     offered_at: float
     accept: KVAccept | None = None          # kept until the peer is connected
+    accepted_at: float = 0.0
     plan: PagePlan | None = None
     peer: Peer | None = None
     num_ready: int = 0                      # leading blocks that are complete in all layers
@@ -70,7 +78,7 @@ class KVWriter:
         self,
         me: WorkerRef,
         post: Post,
-        transport: Transport,
+        transport: TransportBundle,
         pool: KVPool,
         timeout_s: float,
         layer_group: int,
@@ -85,7 +93,6 @@ class KVWriter:
         self._on_end = on_end
         self._handoffs: dict[RequestId, Outgoing] = {}
         self._members: dict[WorkerRef, Member] = {}
-        self._peers: dict[WorkerRef, Peer] = {}
 
     def __len__(self) -> int:
         return len(self._handoffs)
@@ -93,7 +100,7 @@ class KVWriter:
     @property
     def is_waiting(self) -> bool:
         """Something of the transport's is to be polled for."""
-        return any(h.session.state is HandoffState.CANCELLING for h in self._handoffs.values())
+        return any(h.session.state is HandoffState.CANCELLING or (h.accept and h.plan is None) for h in self._handoffs.values())
 
     # what the worker's loop tells
 
@@ -109,6 +116,7 @@ class KVWriter:
             request=sequence.request,
             block_hashes=tuple(sequence.hashes[:num_full]),
             num_blocks=len(sequence.blocks),
+            descriptors=self._transport.descriptors,
         )
         self._post.send(decode.address, offer)
 
@@ -147,13 +155,23 @@ class KVWriter:
             self._give_up(handoff, None, now)
 
     def update_membership(self, membership: Membership, gone: list[WorkerRef]) -> None:
-        self._members = {member.ref: member for member in membership.workers}
+        old, self._members = self._members, {member.ref: member for member in membership.workers}
         for handoff in [h for h in self._handoffs.values() if h.decode in gone]:
             live = handoff.session.live
             failure = Failure(FailureKind.PEER_LOST, f"{handoff.decode.worker_id} epoch {handoff.decode.epoch} has died")
             self._end(handoff, HandoffState.FAILED, failure if live else None)
-        for ref in set(self._peers) - set(self._members):
-            self._transport.disconnect(self._peers.pop(ref))
+        for ref in set(old) - set(self._members):
+            self._transport.disconnect(old[ref].descriptors)
+        for ref in set(self._members) - set(old):
+            self._dial(self._members[ref])
+
+    def _dial(self, member: Member) -> None:
+        """Now, so that no handoff has to wait for it."""
+        if member.role is Role.DECODE:
+            try:
+                self._transport.connect(member.descriptors)
+            except TransferError as error:
+                logger.warning("%s cannot be reached: %s", member.ref.worker_id, error)
 
     # what the receiver tells
 
@@ -190,9 +208,9 @@ class KVWriter:
         if wrong:
             self._give_up(handoff, Failure(FailureKind.INTERNAL, f"{handoff.decode.worker_id} accepted with {wrong}"), now)
             return
-        handoff.accept = accept
+        handoff.accept, handoff.accepted_at = accept, now
         handoff.session.move(HandoffState.RESERVED)
-        handoff.session.deadline = handoff.sequence.deadline
+        handoff.session.deadline = min(handoff.sequence.deadline, now + self._timeout_s)
         self._connect(handoff, now)
 
     def _refused(self, handoff: Outgoing, refusal: KVRefuse, now: float) -> None:
@@ -210,7 +228,7 @@ class KVWriter:
             request_id=request.request_id,
             worker=self._me,
             decode_id=handoff.decode.worker_id,
-            transport=self._transport.name,
+            transport=handoff.peer.descriptor.transport,
             num_pages=handoff.plan.num_pages,
             num_bytes=handoff.plan.num_pages * self._layout.page_bytes,
             num_skipped_blocks=handoff.plan.num_skipped,
@@ -229,14 +247,17 @@ class KVWriter:
         if member is None:
             return
         try:
-            if handoff.decode not in self._peers:
-                descriptor = next(d for d in member.descriptors if d.transport == self._transport.name)
-                self._peers[handoff.decode] = self._transport.connect(descriptor)
-        except (TransferError, StopIteration) as error:
+            peer = self._transport.connect(member.descriptors)
+            if peer is None and now >= handoff.accepted_at + LINK_WAIT_S:
+                raise PeerGone(f"no link for {LINK_WAIT_S} s")
+        except TransferError as error:
             self._give_up(handoff, Failure(FailureKind.PEER_LOST, f"cannot reach {member.ref.worker_id}: {error!r}"), now)
             return
+        if peer is None:
+            return                                         # tick asks again
         assert handoff.accept is not None
-        handoff.peer = self._peers[handoff.decode]
+        handoff.peer = peer
+        handoff.session.deadline = handoff.sequence.deadline
         handoff.plan = PagePlan(
             self._layout.num_layers, list(handoff.sequence.blocks), handoff.accept.block_ids, handoff.accept.num_cached_blocks
         )

@@ -20,6 +20,7 @@ from rich.table import Table
 from ...engine.config import EngineConfig, WorkerConfig
 from ...engine.engine import Engine
 from ...engine.replica import Replica, build_replica
+from ...kvtransfer.bundle import TransportBundle
 from ...kvtransfer.local import LocalTransport
 from ...messages.ids import Address, BlockId, Epoch, RequestId, WorkerId
 from ...messages.requests import GenerateRequest, Route, SamplingParams, TokenDelta, WorkerRef
@@ -56,7 +57,7 @@ class EngineBench:
 def run_engine_bench(bench: EngineBench, console: Console) -> EngineReport:
     """Raises ModelError, PoolTooSmall, ClusterError."""
     device, model = torch.device(bench.device), ModelConfig.from_folder(bench.model)
-    replica = build_replica(_config(bench, model), LocalTransport(device))
+    replica = build_replica(_config(bench, model), TransportBundle([LocalTransport(device)]))
     pool = replica.pool.tensor
     for block in pool:                       # block by block: normal_ of all at once takes twice the memory
         block.normal_()

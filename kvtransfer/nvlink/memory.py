@@ -1,5 +1,6 @@
 """Pools in GPU memory: one plain allocation each, how another process finds it, and its mapping there."""
 
+import contextlib
 import secrets
 from dataclasses import dataclass
 
@@ -77,10 +78,8 @@ class DeviceMemory:
 
     def __del__(self) -> None:
         if self._address is not None:
-            try:
+            with contextlib.suppress(cudart.CudaError):       # the process ends, and CUDA has gone first
                 cudart.free(self._address)
-            except cudart.CudaError:
-                pass                               # the process ends, and CUDA has gone first
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """[num_bytes] uint8; keeps the memory."""

@@ -109,6 +109,13 @@ class NvlinkTransport:
         self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(self._device)
 
+    def adopt(self, pool: KVPool) -> None:
+        raise ClusterError("transport nvlink needs a pool of its own: only whole allocations have an IPC handle")
+
+    def fence(self, writer: MemoryDescriptor, timeout_s: float) -> bool:
+        """A process's GPU context ends with it, so nothing of a dead one is under way."""
+        return True
+
     def register(self, pool: KVPool) -> MemoryDescriptor:
         assert self._own is not None
         assert self._counters is not None

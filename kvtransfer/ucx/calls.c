@@ -63,7 +63,7 @@ static void *copy_of(const void *bytes, size_t num_bytes)
 }
 
 EXPORT link_t *dx_link(
-    shim_t *shim, const uint8_t *uid, uint64_t base, uint64_t num_pages, int memory_type, const void *rkey, size_t rkey_bytes, const void *address,
+    shim_t *shim, const uint8_t *uid, uint64_t base, uint64_t num_pages, int memory_type, int lent, const void *rkey, size_t rkey_bytes, const void *address,
     size_t address_bytes)
 {
     link_t *link = calloc(1, sizeof *link + shim->num_imms * sizeof link->imms[0]);
@@ -74,6 +74,7 @@ EXPORT link_t *dx_link(
     link->target_base = base;
     link->target_pages = num_pages;
     link->target_memory_type = memory_type;
+    link->target_lent = lent != 0;
     link->rkey_buffer = copy_of(rkey, rkey_bytes);
     link->door_address = copy_of(address, address_bytes);
     link->active_end = &link->active;
@@ -105,11 +106,12 @@ EXPORT int dx_await_open(link_t *link, double timeout_s, char *text)
 }
 
 /* Ends a link once its writes have ended, or by force after the time; the pointer is dead then. */
-EXPORT void dx_unlink(link_t *link)
+EXPORT void dx_unlink(link_t *link, double patience_s)
 {
     shim_t *shim = link->shim;
     pthread_mutex_lock(&shim->lock);
     link->leaving = true;
+    link->leave_by_ns = now_ns() + (int64_t)(patience_s * 1e9);
     for (job_t *job; (job = link->queued) != NULL;) {
         link->queued = job->next;
         job_end(job, false);

@@ -71,7 +71,17 @@ static void dial(link_t *link)
         link_break(link, ucp.ucs_status_string(status));
 }
 
-/* True if there are others than TCP's. */
+/* Over which UCX emulates puts, by messages that the target must make progress on. */
+static bool emulates_puts(const link_t *link, const char *transport)
+{
+    static const char *const in_host[] = {"self", "sysv", "posix", "cma", "knem", "xpmem"};
+    bool emulates = strcmp(transport, "tcp") == 0;
+    for (size_t i = 0; link->target_lent && i < sizeof in_host / sizeof in_host[0]; i++)
+        emulates |= strcmp(transport, in_host[i]) == 0;
+    return emulates;
+}
+
+/* True if there is one that takes puts. */
 static bool describe_lanes(link_t *link, char *text)
 {
     ucp_transport_entry_t entries[16];
@@ -84,7 +94,7 @@ static bool describe_lanes(link_t *link, char *text)
     for (unsigned i = 0; i < attr.transports.num_entries && used < TEXT_BYTES; i++) {
         const char *name = entries[i].transport_name;
         used += (size_t)snprintf(text + used, TEXT_BYTES - used, "%s%s/%s", i ? " " : "", name, entries[i].device_name);
-        fast |= strcmp(name, "tcp") != 0;
+        fast |= !emulates_puts(link, name);
     }
     return fast;
 }
@@ -189,8 +199,9 @@ unsigned link_turn(link_t *link)
     }
     pthread_mutex_lock(&link->shim->lock);
     bool leaving = link->leaving && link->queued == NULL;
+    bool by_force = leaving && now > link->leave_by_ns;
     pthread_mutex_unlock(&link->shim->lock);
-    if (leaving && link->num_active == 0) {
+    if (by_force || (leaving && link->num_active == 0)) {
         link_leave(link);
         return 1;
     }

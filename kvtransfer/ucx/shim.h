@@ -5,7 +5,7 @@
      link (writer)  DOWN ──► DIALING ──HELLO──► door (receiver): older guests of that writer are torn down, a new one is opened
                       ▲         └──◄──WELCOME── guest
                       │       OPEN: puts ══► pool;  flush;  COUNT {imm, pages} ──► guest: counter += pages;  ◄── ACK
-                      │       where only TCP reaches (there UCX's puts are messages anyhow, and its emulation of them aborts a target
+                      │       where only TCP reaches, or the target's memory is not UCX's (its emulation of puts aborts a target
                       │       whose writer has gone):   PAGES ──► guest: copied, counter += pages;   ◄── ACK
                       └── fault or stall: the endpoint is closed by force, its worker destroyed, its jobs are lost; dialled again
 
@@ -92,6 +92,7 @@ typedef struct link {
     uint8_t target_uid[UID_BYTES];
     uint64_t target_base, target_pages;
     int target_memory_type;
+    bool target_lent;                /* memory that UCX has not allocated: inside a host it would emulate the puts */
     void *rkey_buffer, *door_address;
 
     /* the thread's own */
@@ -108,6 +109,7 @@ typedef struct link {
     link_state_t state;
     uint64_t life, fenced_through;
     bool leaving;
+    int64_t leave_by_ns;             /* by force then */
     char why[TEXT_BYTES], lanes[TEXT_BYTES];
     job_t *queued, **queued_end;
     uint64_t num_jobs;

@@ -38,6 +38,7 @@ class Location(Struct, frozen=True, array_like=True):
     base: int                     # address of its pool, in its own memory
     num_pages: int
     memory_type: MemoryType
+    lent: bool                    # allocated by another transport: UCX emulates puts into it inside a host
     rkey: bytes
     address: bytes                # of its door
 
@@ -69,9 +70,9 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dx_num_landed": (c_uint64, (c_void_p, c_uint32)),
     "dx_reset": (None, (c_void_p, c_uint32)),
     "dx_fence": (c_int, (c_void_p, c_char_p, c_double)),
-    "dx_link": (c_void_p, (c_void_p, c_char_p, c_uint64, c_uint64, c_int, c_char_p, c_size_t, c_char_p, c_size_t)),
+    "dx_link": (c_void_p, (c_void_p, c_char_p, c_uint64, c_uint64, c_int, c_int, c_char_p, c_size_t, c_char_p, c_size_t)),
     "dx_await_open": (c_int, (c_void_p, c_double, c_char_p)),
-    "dx_unlink": (None, (c_void_p,)),
+    "dx_unlink": (None, (c_void_p, c_double)),
     "dx_write": (c_int, (c_void_p, _PAGES, _PAGES, c_size_t, c_uint32, c_char_p)),
     "dx_stop": (c_int, (c_void_p, c_uint32, c_double)),
     "dx_busy_s": (c_double, (c_void_p, c_uint32)),
@@ -163,7 +164,7 @@ class Shim:
 
     def link(self, target: Location) -> Link:
         """Starts dialling. Raises ClusterError."""
-        where = (target.uid, target.base, target.num_pages, target.memory_type)
+        where = (target.uid, target.base, target.num_pages, target.memory_type, target.lent)
         link = self._call("dx_link", self._handle, *where, target.rkey, len(target.rkey), target.address, len(target.address))
         if link is None:
             raise ClusterError("no memory for a link")
@@ -174,8 +175,9 @@ class Shim:
         """The lanes of the open link. Raises PeerGone."""
         return self._check("dx_await_open", link, timeout_s)
 
-    def unlink(self, link: Link) -> None:
-        self._call("dx_unlink", link)
+    def unlink(self, link: Link, patience_s: float) -> None:
+        """Lets writes under way end for so long, then ends them by force."""
+        self._call("dx_unlink", link, patience_s)
 
     def write(self, link: Link, source: PageIds, target: PageIds, imm: Imm) -> None:
         """Raises PeerGone, TransferError."""

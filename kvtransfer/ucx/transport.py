@@ -26,8 +26,9 @@ from ..shm import host_identity
 from ..transport import NUM_IMMS, KVPool, Peer, TransferStats
 from .shim import UID_BYTES, Link, Location, MemoryType, Shim
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 SLOW_LANES = ("tcp/",)
+LEAVE_S = 0.1                   # for writes under way to end, when a peer is disconnected
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +36,14 @@ logger = logging.getLogger(__name__)
 class UcxTransport:
     name = "ucx"
 
-    def __init__(self, device: torch.device | None = None, connect_timeout_s: float = 5.0, stall_s: float = 5.0) -> None:
+    def __init__(self, device: torch.device | None = None, stall_s: float = 5.0) -> None:
         """`stall_s` without any progress of writes under way ends a link. Raises ClusterError: no UCX, no compiler."""
         self._device = device or torch.device("cpu")
-        self._connect_timeout_s = connect_timeout_s
         self._uid = secrets.token_bytes(UID_BYTES)
         self._shim = Shim(self._uid, NUM_IMMS, stall_s)
         self._links: dict[bytes, Link] = {}
+        self._open: set[bytes] = set()                               # links that have been open
+        self._lent: torch.Tensor | None = None                       # memory that UCX has registered until the end, but not allocated
         self._page_bytes = 0
         self._close = weakref.finalize(self, self._shim.close)
 
@@ -53,11 +55,22 @@ class UcxTransport:
             tensor = self._allocate_host(num_bytes, layout.page_bytes)
         else:
             tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
-            self._shim.register(tensor.data_ptr(), num_bytes, layout.page_bytes, MemoryType.CUDA)
-            self._device_memory = tensor                              # UCX has it registered until the end
+        pool = KVPool(layout, tensor.view(layout.dtype).view(layout.shape(num_blocks)))
+        if self._device.type == "cpu":
+            self._start(layout)
+        else:
+            self.adopt(pool)
+        return pool
+
+    def adopt(self, pool: KVPool) -> None:
+        memory_type = MemoryType.CUDA if pool.tensor.is_cuda else MemoryType.HOST
+        self._shim.register(pool.tensor.data_ptr(), pool.tensor.nbytes, pool.layout.page_bytes, memory_type)
+        self._lent = pool.tensor
+        self._start(pool.layout)
+
+    def _start(self, layout: KVLayout) -> None:
         self._page_bytes = layout.page_bytes
         self._shim.start()
-        return KVPool(layout, tensor.view(layout.dtype).view(layout.shape(num_blocks)))
 
     def _allocate_host(self, num_bytes: int, page_bytes: int) -> torch.Tensor:
         free = psutil.virtual_memory().available
@@ -78,6 +91,7 @@ class UcxTransport:
             base=pool.tensor.data_ptr(),
             num_pages=pool.tensor.nbytes // pool.layout.page_bytes,
             memory_type=MemoryType.CUDA if pool.tensor.is_cuda else MemoryType.HOST,
+            lent=self._lent is not None,
             rkey=self._shim.rkey,
             address=self._shim.address,
         )
@@ -103,26 +117,27 @@ class UcxTransport:
 
     # the writer's side
 
-    def connect(self, descriptor: MemoryDescriptor) -> Peer:
+    def connect(self, descriptor: MemoryDescriptor) -> Peer | None:
         if descriptor.page_bytes != self._page_bytes:
             raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {self._page_bytes} here")
-        known = descriptor.location in self._links
-        link = self._links[descriptor.location] if known else self._shim.link(_decode(descriptor))
+        location = descriptor.location
+        if location not in self._links:
+            self._links[location] = self._shim.link(_decode(descriptor))
         try:
-            lanes = self._shim.await_open(link, self._connect_timeout_s)
-        except PeerGone as error:
-            if not known:
-                self._shim.unlink(link)
-            raise PeerGone(f"no link to {_short(descriptor)} within {self._connect_timeout_s} s: {error}") from None
-        self._links[descriptor.location] = link
-        if not known:
+            lanes = self._shim.await_open(self._links[location], 0.0)
+        except PeerGone as reason:
+            logger.debug("%s: %s", _short(descriptor), reason)
+            return None
+        if location not in self._open:
+            self._open.add(location)
             _report(descriptor, lanes)
         return Peer(descriptor)
 
     def disconnect(self, peer: Peer) -> None:
         link = self._links.pop(peer.descriptor.location, None)
+        self._open.discard(peer.descriptor.location)
         if link is not None:
-            self._shim.unlink(link)
+            self._shim.unlink(link, LEAVE_S)
 
     def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
         link = self._links.get(peer.descriptor.location)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from harness.ucx_peer import byte_layout, ucx_peer
 
+from diptych.kvtransfer.transport import connect_within
 from diptych.kvtransfer.ucx.transport import UcxTransport
 from diptych.messages.ids import Imm
 
@@ -49,7 +50,7 @@ def ours(case: Case, pipe: Connection) -> None:
     transport = UcxTransport()
     transport.allocate(byte_layout(case.page_bytes), case.num_pages)
     with ucx_peer(case.page_bytes, case.num_pages) as receiver:
-        peer = transport.connect(receiver.descriptor)
+        peer = connect_within(transport, receiver.descriptor, TIMEOUT_S)
         pipe.send("ready")
         while pipe.recv() == "go":
             receiver.call("reset", 0)

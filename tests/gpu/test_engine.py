@@ -19,6 +19,7 @@ from diptych.engine.config import EngineConfig, WorkerConfig
 from diptych.engine.engine import Engine
 from diptych.engine.replica import build_replica
 from diptych.kernels.selection import ops_for
+from diptych.kvtransfer.bundle import TransportBundle
 from diptych.kvtransfer.local import LocalTransport
 from diptych.messages.errors import PoolTooSmall
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
@@ -52,7 +53,7 @@ class Served:
 def engine_on(device: str, folder: Path, **changes: Any) -> Engine:
     plain = EngineConfig(str(folder), dtype="float32", device=device, block_size=16, num_blocks=120, max_step_tokens=64, max_sequences=12)
     config = WorkerConfig("test", NOBODY.worker_id, NOBODY.epoch, engine=replace(plain, **changes))
-    return build_replica(config, LocalTransport(torch.device(device))).engine
+    return build_replica(config, TransportBundle([LocalTransport(torch.device(device))])).engine
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -11,7 +11,8 @@ from diptych.engine.engine import Engine, EngineLimits
 from diptych.engine.fake_runner import FakeRunner, fake_layout, next_token
 from diptych.engine.replica import Replica
 from diptych.engine.worker import Worker
-from diptych.kvtransfer.fake import FakeFabric
+from diptych.kvtransfer.bundle import TransportBundle
+from diptych.kvtransfer.fake import FakeFabric, FakeTransport
 from diptych.messages.fake_post import FakeNetwork, FakePost
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Membership, Role
@@ -61,6 +62,7 @@ class FakeCluster:
         self.num_blocks = num_blocks
         self.max_step_tokens = max_step_tokens
         self.workers: dict[WorkerId, Worker] = {}
+        self.transports: dict[WorkerId, FakeTransport] = {}
         self.answers: dict[RequestId, Answer] = {}
         self.num_spans = 0
         self._epoch = 0
@@ -77,7 +79,8 @@ class FakeCluster:
         transport = self.fabric.transport(name)
         pool = transport.allocate(fake_layout(BLOCK_SIZE), self.num_blocks)
         limits = EngineLimits(BLOCK_SIZE, self.num_blocks * BLOCK_SIZE, self.max_step_tokens, max_sequences=4)
-        replica = Replica(Engine(FakeRunner(pool), self.num_blocks, limits), pool, transport)
+        replica = Replica(Engine(FakeRunner(pool), self.num_blocks, limits), pool, TransportBundle([transport]))
+        self.transports[worker_id] = transport
         config = WorkerConfig("fake", worker_id, Epoch(self._epoch), EngineConfig("none"), handoff_timeout_s=TIMEOUT_S)
         make = PrefillWorker if role is Role.PREFILL else DecodeWorker
         self.workers[worker_id] = make(config, self.network.post(name), replica, clock=lambda: self.now)
@@ -93,7 +96,7 @@ class FakeCluster:
     def kill(self, worker_id: WorkerId) -> None:
         worker = self.workers.pop(worker_id)
         self.network.kill(worker.post.address)
-        self.fabric.kill(worker.replica.transport.location)
+        self.fabric.kill(self.transports[worker_id].location)
         for answer in self.answers.values():
             route = answer.request.route
             if not answer.ended and worker.ref in (route.prefill, route.decode):

@@ -1,4 +1,4 @@
-"""Real workers on real models and shared memory, in one process: only the network between them is the fake one, and it is well-behaved."""
+"""Real workers on real models and transports, in one process: only the network between them is the fake one, and it is well-behaved."""
 
 import time
 from collections.abc import Iterator
@@ -86,12 +86,14 @@ def _take(result: Result, delta: TokenDelta) -> None:
 
 
 @contextmanager
-def shm_cluster(model: Path, prefill: EngineConfig | None = None, decode: EngineConfig | None = None) -> Iterator[ShmCluster]:
+def shm_cluster(
+    model: Path, prefill: EngineConfig | None = None, decode: EngineConfig | None = None, transports: tuple[str, ...] = ("shm",)
+) -> Iterator[ShmCluster]:
     plain = EngineConfig(str(model), block_size=4, num_blocks=128, max_step_tokens=64)
     name = f"test{uuid4().hex[:8]}"
     cluster = ShmCluster(
-        WorkerConfig(name, WorkerId("prefill-0"), Epoch(1), prefill or plain),
-        WorkerConfig(name, WorkerId("decode-0"), Epoch(1), decode or plain),
+        WorkerConfig(name, WorkerId("prefill-0"), Epoch(1), prefill or plain, transports),
+        WorkerConfig(name, WorkerId("decode-0"), Epoch(1), decode or plain, transports),
     )
     try:
         yield cluster

@@ -10,8 +10,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
+from harness.cable import enter_network
 
 from diptych.kvtransfer.layout import KVLayout
+from diptych.kvtransfer.transport import connect_within
 from diptych.kvtransfer.ucx.transport import UcxTransport
 from diptych.messages.ids import Imm
 from diptych.messages.membership import MemoryDescriptor
@@ -68,7 +70,7 @@ class Served:
         return self.transport.fence(writer, timeout_s=5.0)
 
     def write_for_ever(self, target: MemoryDescriptor, imm: int) -> None:
-        peer = self.transport.connect(target)
+        peer = connect_within(self.transport, target, 5.0)
         everything = range(self.pool.num_blocks)
         while True:
             self.transport.write_pages(peer, everything, everything, Imm(imm))
@@ -76,7 +78,9 @@ class Served:
                 continue
 
 
-def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float) -> None:
+def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float, network: str | None) -> None:
+    if network is not None:
+        enter_network(network)
     served = Served(page_bytes, num_pages, stall_s)
     pipe.send(served.descriptor)
     while True:
@@ -91,11 +95,11 @@ def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float) -> 
 
 
 class UcxPeer:
-    def __init__(self, page_bytes: int, num_pages: int, stall_s: float = 5.0) -> None:
+    def __init__(self, page_bytes: int, num_pages: int, stall_s: float = 5.0, network: str | None = None) -> None:
         context = mp.get_context("forkserver")              # forks a process that has imported torch, but has no UCX in it yet
         context.set_forkserver_preload(["diptych.kvtransfer.ucx.transport"])
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s, network), daemon=True)
         self.process.start()
         self.descriptor: MemoryDescriptor = self.answer()
 
@@ -131,8 +135,9 @@ class UcxPeer:
 
 
 @contextmanager
-def ucx_peer(page_bytes: int, num_pages: int, stall_s: float = 5.0) -> Iterator[UcxPeer]:
-    peer = UcxPeer(page_bytes, num_pages, stall_s)
+def ucx_peer(page_bytes: int, num_pages: int, stall_s: float = 5.0, network: str | None = None) -> Iterator[UcxPeer]:
+    """`network` names the namespace that it lives in."""
+    peer = UcxPeer(page_bytes, num_pages, stall_s, network)
     try:
         yield peer
     finally:

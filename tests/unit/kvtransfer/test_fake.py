@@ -67,14 +67,18 @@ def test_stop_is_true_only_once_nothing_of_the_ticket_is_in_flight(fabric: FakeF
     assert writer.transport.stop(peer, IMM, 0.0)
 
 
-def test_a_dead_writers_writes_are_lost_and_a_dead_receivers_memory_is_gone(fabric: FakeFabric, writer: Side, receiver: Side) -> None:
+def test_a_dead_writers_writes_land_until_it_is_fenced(fabric: FakeFabric, writer: Side, receiver: Side) -> None:
     peer, back = writer.transport.connect(receiver.descriptor), receiver.transport.connect(writer.descriptor)
     writer.transport.write_pages(peer, [0], [0], IMM)
     receiver.transport.write_pages(back, [0], [3], IMM)
+    receiver.transport.write_pages(back, [0], [4], IMM)
     receiver.transport.close()
+    fabric.land(1)
+    assert writer.transport.num_landed(IMM) == 1
+    assert writer.transport.fence(receiver.descriptor, 0.0)
     fabric.land_all()
     assert not receiver.pool.tensor.any()
-    assert writer.transport.num_landed(IMM) == 0
+    assert writer.transport.num_landed(IMM) == 1
     with pytest.raises(PeerGone, match="receiver"):
         writer.transport.write_pages(peer, [0], [0], IMM)
     with pytest.raises(PeerGone, match="receiver"):

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 import torch
+from harness.ucx import needs_ucx
 from harness.ucx_peer import UcxPeer, byte_layout, pages_of, ucx_peer
 
-from diptych.kvtransfer.transport import KVPool, Peer
-from diptych.kvtransfer.ucx.build import build_shim
-from diptych.kvtransfer.ucx.provider import find_libucp
+from diptych.kvtransfer.transport import KVPool, Peer, connect_within
 from diptych.kvtransfer.ucx.transport import UcxTransport
 from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
 from diptych.messages.ids import Imm
@@ -23,21 +22,12 @@ EVERYTHING = range(NUM_PAGES)
 LANES = {"shared memory": None, "tcp": "tcp,self"}
 
 
-def why_not() -> str | None:
-    try:
-        find_libucp()
-        build_shim()
-    except ClusterError as error:
-        return str(error)
-    return None
-
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+pytestmark = needs_ucx
 
 
 class Writer:
     def __init__(self, stall_s: float = 5.0) -> None:
-        self.transport = UcxTransport(connect_timeout_s=2.0, stall_s=stall_s)
+        self.transport = UcxTransport(stall_s=stall_s)
         self.pool: KVPool = self.transport.allocate(byte_layout(PAGE_BYTES), NUM_PAGES)
         self.fill(0)
 
@@ -102,7 +92,7 @@ def assert_works(writer: Writer, peer: Peer, receiver: UcxPeer, seed: int) -> No
 
 
 def test_permuted_pages_arrive_and_are_counted(writer: Writer, receiver: UcxPeer) -> None:
-    peer = writer.transport.connect(receiver.descriptor)
+    peer = connect_within(writer.transport, receiver.descriptor, 5.0)
     assert_works(writer, peer, receiver, seed=1)
     assert writer.transport.stats.num_bytes == NUM_PAGES * PAGE_BYTES
     assert writer.transport.stats.busy_s > 0
@@ -110,7 +100,7 @@ def test_permuted_pages_arrive_and_are_counted(writer: Writer, receiver: UcxPeer
 
 def test_neighbours_travel_together_and_land_apart(writer: Writer, receiver: UcxPeer) -> None:
     """Runs that are longer than one put, broken on one side only, and repeated sources."""
-    peer = writer.transport.connect(receiver.descriptor)
+    peer = connect_within(writer.transport, receiver.descriptor, 5.0)
     source = [*range(100, 300), *range(10, 20), 5, 5, 5]
     target = [*range(1000, 1200), *range(500, 505), *range(600, 605), 7, 9, 8]
     receiver.call("reset", 9)
@@ -122,7 +112,7 @@ def test_neighbours_travel_together_and_land_apart(writer: Writer, receiver: Ucx
 
 
 def test_many_tickets_at_once(writer: Writer, receiver: UcxPeer) -> None:
-    peer = writer.transport.connect(receiver.descriptor)
+    peer = connect_within(writer.transport, receiver.descriptor, 5.0)
     order = random.Random(3).sample(EVERYTHING, NUM_PAGES)
     shares = [order[i::64] for i in range(64)]                      # 64 tickets of 32 pages in 8 writes each
     for imm in range(64):
@@ -143,7 +133,7 @@ def test_after_a_stop_nothing_more_lands(lanes: str, receiver: UcxPeer, monkeypa
     if LANES[lanes] is not None:
         monkeypatch.setenv("UCX_TLS", LANES[lanes])
     writer = Writer()
-    peer = writer.transport.connect(receiver.descriptor)
+    peer = connect_within(writer.transport, receiver.descriptor, 5.0)
     receiver.call("reset", 20)
     for _ in range(64):
         writer.transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(20))
@@ -161,7 +151,7 @@ def test_after_a_stop_nothing_more_lands(lanes: str, receiver: UcxPeer, monkeypa
 
 
 def test_stop_without_writes_is_true_at_once(writer: Writer, receiver: UcxPeer) -> None:
-    peer = writer.transport.connect(receiver.descriptor)
+    peer = connect_within(writer.transport, receiver.descriptor, 5.0)
     assert writer.transport.stop(peer, Imm(30), 0.0)
     assert writer.transport.busy_s(peer, Imm(30)) == 0.0
 
@@ -172,14 +162,14 @@ def test_a_killed_receiver_is_reported_and_survived(lanes: str, monkeypatch: pyt
         monkeypatch.setenv("UCX_TLS", LANES[lanes])
     writer = Writer()
     with ucx_peer(PAGE_BYTES, NUM_PAGES) as victim:
-        peer = writer.transport.connect(victim.descriptor)
+        peer = connect_within(writer.transport, victim.descriptor, 5.0)
         writer.transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(1))
         victim.signal(signal.SIGKILL)
         write_until_refused(writer, peer, Imm(1), 3.0)
         assert not writer.transport.stop(peer, Imm(1), 0.0)          # for all that we know it might still land
         with pytest.raises(PeerGone, match=r"earlier pages were lost|link is down"):
             writer.transport.write_pages(peer, [0], [0], Imm(1))
-        other = writer.transport.connect(receiver.descriptor)        # while the dead one is still being dialled
+        other = connect_within(writer.transport, receiver.descriptor, 5.0)        # while the dead one is still being dialled
         assert_works(writer, other, receiver, seed=40)
         writer.transport.disconnect(peer)                            # the controller has confirmed its death
         assert writer.transport.stop(peer, Imm(1), 0.0)
@@ -198,7 +188,7 @@ def test_a_killed_writer_harms_nobody(writer: Writer, receiver: UcxPeer) -> None
         counted, before = receiver.call("num_landed", 50), receiver.call("read")
         time.sleep(0.2)
         assert (receiver.call("num_landed", 50), receiver.call("read")) == (counted, before)
-    peer = writer.transport.connect(receiver.descriptor)
+    peer = connect_within(writer.transport, receiver.descriptor, 5.0)
     assert_works(writer, peer, receiver, seed=51)
 
 
@@ -209,7 +199,7 @@ def test_a_stalled_receiver_is_cut_off_and_fenced(lanes: str, monkeypatch: pytes
         monkeypatch.setenv("UCX_TLS", LANES[lanes])
     writer = Writer(stall_s=1.0)
     with ucx_peer(PAGE_BYTES, NUM_PAGES) as stalled:
-        peer = writer.transport.connect(stalled.descriptor)
+        peer = connect_within(writer.transport, stalled.descriptor, 5.0)
         stalled.signal(signal.SIGSTOP)
         write_until_refused(writer, peer, Imm(1), 10.0)
         assert not writer.transport.stop(peer, Imm(1), 0.2)
@@ -219,14 +209,14 @@ def test_a_stalled_receiver_is_cut_off_and_fenced(lanes: str, monkeypatch: pytes
         writer.fill(60)
         time.sleep(0.5)
         assert (stalled.call("num_landed", 1), stalled.call("read")) == (counted, before)
-        assert_works(writer, writer.transport.connect(stalled.descriptor), stalled, seed=61)
+        assert_works(writer, connect_within(writer.transport, stalled.descriptor, 5.0), stalled, seed=61)
     writer.transport.close()
 
 
 def come_and_go(receiver: UcxPeer) -> None:
     guest = Writer()
     for _ in range(2):
-        peer = guest.transport.connect(receiver.descriptor)
+        peer = connect_within(guest.transport, receiver.descriptor, 5.0)
         guest.transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(80))
         guest.transport.disconnect(peer)
     guest.transport.close()
@@ -241,16 +231,16 @@ def test_links_leave_nothing_behind(lanes: str, writer: Writer, receiver: UcxPee
     for _ in range(3):
         come_and_go(receiver)
     until(lambda: receiver.call("num_held") == held, 5.0)
-    assert_works(writer, writer.transport.connect(receiver.descriptor), receiver, seed=81)
+    assert_works(writer, connect_within(writer.transport, receiver.descriptor, 5.0), receiver, seed=81)
 
 
 def test_a_dead_receiver_cannot_be_connected_to(writer: Writer, receiver: UcxPeer) -> None:
     with ucx_peer(PAGE_BYTES, 8) as victim:
         victim.signal(signal.SIGKILL)
         victim.process.join(10.0)
-        with pytest.raises(PeerGone, match="no link to ucx peer"):
-            writer.transport.connect(victim.descriptor)
-    assert_works(writer, writer.transport.connect(receiver.descriptor), receiver, seed=70)
+        with pytest.raises(PeerGone, match=r"no link to .* over ucx within 2.0 s"):
+            connect_within(writer.transport, victim.descriptor, 2.0)
+    assert_works(writer, connect_within(writer.transport, receiver.descriptor, 5.0), receiver, seed=70)
 
 
 def test_what_does_not_fit_is_refused(writer: Writer, receiver: UcxPeer) -> None:
@@ -259,7 +249,7 @@ def test_what_does_not_fit_is_refused(writer: Writer, receiver: UcxPeer) -> None
         writer.transport.connect(msgspec.structs.replace(descriptor, page_bytes=8192))
     with pytest.raises(TransferError, match="not ours"):
         writer.transport.connect(msgspec.structs.replace(descriptor, location=b"\x00"))
-    peer = writer.transport.connect(descriptor)
+    peer = connect_within(writer.transport, descriptor, 5.0)
     for source, target, imm in (([0], [NUM_PAGES], 0), ([-1], [0], 0), ([NUM_PAGES], [0], 0), ([0, 1], [0], 0), ([0], [0], 4096)):
         with pytest.raises(TransferError):
             writer.transport.write_pages(peer, source, target, Imm(imm))

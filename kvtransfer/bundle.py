@@ -1,0 +1,113 @@
+"""All transports of one worker over its one pool, in the spec's order of preference.
+
+    allocate: one has the pool in memory of its own, the others adopt it      connect: the first that both sides have and that reaches
+
+A handoff uses one transport from its first page to its last, so the pages that have landed for it are the sum over all.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from ..messages.errors import PeerGone, TransferError
+from ..messages.ids import Imm
+from ..messages.membership import MemoryDescriptor
+from .layout import KVLayout
+from .transport import KVPool, Peer, TransferStats, Transport
+
+logger = logging.getLogger(__name__)
+
+
+class TransportBundle:
+    def __init__(self, transports: Sequence[Transport], owner: str | None = None) -> None:
+        """`owner` names the one that allocates; None: the first."""
+        assert transports
+        self._transports = {transport.name: transport for transport in transports}
+        self._owner = self._transports[owner or transports[0].name]
+        self._reported: set[tuple[MemoryDescriptor, ...]] = set()
+        self.descriptors: tuple[MemoryDescriptor, ...] = ()          # once registered
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._transports)
+
+    # the receiver's side
+
+    def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
+        """Raises ClusterError."""
+        pool = self._owner.allocate(layout, num_blocks)
+        for transport in self._transports.values():
+            if transport is not self._owner:
+                transport.adopt(pool)
+        return pool
+
+    def register(self, pool: KVPool) -> tuple[MemoryDescriptor, ...]:
+        self.descriptors = tuple(transport.register(pool) for transport in self._transports.values())
+        return self.descriptors
+
+    def num_landed(self, imm: Imm) -> int:
+        return sum(transport.num_landed(imm) for transport in self._transports.values())
+
+    def reset(self, imm: Imm) -> None:
+        for transport in self._transports.values():
+            transport.reset(imm)
+
+    def fence(self, writer: Sequence[MemoryDescriptor], timeout_s: float) -> bool:
+        """True once nothing of a writer that is confirmed dead can land here any more, whatever it came over."""
+        return all(self._transports[d.transport].fence(d, timeout_s) for d in writer if d.transport in self._transports)
+
+    # the writer's side
+
+    def connect(self, target: Sequence[MemoryDescriptor]) -> Peer | None:
+        """None: being dialled, call again. Raises PeerGone (with each one's reason), LayoutMismatch, TransferError: nothing in common."""
+        theirs = {descriptor.transport: descriptor for descriptor in target}
+        common = [name for name in self._transports if name in theirs]
+        if not common:
+            raise TransferError(f"no transport in common: {', '.join(self._transports)} here, {', '.join(theirs) or 'none'} there")
+        refusals: list[str] = []
+        for name in common:
+            try:
+                peer = self._transports[name].connect(theirs[name])
+            except PeerGone as error:
+                refusals.append(f"{name}: {error}")
+                continue
+            if peer is not None:
+                self._report(tuple(target), name, refusals)
+            return peer
+        raise PeerGone("; ".join(refusals))
+
+    def _report(self, target: tuple[MemoryDescriptor, ...], name: str, refusals: list[str]) -> None:
+        """A fall-back is never silent."""
+        if target not in self._reported:
+            self._reported.add(target)
+            reasons = f", since {'; '.join(refusals)}" if refusals else ""
+            logger.log(logging.WARNING if refusals else logging.INFO, "KV to %s goes over %s%s", target[0].host, name, reasons)
+
+    def disconnect(self, target: Sequence[MemoryDescriptor]) -> None:
+        self._reported.discard(tuple(target))
+        for descriptor in target:
+            if descriptor.transport in self._transports:
+                self._transports[descriptor.transport].disconnect(Peer(descriptor))
+
+    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+        """Raises PeerGone, TransferError."""
+        self._of(peer).write_pages(peer, src_pages, dst_pages, imm)
+
+    def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
+        return self._of(peer).stop(peer, imm, timeout_s)
+
+    def busy_s(self, peer: Peer, imm: Imm) -> float:
+        return self._of(peer).busy_s(peer, imm)
+
+    def _of(self, peer: Peer) -> Transport:
+        return self._transports[peer.descriptor.transport]
+
+    @property
+    def stats(self) -> TransferStats:
+        total = TransferStats()
+        for transport in self._transports.values():
+            total = total.plus(transport.stats.num_pages, transport.stats.num_bytes, transport.stats.busy_s)
+        return total
+
+    def close(self) -> None:
+        for transport in self._transports.values():
+            transport.close()

@@ -1,0 +1,94 @@
+"""What a dead writer has sent may still be under way: its blocks are used again only after the transport has fenced it."""
+
+import pytest
+from harness.fake_cluster import FakeCluster
+
+from diptych.kvtransfer.transport import Peer
+from diptych.messages.ids import WorkerId
+from diptych.messages.membership import MemoryDescriptor
+
+PROMPT = list(range(20))
+PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
+
+
+def killed_in_mid_transfer(cluster: FakeCluster) -> None:
+    """Some pages have left and none has landed when the writer dies."""
+    cluster.submit(PROMPT, max_tokens=3)
+    while not cluster.fabric.in_flight:
+        cluster.network.deliver_all()
+        cluster.turn()
+    cluster.kill(PREFILL)
+
+
+def test_blocks_stay_held_until_the_fence_stands() -> None:
+    cluster = FakeCluster()
+    killed_in_mid_transfer(cluster)
+    cluster.transports[DECODE].fences = False
+    decode = cluster.workers[DECODE]
+    cluster.restart(PREFILL)
+    for _ in range(200):
+        cluster.network.deliver_all()
+        cluster.turn()
+        cluster.now += 0.01
+    assert decode.engine.pool.num_held == 5, "used again although the dead writer's pages may still land"
+    cluster.transports[DECODE].fences = True
+    cluster.settle()
+    cluster.assert_nothing_leaked()
+    assert cluster.submit(PROMPT, max_tokens=3)
+    cluster.settle()
+    assert list(cluster.answers.values())[-1].complete
+
+
+def test_a_writer_that_was_never_listed_is_fenced_too() -> None:
+    """Its listing and its death came between two snapshots: what to fence is known from its offer."""
+    cluster = FakeCluster()
+    killed_in_mid_transfer(cluster)
+    in_flight = list(cluster.fabric.in_flight)
+    cluster.publish()
+    cluster.settle(2000)
+    assert in_flight
+    assert not cluster.fabric.in_flight
+    cluster.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("victim", [DECODE])
+def test_a_writer_dials_what_is_listed_and_leaves_what_is_gone(victim: WorkerId, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster()
+    writer, seen = cluster.transports[PREFILL], []
+
+    def connect(descriptor: MemoryDescriptor) -> Peer:
+        seen.append(("connect", descriptor.location))
+        return Peer(descriptor)
+
+    monkeypatch.setattr(writer, "connect", connect)
+    monkeypatch.setattr(writer, "disconnect", lambda peer: seen.append(("disconnect", peer.descriptor.location)))
+    first = cluster.transports[victim].location
+    cluster.turn()
+    assert seen == [("connect", first)], "not before the first handoff"
+    cluster.kill(victim)
+    cluster.restart(victim)
+    cluster.turn()
+    assert seen[1:] == [("disconnect", first), ("connect", cluster.transports[victim].location)]
+
+
+def test_a_handoff_waits_for_a_link_and_then_takes_another_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster()
+    writer = cluster.transports[PREFILL]
+    connect = writer.connect
+    monkeypatch.setattr(writer, "connect", lambda descriptor: None)
+    late, lost = cluster.submit(PROMPT, max_tokens=3), cluster.submit([*PROMPT, 1], max_tokens=3)
+    for _ in range(20):
+        cluster.network.deliver_all()
+        cluster.turn()
+        cluster.now += 0.05
+    assert late.failure is None
+    monkeypatch.setattr(writer, "connect", connect)
+    cluster.settle()
+    assert late.complete
+    assert lost.complete
+    monkeypatch.setattr(writer, "connect", lambda descriptor: None)
+    lost = cluster.submit([*PROMPT, 2], max_tokens=3)
+    cluster.settle()
+    assert lost.failure is not None
+    assert "no link for 2.0 s" in lost.failure.message
+    cluster.assert_nothing_leaked()

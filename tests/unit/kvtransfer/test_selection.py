@@ -1,0 +1,120 @@
+"""Which transports a worker gets, and which of them a pair uses."""
+
+import logging
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+import torch
+
+from diptych.kvtransfer.bundle import TransportBundle
+from diptych.kvtransfer.fake import FakeFabric, FakeTransport
+from diptych.kvtransfer.layout import KVLayout
+from diptych.kvtransfer.selection import Owner, make_transports, what_is_wrong
+from diptych.kvtransfer.transport import Peer
+from diptych.messages.errors import ClusterError, PeerGone, TransferError
+from diptych.messages.ids import Epoch, Imm, WorkerId
+from diptych.messages.membership import MemoryDescriptor
+
+LAYOUT = KVLayout("test", torch.int64, num_layers=1, num_kv_heads=1, head_dim=1, block_size=4)
+
+
+@dataclass
+class Picky(FakeTransport):
+    """Reaches nobody, or only after it has been asked often enough."""
+
+    patience: int = 0
+    gone: bool = False
+    disconnected: list[bytes] = field(default_factory=list)
+
+    def connect(self, descriptor: MemoryDescriptor) -> Peer | None:
+        if self.gone:
+            raise PeerGone("another host")
+        self.patience -= 1
+        return super().connect(descriptor) if self.patience < 0 else None
+
+    def disconnect(self, peer: Peer) -> None:
+        self.disconnected.append(peer.descriptor.location)
+
+
+def bundle(fabric: FakeFabric, place: str, *names: str) -> TransportBundle:
+    """Each transport has a fabric address of its own, and all one pool."""
+    made = TransportBundle([Picky(fabric, f"{place}-{name}".encode(), name) for name in names])
+    made.register(made.allocate(LAYOUT, 8))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("names", "device", "problem"),
+    [
+        ((), "cpu", "must name at least one"),
+        (("pigeon",), "cpu", "'pigeon' is not there yet; known: shm, ucx"),
+        (("ucx", "ucx"), "cpu", "'ucx' is named twice"),
+        (("shm",), "cuda:0", "'shm' does not move memory of cuda"),
+    ],
+)
+def test_what_cannot_be_made_is_said(names: tuple[str, ...], device: str, problem: str) -> None:
+    assert problem in "; ".join(what_is_wrong(names, device))
+    with pytest.raises(ClusterError, match="transports "):
+        make_transports(names, Owner("c", WorkerId("w"), Epoch(1), device))
+
+
+@pytest.mark.parametrize("names", [("shm",), ("ucx",), ("ucx", "shm"), ("shm", "ucx")])
+def test_what_can_be_made(names: tuple[str, ...]) -> None:
+    assert what_is_wrong(names, "cpu") == []
+
+
+def test_the_first_that_both_have_is_used() -> None:
+    fabric = FakeFabric()
+    here, there = bundle(fabric, "here", "a", "b", "c"), bundle(fabric, "there", "c", "b")
+    peer = here.connect(there.descriptors)
+    assert peer is not None
+    assert peer.descriptor.transport == "b"
+    here.write_pages(peer, [1], [2], Imm(3))
+    fabric.land_all()
+    assert there.num_landed(Imm(3)) == 1
+    there.reset(Imm(3))
+    assert there.num_landed(Imm(3)) == 0
+
+
+def test_a_fall_back_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    fabric = FakeFabric()
+    here, there = bundle(fabric, "here", "a", "b"), bundle(fabric, "there", "a", "b")
+    here._transports["a"].gone = True
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            peer = here.connect(there.descriptors)
+            assert peer is not None
+            assert peer.descriptor.transport == "b"
+    assert [record.getMessage() for record in caplog.records] == ["KV to fake goes over b, since a: another host"]
+    here._transports["b"].gone = True
+    with pytest.raises(PeerGone, match="a: another host; b: another host"):
+        here.connect(there.descriptors)
+
+
+def test_the_preferred_one_is_waited_for_and_left_again() -> None:
+    fabric = FakeFabric()
+    here, there = bundle(fabric, "here", "a", "b"), bundle(fabric, "there", "a", "b")
+    here._transports["a"].patience = 1
+    assert here.connect(there.descriptors) is None
+    peer = here.connect(there.descriptors)
+    assert peer is not None
+    assert peer.descriptor.transport == "a"
+    here.disconnect(there.descriptors)
+    assert here._transports["a"].disconnected == [b"there-a"]
+    assert here._transports["b"].disconnected == [b"there-b"]
+
+
+def test_nothing_in_common_is_said() -> None:
+    fabric = FakeFabric()
+    with pytest.raises(TransferError, match="no transport in common: a here, b there"):
+        bundle(fabric, "here", "a").connect(bundle(fabric, "there", "b").descriptors)
+
+
+def test_a_fence_is_over_all_transports() -> None:
+    fabric = FakeFabric()
+    here, there = bundle(fabric, "here", "a", "b"), bundle(fabric, "there", "a", "b")
+    writer = (*there.descriptors, msgspec.structs.replace(there.descriptors[0], transport="unknown"))
+    assert here.fence(writer, 0.0)
+    here._transports["b"].fences = False
+    assert not here.fence(writer, 0.0)
