@@ -1,6 +1,7 @@
 """Pools in GPU memory: one plain allocation each, how another process finds it, and its mapping there."""
 
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -77,10 +78,8 @@ class DeviceMemory:
 
     def __del__(self) -> None:
         if self._address is not None:
-            try:
+            with suppress(cudart.CudaError):       # the process may be ending, and CUDA have gone first
                 cudart.free(self._address)
-            except cudart.CudaError:
-                pass                               # the process ends, and CUDA has gone first
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """[num_bytes] uint8; keeps the memory."""
