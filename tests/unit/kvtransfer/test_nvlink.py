@@ -3,6 +3,7 @@
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from uuid import uuid4
 
 import msgspec
@@ -40,8 +41,14 @@ def test_a_location_survives_the_wire() -> None:
 
 @pytest.mark.parametrize(
     "packed",
-    [b"", b"\x00", LOCATION.pack()[:-1], msgspec.structs.replace(LOCATION, version=2).pack(), msgspec.structs.replace(LOCATION, handle=b"short").pack()],
-)  # fmt: skip
+    [
+        b"",
+        b"\x00",
+        LOCATION.pack()[:-1],
+        msgspec.structs.replace(LOCATION, version=2).pack(),
+        msgspec.structs.replace(LOCATION, handle=b"short").pack(),
+    ],
+)
 def test_a_location_that_is_none_is_refused(packed: bytes) -> None:
     with pytest.raises(PeerGone):
         Location.unpack(packed)
@@ -127,5 +134,5 @@ def test_runs_are_the_pages(pairs: list[tuple[int, int]]) -> None:
     here, there = np.array(pairs).T
     runs = list(zip(*(column.tolist() for column in runs_of(here, there)), strict=True))
     assert [(src + i, dst + i) for count, src, dst in runs for i in range(count)] == pairs
-    for (count, src, dst), (_, next_src, next_dst) in zip(runs, runs[1:], strict=False):
+    for (count, src, dst), (_, next_src, next_dst) in pairwise(runs):
         assert (src + count, dst + count) != (next_src, next_dst), "two runs where one would do"
