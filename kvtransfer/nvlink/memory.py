@@ -1,7 +1,7 @@
 """Pools in GPU memory: one plain allocation each, how another process finds it, and its mapping there."""
 
-import contextlib
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -78,7 +78,7 @@ class DeviceMemory:
 
     def __del__(self) -> None:
         if self._address is not None:
-            with contextlib.suppress(cudart.CudaError):       # the process ends, and CUDA has gone first
+            with suppress(cudart.CudaError):       # the process may be ending, and CUDA have gone first
                 cudart.free(self._address)
 
     def tensor(self, device: torch.device) -> torch.Tensor:

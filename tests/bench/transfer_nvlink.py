@@ -98,7 +98,7 @@ def cost(pair: Pair, programs: Sequence[int]) -> None:
     for name, engine, shape in configurations(programs):
         pair.open(64 << 10, 2048, engine, shape)
         where: Any = (pair.target, pair.source, pair.places)
-        pair.seconds(pair.source, pair.places, 2)
+        pair.seconds(pair.source, pair.places, 480)                    # pins what is in flight below
         here, there, speed = [], [], 0.0
         for kind, num_times, num_writes in (("gemm", 40, 6), ("copy", 80, 2)):
             alone = pair.writer.call("work", kind, num_times)

@@ -22,7 +22,7 @@ from diptych.messages.errors import DiptychError
 from diptych.messages.ids import Epoch, Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
 
-CALL_TIMEOUT_S = 90.0
+CALL_TIMEOUT_S = 60.0
 """Of the slowest call, which starts CUDA and compiles the kernel."""
 
 

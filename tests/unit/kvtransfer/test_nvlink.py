@@ -1,0 +1,138 @@
+"""The parts of the transport `nvlink` that need no GPU: locations, counters, page ids, and what is refused before anything is mapped."""
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from uuid import uuid4
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diptych.kvtransfer.nvlink.counters import OwnCounters, PeerCounters
+from diptych.kvtransfer.nvlink.memory import THIS_PROCESS, VERSION, Location, PeerMemory, check_descriptor
+from diptych.kvtransfer.nvlink.pages import SMALLEST, Slots, check_pages, runs_of
+from diptych.kvtransfer.shm import SHM, host_identity, sweep_orphans
+from diptych.kvtransfer.transport import NUM_IMMS
+from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
+from diptych.messages.ids import Epoch, Imm, WorkerId
+from diptych.messages.membership import MemoryDescriptor
+
+LOCATION = Location(VERSION, THIS_PROCESS, bytes(range(64)), 0x7F00_0000_0000, 0, 1 << 30, "diptych-c-w-1.counts")
+DESCRIPTOR = MemoryDescriptor("nvlink", host_identity(), LOCATION.pack(), 10, 4096, NUM_IMMS)
+
+
+@pytest.fixture
+def counters() -> Iterator[OwnCounters]:
+    own = OwnCounters(f"test{uuid4().hex[:8]}", WorkerId("decode-0"), Epoch(1))
+    yield own
+    own.close()
+    assert not (SHM / own.name).exists()
+
+
+def test_a_location_survives_the_wire() -> None:
+    assert Location.unpack(LOCATION.pack()) == LOCATION
+    assert check_descriptor(DESCRIPTOR, 4096) == LOCATION
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"",
+        b"\x00",
+        LOCATION.pack()[:-1],
+        msgspec.structs.replace(LOCATION, version=2).pack(),
+        msgspec.structs.replace(LOCATION, handle=b"short").pack(),
+    ],
+)
+def test_a_location_that_is_none_is_refused(packed: bytes) -> None:
+    with pytest.raises(PeerGone):
+        Location.unpack(packed)
+
+
+def test_another_host_is_refused() -> None:
+    with pytest.raises(PeerGone, match="GPU memory of elsewhere"):
+        check_descriptor(msgspec.structs.replace(DESCRIPTOR, host="elsewhere"), 4096)
+
+
+def test_another_page_size_is_refused() -> None:
+    with pytest.raises(LayoutMismatch, match="pages of 4096 bytes there, 8192 here"):
+        check_descriptor(DESCRIPTOR, 8192)
+
+
+@pytest.mark.parametrize("pool_bytes", [0, (1 << 30) + 1])
+def test_more_pages_than_memory_are_refused(pool_bytes: int) -> None:
+    with pytest.raises(LayoutMismatch, match=f"{pool_bytes} bytes of pages announced"):
+        PeerMemory(LOCATION, pool_bytes, 0)
+
+
+def test_counters_are_shared_and_reset(counters: OwnCounters) -> None:
+    peer = PeerCounters(counters.name)
+    np.frombuffer(peer._memory, np.uint64)[7] = 2**40
+    assert [counters.read(Imm(imm)) for imm in (6, 7, 8)] == [0, 2**40, 0]
+    counters.reset(Imm(7))
+    assert counters.read(Imm(7)) == 0
+    assert peer.address % os.sysconf("SC_PAGE_SIZE") == 0
+    peer.close()
+
+
+def test_a_name_is_taken_once(counters: OwnCounters) -> None:
+    cluster = counters.name.split("-")[1]
+    with pytest.raises(ClusterError, match=r"32768 bytes of shared memory wanted: File exists"):
+        OwnCounters(cluster, WorkerId("decode-0"), Epoch(1))
+    assert PeerCounters(counters.name).address, "the first is unharmed"
+
+
+def test_the_living_are_not_swept_and_the_dead_not_found() -> None:
+    cluster = f"test{uuid4().hex[:8]}"
+    own = OwnCounters(cluster, WorkerId("decode-0"), Epoch(1))
+    assert sweep_orphans(cluster) == []
+    (SHM / f"{own.name}.orphan").write_bytes(bytes(8 * NUM_IMMS))
+    with pytest.raises(PeerGone, match="no longer lives"):
+        PeerCounters(f"{own.name}.orphan")
+    assert sweep_orphans(cluster) == [f"{own.name}.orphan"]
+    own.close()
+    with pytest.raises(PeerGone, match="No such file"):
+        PeerCounters(own.name)
+
+
+@pytest.mark.parametrize("name", ["../etc/passwd", "diptych-a/b", ""])
+def test_a_name_that_is_none_of_ours_is_refused(name: str) -> None:
+    with pytest.raises(PeerGone, match="no segment of ours"):
+        PeerCounters(name)
+
+
+@pytest.mark.parametrize("pages", [[3, 1, 2], range(5, 8), range(8, 5, -1), (9, 9, 9), array("q", [1, 2, 3])])
+def test_page_ids_of_any_sequence(pages: Sequence[int]) -> None:
+    slot = Slots(torch.device("cpu")).take(3)
+    here, there = slot.fill(pages, [7, 8, 9])
+    assert slot.pinned[:6].tolist() == [*pages, 7, 8, 9]
+    assert (here.tolist(), there.tolist()) == (list(pages), [7, 8, 9])
+
+
+def test_slots_are_used_again_and_never_twice_at_once() -> None:
+    slots = Slots(torch.device("cpu"))
+    taken = [slots.take(count) for count in (1, SMALLEST, SMALLEST + 1, 5000)] + [slots.take(1) for _ in range(40)]
+    assert [slot.capacity for slot in taken[:4]] == [SMALLEST, SMALLEST, 2 * SMALLEST, 8192]
+    assert len({slot.pinned.data_ptr() for slot in taken}) == len(taken)
+    slots.give_back(taken[3])
+    assert slots.take(4097) is taken[3]
+
+
+@pytest.mark.parametrize("pages", [[-1], [0, 10], [3, 2**40]])
+def test_pages_outside_are_refused(pages: list[int]) -> None:
+    with pytest.raises(TransferError, match="there are 10 there"):
+        check_pages(np.asarray(pages), 10, "there")
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1))
+def test_runs_are_the_pages(pairs: list[tuple[int, int]]) -> None:
+    here, there = np.array(pairs).T
+    runs = list(zip(*(column.tolist() for column in runs_of(here, there)), strict=True))
+    assert [(src + i, dst + i) for count, src, dst in runs for i in range(count)] == pairs
+    for (count, src, dst), (_, next_src, next_dst) in pairwise(runs):
+        assert (src + count, dst + count) != (next_src, next_dst), "two runs where one would do"
