@@ -27,6 +27,7 @@ from .config import WorkerConfig
 from .engine import SequenceStep
 from .load import PrefillShare, load_report
 from .outbox import TokenOutbox
+from .pace import Pacer
 from .predictor import StepPredictor, features_of
 from .replica import Replica, build_replica
 from .scheduler import StepPlan
@@ -70,6 +71,7 @@ class Worker(ABC):
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._predictor = StepPredictor(self.replica.step_model)
         self._prefill_share = PrefillShare()
+        self.engine.scheduler.pacer = Pacer(clock, lambda: self._predictor.model)
         self._descriptor = self.replica.transport.register(self.replica.pool)
         self.setup()
         self._status = self._snapshot()
