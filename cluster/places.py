@@ -12,7 +12,7 @@ from ..messages.ids import Epoch, GatewayId, WorkerId
 from .gateway.config import GatewayConfig, Limits
 from .router.policy import Objectives
 from .router.registry import PolicyOptions
-from .spec import PoolSpec, Spec
+from .spec import ClassObjectives, PoolSpec, Spec
 
 
 class PlaceKind(StrEnum):
@@ -62,7 +62,8 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
         model_name=spec.model.served_name,
         policy=spec.router.policy,
         policy_options=PolicyOptions(local_path=spec.router.local_path, seed=2 * place.index),
-        objectives=Objectives(_seconds(spec.slo.ttft_ms), _seconds(spec.slo.tpot_ms)),
+        objectives=_objectives(spec.slo),
+        class_objectives={name: _objectives(promised) for name, promised in spec.slo.classes.items()},
         host=spec.router.host,
         port=spec.router.port,
         reuse_port=spec.router.processes > 1,
@@ -73,6 +74,10 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
 
 def count(places: Iterable[PlaceName], kind: PlaceKind) -> int:
     return sum(place.kind is kind for place in places)
+
+
+def _objectives(promised: ClassObjectives) -> Objectives:
+    return Objectives(_seconds(promised.ttft_ms), _seconds(promised.tpot_ms))
 
 
 def _seconds(ms: float | None) -> float | None:

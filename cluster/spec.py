@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from ..messages.errors import SpecError
+from ..messages.requests import ServiceClass
 from ..models.embedded.path import embedded_model_path
 from .router.registry import POLICIES
 
@@ -64,9 +65,13 @@ class ModelSpec(Section):
         return self.name or Path(self.path).name
 
 
-class Objectives(Section):
+class ClassObjectives(Section):
     ttft_ms: Annotated[float, Field(gt=0)] | None = None
     tpot_ms: Annotated[float, Field(gt=0)] | None = None
+
+
+class Objectives(ClassObjectives):
+    classes: dict[ServiceClass, ClassObjectives] = {}          # instead, for requests of a class; batch has none unless it is here
     attainment: Annotated[float, Field(gt=0, le=1)] = 0.9      # share of requests that meet both
 
 

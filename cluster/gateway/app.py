@@ -28,6 +28,7 @@ from .errors import BadRequest, ErrorText, HttpError, to_http
 from .exchange import ClientGone, Exchange, Headers
 from .jobs import Job, JobMaker
 from .responder import JSON, respond
+from .tiers import objectives_for
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ class App:
     async def _answer(self, call: Call, job: Job, dialect: Dialect) -> None:
         timeout_s = self._core.config.limits.request_timeout_s
         core, deadline = self._core, call.arrived_at + timeout_s
-        answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, core.config.objectives)
+        objectives = objectives_for(job.service_class, call.exchange, core.config.objectives, core.config.class_objectives)
+        answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, objectives)
         await respond(call.exchange, answer, dialect, job, call.headers, timeout_s)
 
     async def _models(self, call: Call) -> None:

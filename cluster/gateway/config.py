@@ -3,6 +3,7 @@
 from msgspec import Struct
 
 from ...messages.ids import GatewayId
+from ...messages.requests import ServiceClass
 from ..router.policy import Objectives
 from ..router.registry import PolicyOptions
 
@@ -29,6 +30,7 @@ class GatewayConfig(Struct, frozen=True):
     policy: str = "least_loaded"
     policy_options: PolicyOptions = PolicyOptions()
     objectives: Objectives = Objectives()
+    class_objectives: dict[ServiceClass, Objectives] = {}      # instead of `objectives`
     host: str = "127.0.0.1"
     port: int = 0                             # 0: any free one
     reuse_port: bool = False                  # several gateway processes share the port

@@ -18,9 +18,10 @@ from enum import StrEnum
 
 import msgspec
 
+from ...engine.urgency import due_in_s
 from ...messages.errors import DiptychError
 from ...messages.ids import Address, RequestId
-from ...messages.requests import GenerateRequest, Route, SamplingParams, TokenDelta, WorkerRef
+from ...messages.requests import GenerateRequest, Route, SamplingParams, ServiceClass, TokenDelta, WorkerRef
 from ..router.policy import NO_OBJECTIVES, Objectives, RoutingRequest
 from .ordering import InOrder
 
@@ -54,6 +55,7 @@ class Prompt:
     sampling: SamplingParams
     deadline: float                           # on the dispatcher's clock
     objectives: Objectives = NO_OBJECTIVES
+    service_class: ServiceClass = ServiceClass.DEFAULT
 
 
 @dataclass
@@ -112,20 +114,24 @@ class Generation:
             self.num_fresh_tokens += len(delta.token_ids)
         self.fresh += deltas
 
+    def due_in_s(self, now: float) -> float:
+        """By its class: what queues go by."""
+        return due_in_s(self.prompt.service_class, self.ttft_slack_s(now), now - self.arrived_at)
+
     def ttft_slack_s(self, now: float) -> float:
         """Until the first token is due; negative once it is late, infinite without an objective."""
         ttft_s = self.prompt.objectives.ttft_s
         return math.inf if ttft_s is None else self.arrived_at + ttft_s - now
 
     def routing_request(self) -> RoutingRequest:
-        """A retry is never refused for an objective: the client has waited, or reads already."""
+        """Batch work is late rather than refused, and so is a retry: the client has waited, or reads already."""
         return RoutingRequest(
             token_ids=self._token_ids(),
             max_new_tokens=self.prompt.sampling.max_tokens - len(self.outputs),
             avoid=self.avoid,
             objectives=self.prompt.objectives,
             arrived_at=self.arrived_at,
-            may_be_late=self.num_attempts > 0,
+            may_be_late=self.num_attempts > 0 or self.prompt.service_class is ServiceClass.BATCH,
         )
 
     def start_attempt(self, route: Route, gateway: Address, now: float) -> GenerateRequest:
@@ -145,6 +151,8 @@ class Generation:
             num_prior_outputs=len(self.outputs),
             ttft_slo_s=None if objectives.ttft_s is None else self.ttft_slack_s(now),
             tpot_slo_s=objectives.tpot_s,
+            service_class=self.prompt.service_class,
+            waited_s=max(0.0, now - self.arrived_at),
         )
 
     def _token_ids(self) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ...messages.requests import SamplingParams
+from ...messages.requests import SamplingParams, ServiceClass
 from .bodies import ChatBody, ChatMessage, CompletionBody
 from .errors import BadRequest
+from .tiers import CLASS_OF_TIER, told_tier
 from .tokenizer import TextModel
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -38,6 +39,11 @@ class Job:
     echo: bool
     stream: bool
     include_usage: bool
+    service_tier: str = "default"             # as the answer tells it
+
+    @property
+    def service_class(self) -> ServiceClass:
+        return CLASS_OF_TIER[self.service_tier]
 
     @property
     def num_choices(self) -> int:
@@ -145,6 +151,7 @@ def _job(
         echo=echo,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        service_tier=told_tier(body.service_tier),
     )
 
 
