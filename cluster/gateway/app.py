@@ -166,7 +166,7 @@ class App:
             await _send_json(call, 503, {"status": "not ready", "reason": reason})
 
     async def _metrics(self, call: Call) -> None:
-        await call.exchange.respond(200, (("content-type", CONTENT_TYPE_LATEST), *call.headers), self._core.metrics.render())
+        await call.exchange.respond(200, (("content-type", CONTENT_TYPE_LATEST), *call.headers), self._core.render_metrics())
 
     async def _refuse(self, call: Call, error: HttpError) -> None:
         headers = call.headers

@@ -92,6 +92,7 @@ class Generation:
     last_token_at: float | None = None
     error: DiptychError | None = None         # of REFUSED and FAILED
     last_failure: str = ""
+    path: str | None = None                   # split or local, of the last attempt
 
     @property
     def ended(self) -> bool:
@@ -123,6 +124,22 @@ class Generation:
         ttft_s = self.prompt.objectives.ttft_s
         return math.inf if ttft_s is None else self.arrived_at + ttft_s - now
 
+    @property
+    def tpot_s(self) -> float | None:
+        """None: fewer than two tokens."""
+        if self.first_token_at is None or self.last_token_at is None or len(self.outputs) < 2:
+            return None
+        return (self.last_token_at - self.first_token_at) / (len(self.outputs) - 1)
+
+    @property
+    def kept_objectives(self) -> bool:
+        """It finished, and in time; what was promised nothing is always in time."""
+        if self.state is not GenerationState.FINISHED or self.first_token_at is None:
+            return False
+        promised, ttft_s, tpot_s = self.prompt.objectives, self.first_token_at - self.arrived_at, self.tpot_s
+        kept_ttft = promised.ttft_s is None or ttft_s <= promised.ttft_s
+        return kept_ttft and (promised.tpot_s is None or tpot_s is None or tpot_s <= promised.tpot_s)
+
     def routing_request(self) -> RoutingRequest:
         """Batch work is late rather than refused, and so is a retry: the client has waited, or reads already."""
         return RoutingRequest(
@@ -137,6 +154,7 @@ class Generation:
     def start_attempt(self, route: Route, gateway: Address, now: float) -> GenerateRequest:
         """The next attempt continues after what has been delivered, with the same seed."""
         self.num_attempts += 1
+        self.path = "local" if route.prefill is None else "split"
         request_id = RequestId(f"{self.prompt.name}-{self.num_attempts}")
         self.attempt = Attempt(request_id, route, InOrder(len(self.outputs)), progress_at=now)
         self.move(GenerationState.RUNNING)

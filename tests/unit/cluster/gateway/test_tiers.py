@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 from harness.gateway import House, in_loop
 
+from diptych.cluster.gateway.metrics import Metrics
 from diptych.cluster.places import PlaceKind, PlaceName, gateway_config
 from diptych.cluster.router.policy import Objectives
 from diptych.cluster.spec import parse_spec
 from diptych.messages.errors import SpecError
-from diptych.messages.requests import ServiceClass
+from diptych.messages.ids import Address, Epoch, WorkerId
+from diptych.messages.requests import LoadReport, ServiceClass, WorkerRef
+from diptych.messages.steps import StepModel
 
 ASK = {"prompt": "Hi", "max_tokens": 50}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}
@@ -79,3 +82,35 @@ def test_the_spec_names_objectives_by_class():
     tree["slo"]["classes"] = {"gold": {"tpot_ms": 1}}
     with pytest.raises(SpecError, match=r"slo\.classes\.gold"):
         parse_spec(tree, Path())
+
+
+@in_loop
+async def test_metrics_and_status_tell_who_was_in_time(tmp_path):
+    impossible = {"x-diptych-ttft-ms": "0.001"}
+    async with House(tmp_path, policy="goodput", objectives=DEPLOYMENT) as house:
+        await house.post("/v1/completions", ASK)
+        await house.post("/v1/completions", ASK | {"service_tier": "priority"}, impossible)
+        await house.post("/v1/completions", ASK | {"service_tier": "batch"})
+        lines = (await house.get("/metrics")).body.decode().splitlines()
+        for line in (
+            'diptych_goodput_requests_total{class="default"} 1.0',
+            'diptych_goodput_requests_total{class="batch"} 1.0',
+            'diptych_requests_total{class="priority",outcome="refused"} 1.0',
+            'diptych_requests_total{class="batch",outcome="finished"} 1.0',
+            'diptych_refusals_total{reason="overloaded"} 1.0',
+        ):
+            assert line in lines, line
+        paths = [float(line.split()[-1]) for line in lines if line.startswith("diptych_paths_total")]
+        assert sum(paths) == 2
+        status = house.core.status(port=1)
+        assert status.by_class == {"default": 1, "priority": 1, "batch": 1}
+        assert status.good_by_class == {"default": 1, "batch": 1}
+
+
+def test_each_workers_prediction_error_is_told():
+    ref = WorkerRef(WorkerId("decode-0"), Epoch(1), Address("fake://d"))
+    model = StepModel(5e-3, 0.0, 0.0, 0.0, 0.0, error=0.25, num_observed=9)
+    report = LoadReport(ref, 0, 0, 0, 0, num_blocks=64, num_free_blocks=64, block_size=16, step_model=model)
+    metrics = Metrics()
+    assert 'diptych_predictor_error{worker="decode-0"} 0.25' in metrics.render([report]).decode().splitlines()
+    assert "decode-0" not in metrics.render([]).decode(), "a worker that has gone is forgotten"
