@@ -10,6 +10,7 @@ from enum import StrEnum
 from ..engine.config import EngineConfig, WorkerConfig
 from ..messages.ids import Epoch, GatewayId, WorkerId
 from .gateway.config import GatewayConfig, Limits
+from .gateway.rate_limits import RateLimits
 from .router.policy import Objectives
 from .router.registry import PolicyOptions
 from .spec import ClassObjectives, PoolSpec, Spec
@@ -68,12 +69,20 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
         port=spec.router.port,
         reuse_port=spec.router.processes > 1,
         api_keys=spec.api_keys(),
+        rate_limits=_rate_limits(spec),
         limits=Limits(request_timeout_s=spec.timeouts.request_s),
     )
 
 
 def count(places: Iterable[PlaceName], kind: PlaceKind) -> int:
     return sum(place.kind is kind for place in places)
+
+
+def _rate_limits(spec: Spec) -> RateLimits:
+    """Gateways do not tell each other what they have let in: each has its part."""
+    whole, part = spec.security, spec.router.processes
+    rates = (whole.requests_per_minute, whole.tokens_per_minute)
+    return RateLimits(*(None if rate is None else rate / part for rate in rates))
 
 
 def _objectives(promised: ClassObjectives) -> Objectives:

@@ -109,6 +109,8 @@ class TransferSpec(Section):
 
 class SecuritySpec(Section):
     api_keys_file: str | None = None          # one key a line; None: open to all who reach the port
+    requests_per_minute: Count | None = None  # of each key, or of all clients together if there is none
+    tokens_per_minute: Count | None = None    # prompts, and the most that may come
 
 
 class TimeoutsSpec(Section):
@@ -176,6 +178,8 @@ def _impossible(spec: Spec) -> list[str]:
         found.append(f"router.policy: {spec.router.policy!r} is unknown; known: {', '.join(POLICIES)}")
     if spec.router.processes > 1 and spec.router.port == 0:
         found.append(f"router.port: must be a fixed port, since {spec.router.processes} processes share it")
+    if (allowed := spec.security.requests_per_minute) is not None and allowed < spec.router.processes:
+        found.append(f"security.requests_per_minute: must be >= {spec.router.processes}, not {allowed}: the gateways share it out")
     if not spec.transfer.transports:
         found.append("transfer.transports: must name at least one")
     unknown = [transport for transport in spec.transfer.transports if transport != "shm"]

@@ -6,6 +6,7 @@ from ...messages.ids import GatewayId
 from ...messages.requests import ServiceClass
 from ..router.policy import Objectives
 from ..router.registry import PolicyOptions
+from .rate_limits import RateLimits
 
 
 class Limits(Struct, frozen=True):
@@ -35,6 +36,7 @@ class GatewayConfig(Struct, frozen=True):
     port: int = 0                             # 0: any free one
     reuse_port: bool = False                  # several gateway processes share the port
     api_keys: frozenset[str] = frozenset()    # empty: open to all who reach it
+    rate_limits: RateLimits = RateLimits()    # of each key
     limits: Limits = Limits()
 
     def __repr__(self) -> str:

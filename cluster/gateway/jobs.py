@@ -49,6 +49,11 @@ class Job:
     def num_choices(self) -> int:
         return len(self.prompts) * self.n
 
+    @property
+    def max_tokens(self) -> int:
+        """Of all choices, prompts included."""
+        return sum(self.n * (len(prompt.token_ids) + self.sampling.max_tokens) for prompt in self.prompts)
+
     def prompt_of(self, index: int) -> JobPrompt:
         return self.prompts[index // self.n]
 
