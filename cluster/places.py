@@ -10,9 +10,10 @@ from enum import StrEnum
 from ..engine.config import EngineConfig, WorkerConfig
 from ..messages.ids import Epoch, GatewayId, WorkerId
 from .gateway.config import GatewayConfig, Limits
+from .gateway.rate_limits import RateLimits
 from .router.policy import Objectives
 from .router.registry import PolicyOptions
-from .spec import Device, PoolSpec, Spec
+from .spec import ClassObjectives, Device, PoolSpec, Spec
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,30 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
         model_name=spec.model.served_name,
         policy=spec.router.policy,
         policy_options=PolicyOptions(local_path=spec.router.local_path, seed=2 * place.index),
-        objectives=Objectives(_seconds(spec.slo.ttft_ms), _seconds(spec.slo.tpot_ms)),
+        objectives=_objectives(spec.slo),
+        class_objectives={name: _objectives(promised) for name, promised in spec.slo.classes.items()},
         host=spec.router.host,
         port=spec.router.port,
         reuse_port=spec.router.processes > 1,
         api_keys=spec.api_keys(),
+        rate_limits=_rate_limits(spec),
         limits=Limits(request_timeout_s=spec.timeouts.request_s),
     )
 
 
 def count(places: Iterable[PlaceName], kind: PlaceKind) -> int:
     return sum(place.kind is kind for place in places)
+
+
+def _rate_limits(spec: Spec) -> RateLimits:
+    """Gateways do not tell each other what they have let in: each has its part."""
+    whole, part = spec.security, spec.router.processes
+    rates = (whole.requests_per_minute, whole.tokens_per_minute)
+    return RateLimits(*(None if rate is None else rate / part for rate in rates))
+
+
+def _objectives(promised: ClassObjectives) -> Objectives:
+    return Objectives(_seconds(promised.ttft_ms), _seconds(promised.tpot_ms))
 
 
 def _seconds(ms: float | None) -> float | None:

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from ..kvtransfer.selection import what_is_wrong
 from ..messages.errors import SpecError
+from ..messages.requests import ServiceClass
 from ..models.embedded.path import embedded_model_path
 from .router.registry import POLICIES
 
@@ -65,9 +66,13 @@ class ModelSpec(Section):
         return self.name or Path(self.path).name
 
 
-class Objectives(Section):
+class ClassObjectives(Section):
     ttft_ms: Annotated[float, Field(gt=0)] | None = None
     tpot_ms: Annotated[float, Field(gt=0)] | None = None
+
+
+class Objectives(ClassObjectives):
+    classes: dict[ServiceClass, ClassObjectives] = {}          # instead, for requests of a class; batch has none unless it is here
     attainment: Annotated[float, Field(gt=0, le=1)] = 0.9      # share of requests that meet both
 
 
@@ -106,6 +111,8 @@ class TransferSpec(Section):
 
 class SecuritySpec(Section):
     api_keys_file: str | None = None          # one key a line; None: open to all who reach the port
+    requests_per_minute: Count | None = None  # of each key, or of all clients together if there is none
+    tokens_per_minute: Count | None = None    # prompts, and the most that may come
 
 
 class TimeoutsSpec(Section):
@@ -180,6 +187,8 @@ def _impossible(spec: Spec) -> list[str]:
     if spec.router.processes > 1 and spec.router.port == 0:
         found.append(f"router.port: must be a fixed port, since {spec.router.processes} processes share it")
     found.extend(f"transfer.transports: {problem}" for problem in what_is_wrong(spec.transports, spec.model.device))
+    if (allowed := spec.security.requests_per_minute) is not None and allowed < spec.router.processes:
+        found.append(f"security.requests_per_minute: must be >= {spec.router.processes}, not {allowed}: the gateways share it out")
     pools = {"prefill": spec.pools.prefill, "decode": spec.pools.decode}
     for name, pool in pools.items():
         if pool is not None:

@@ -28,7 +28,7 @@ def deployment_view(status: DeploymentStatus) -> RenderableType:
 
 
 def _place_table(places: tuple[PlaceStatus, ...]) -> Table:
-    columns = ("place", "state", "pid", "for", "restarts", "waiting", "running", "KV blocks used", "last error")
+    columns = ("place", "state", "pid", "for", "restarts", "waiting", "running", "KV blocks used", "step error", "last error")
     table = Table(*columns, box=None, pad_edge=False)
     for place in places:
         table.add_row(
@@ -43,20 +43,26 @@ def _place_table(places: tuple[PlaceStatus, ...]) -> Table:
     return table
 
 
-def _load_cells(load: LoadReport | None) -> tuple[str, str, str]:
+def _load_cells(load: LoadReport | None) -> tuple[str, str, str, str]:
     if load is None:
-        return "", "", ""
-    return str(load.num_waiting), str(load.num_running), f"{load.num_blocks - load.num_free_blocks} / {load.num_blocks}"
+        return "", "", "", ""
+    used = f"{load.num_blocks - load.num_free_blocks} / {load.num_blocks}"
+    error = f"{load.step_model.error:.1%}" if load.step_model and load.step_model.num_observed else ""
+    return str(load.num_waiting), str(load.num_running), used, error
 
 
 def _traffic_table(gateways: list[GatewayStatus]) -> Table:
-    columns = ("gateway", "finished", "failed", "retries", "tokens out", "TTFT p50/p90", "TPOT p50/p90", "KV moved")
+    counts = ("queued", "finished", "refused", "failed", "in time", "retries", "tokens out")
+    columns = ("gateway", *counts, "TTFT p50/p90", "TPOT p50/p90", "KV moved")
     table = Table(*columns, box=None, pad_edge=False)
     for gateway in gateways:
         table.add_row(
             gateway.gateway_id,
+            str(gateway.num_queued),
             str(gateway.outcomes.get("finished", 0)),
+            str(gateway.outcomes.get("refused", 0)),
             str(gateway.outcomes.get("failed", 0)),
+            ", ".join(f"{name} {gateway.good_by_class.get(name, 0)} / {total}" for name, total in sorted(gateway.by_class.items())),
             str(gateway.num_retries),
             str(gateway.num_output_tokens),
             _quantiles(gateway.ttft),

@@ -1,16 +1,18 @@
 """The receiver's side of all handoffs of one decode worker: admission, counting, commit.
 
     KVOffer ──► checked ──► blocks reserved ──► KVAccept ──► pages counted ──► KVLanded: announced = counted? ──► commit, KVCommitted
-                   │ no memory: KVWait, first come first served
+                   │ no memory: KVWait, the most urgent is served first
     any abort, deadline or cancel: CANCELLING; the reserved blocks stay reserved until KVDrained, or until the writer is confirmed dead
     and the transport has fenced it: what a dead process has sent may still be under way
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..engine.engine import Engine
+from ..engine.urgency import due_in_s
 from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.session import HandoffState, Session
 from ..kvtransfer.transport import NUM_IMMS, KVPool
@@ -58,6 +60,12 @@ class Incoming:
     @property
     def request(self) -> GenerateRequest:
         return self.offer.request
+
+    @property
+    def due_at(self) -> float:
+        request = self.request
+        slack_s = math.inf if request.ttft_slo_s is None else request.ttft_slo_s
+        return self.offered_at + due_in_s(request.service_class, slack_s, request.waited_s)
 
 
 class KVReceiver:
@@ -234,8 +242,9 @@ class KVReceiver:
     # doing
 
     def _reserve_next(self, now: float, wanted: Incoming | None = None) -> bool:
-        """Reserves for those that wait, oldest first, until one does not fit; True if `wanted` got its blocks."""
-        for handoff in [h for h in self._handoffs.values() if h.session.state is HandoffState.OFFERED]:
+        """Reserves for those that wait, most urgent first, until one does not fit; True if `wanted` got its blocks."""
+        offered = [h for h in self._handoffs.values() if h.session.state is HandoffState.OFFERED]
+        for handoff in sorted(offered, key=lambda h: h.due_at):
             if not self._reserve(handoff, now):
                 return False
             if handoff is wanted:
@@ -244,12 +253,14 @@ class KVReceiver:
 
     def _reserve(self, handoff: Incoming, now: float) -> bool:
         scheduler, pool = self._engine.scheduler, self._engine.pool
-        if any(sequence.was_admitted for sequence in scheduler.waiting):
+        due_at = handoff.due_at
+        if scheduler.owes_memory(due_at):
             return False                                     # preempted: what becomes free is theirs first
         num_live = sum(h.imm is not None for h in self._handoffs.values()) + len(scheduler.running)
         prefix = pool.match(handoff.offer.block_hashes)
         num_new = handoff.offer.num_blocks - len(prefix)
         if not self._imms or not has_room(pool, num_new, num_live, self._engine.limits.max_sequences):
+            scheduler.claim(num_new + num_live, due_at)
             return False
         blocks = pool.take(num_new, prefix)
         if blocks is None:

@@ -65,12 +65,15 @@ class BlockPool:
 
     def take(self, count: int, prefix: Sequence[BlockId] = ()) -> list[BlockId] | None:
         """Holds the matched `prefix` and `count` blocks more; None, and nothing changed, if there are not so many."""
-        if count > self.num_available - sum(block in self._cached for block in prefix):
+        if not self.can_take(count, prefix):
             return None
         for block in prefix:
             self._cached.pop(block, None)
             self._refs[block] = self._refs.get(block, 0) + 1
         return [*prefix, *(self._take_one() for _ in range(count))]
+
+    def can_take(self, count: int, prefix: Sequence[BlockId] = ()) -> bool:
+        return count <= self.num_available - sum(block in self._cached for block in prefix)
 
     def publish(self, block: BlockId, block_hash: BlockHash) -> None:
         """A held block is full and computed: others may match it. The first block of a hash wins."""

@@ -112,7 +112,7 @@ class CudaRunner:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            fraction=uniform(sampling.seed, sequence.num_outputs),
+            fraction=uniform(sampling.seed, sequence.num_outputs) if sampling.temperature > 0 else 0.0,
         )
 
     def _prefill(

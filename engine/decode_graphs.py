@@ -10,10 +10,10 @@ logits of a replay stand until the next one.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from ..kernels.decode_inputs import HEADER, decode_inputs
@@ -34,8 +34,7 @@ def batch_sizes(max_sequences: int) -> list[int]:
     return sorted({min(size, max_sequences) for size in (*SMALL_BATCHES, *stepped)})
 
 
-@dataclass(frozen=True)
-class DecodeRow:
+class DecodeRow(Struct, frozen=True):
     """One sequence's part of a step."""
 
     context: int                # tokens, this step's included

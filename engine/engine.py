@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from ..messages.errors import ContextOverflow, PoolTooSmall
 from ..messages.ids import BlockId, RequestId
 from ..messages.requests import FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
@@ -32,8 +34,7 @@ class EngineLimits:
     prefix_cache: bool = True
 
 
-@dataclass(frozen=True)
-class SequenceStep:
+class SequenceStep(Struct, frozen=True):
     """What a step did for one sequence."""
 
     chunk: Chunk
@@ -117,6 +118,7 @@ class Engine:
             self.runner.runs_ahead
             and len(self._under_way) == 1
             and self.pool.num_available >= len(running)
+            and not self.scheduler.may_preempt
             and not any(s.is_pending and self.runner.needs_tokens(s) for s in running)
         )
 

@@ -66,4 +66,4 @@ def queue_by_slack(waiting: Seq[Sequence], now: float) -> tuple[tuple[float, int
     """Neighbours are put together, at the sooner deadline, until there are at most MAX_QUEUE_ENTRIES. `waiting` is by urgency."""
     per_entry = -(-len(waiting) // MAX_QUEUE_ENTRIES) or 1
     groups = [waiting[i : i + per_entry] for i in range(0, len(waiting), per_entry)]
-    return tuple((min(group[0].ttft_deadline - now, NO_DEADLINE_S), sum(s.num_to_compute for s in group)) for group in groups)
+    return tuple((min(group[0].due_at - now, NO_DEADLINE_S), sum(s.num_to_compute for s in group)) for group in groups)

@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
+from msgspec import Struct
 
 from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
@@ -24,8 +25,7 @@ from .scheduler import Chunk, StepPlan
 from .sequence import Sequence
 
 
-@dataclass(frozen=True)
-class ChunkOutput:
+class ChunkOutput(Struct, frozen=True):
     sampled: Sampled | None                # the token after the chunk, if the chunk ends with the last known one and its logits are finite
     prompt: tuple[Sampled, ...] = ()       # scores of tokens start + 1, … inside the prompt, if the request wants them
     is_finite: bool = True                 # False: NaN or infinity among the logits that were to be sampled or scored

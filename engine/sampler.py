@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from ..messages.requests import SamplingParams
@@ -27,8 +28,7 @@ class SamplingRow:
     output_ids: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(Struct, frozen=True):
     token_id: int
     logprob: float | None = None                 # None: params.logprobs was None
     top: tuple[tuple[int, float], ...] = ()      # the most likely tokens, best first; equal ones by id

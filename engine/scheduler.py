@@ -1,20 +1,26 @@
 """What an engine computes next. Pure: sequences and a block pool in, one StepPlan out.
 
 A step takes every running decode (one token each), then continues prompts that are partly computed, then admits waiting ones by
-urgency, all under a token budget (SARATHI, OSDI'24, section 4). Admission takes the blocks of the whole prompt at once, so that a
-prompt under way is never stuck halfway. A decode that finds no block preempts the latest arrival, which computes again later.
+urgency, all under a token budget (SARATHI, OSDI'24, section 4) and, with a Pacer, within the time that decodes have to spare. Admission
+takes the blocks of the whole prompt at once, so that a prompt under way is never stuck halfway.
+
+Preempted, to compute again later, is who has most slack: the least urgent, when a decode finds no block; batch work, when somebody more
+urgent finds no room. What is handed off is never preempted, for somebody may be writing or reading its pages.
 """
 
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from msgspec import Struct
+
+from ..messages.ids import BlockId
 from .block_pool import BlockPool
+from .pace import Pacer, StepRoom
 from .sequence import Sequence, SequenceState
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """Tokens [start, start + count) of one sequence."""
 
     sequence: Sequence
@@ -39,13 +45,17 @@ class StepPlan:
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, block_size: int, max_step_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, max_step_tokens: int, max_sequences: int, pacer: Pacer | None = None
+    ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
+        self.pacer = pacer                     # None: only tokens are budgeted
         self.waiting: list[Sequence] = []      # by urgency
         self.running: list[Sequence] = []      # by arrival
+        self._claims: list[tuple[int, float]] = []             # (blocks, due_at) of handoffs, for the next step
 
     def add(self, sequence: Sequence) -> None:
         """To be admitted when there is room."""
@@ -74,18 +84,21 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         preempted = self._secure_decode_blocks()
+        # What was just preempted would only take the blocks back that a decode needs next.
+        welcome = [] if preempted else self.waiting[:]
+        preempted = preempted or self._yield_to_waiting()
         chunks = [Chunk(s, s.num_computed, 1) for s in self.running if s.is_decoding][: self._max_sequences]
-        room = max(1, self._max_step_tokens - len(chunks))     # a prompt gets on however many decodes there are
-        admitted = []
-        for sequence in self._prompts(preempted, len(chunks)):
-            if room == 0:
+        room = self._room(chunks)
+        admitted, nobody_more = [], False
+        for sequence in self._prompts(welcome, len(chunks)):
+            if room.is_empty:
                 break
             if sequence.state is SequenceState.WAITING:
-                if not self._admit(sequence):
-                    break
+                nobody_more = nobody_more or not self._admit(sequence)         # or small ones would keep a large one waiting for ever
+                if nobody_more:
+                    continue
                 admitted.append(sequence)
-            chunks.append(Chunk(sequence, sequence.num_computed, min(sequence.num_to_compute, room)))
-            room -= chunks[-1].count
+            chunks.append(Chunk(sequence, sequence.num_computed, room.take(sequence.num_computed, sequence.num_to_compute)))
         return StepPlan(tuple(chunks), tuple(admitted), tuple(preempted))
 
     def computed(self, chunk: Chunk) -> None:
@@ -100,20 +113,35 @@ class Scheduler:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _prompts(self, preempted: list[Sequence], num_decoding: int) -> Iterable[Sequence]:
+    def claim(self, num_blocks: int, due_at: float) -> None:
+        """A handoff that is due then waits for a place and so many blocks: the next step's batch work makes room, if that is enough."""
+        self._claims.append((num_blocks, due_at))
+
+    @property
+    def may_preempt(self) -> bool:
+        """Whether the next plan may take places and memory away from batch work, for want of neither."""
+        wanted = bool(self._claims) or bool(self.waiting and not self.waiting[0].fills_in)
+        return wanted and any(sequence.fills_in for sequence in self.running)
+
+    def owes_memory(self, due_at: float) -> bool:
+        """A preempted sequence waits to come back that is more urgent than what is due then."""
+        return any(sequence.was_admitted and sequence.due_at <= due_at for sequence in self.waiting)
+
+    def _room(self, decodes: list[Chunk]) -> StepRoom:
+        max_tokens = max(1, self._max_step_tokens - len(decodes))       # a prompt gets on however many decodes there are
+        return StepRoom(max_tokens) if self.pacer is None else self.pacer.room((chunk.sequence for chunk in decodes), max_tokens)
+
+    def _prompts(self, welcome: list[Sequence], num_decoding: int) -> Iterable[Sequence]:
+        """Those under way, then new ones; batch work under way lets whoever is more urgent pass, if no handoff waits for it."""
         started = sorted((s for s in self.running if not s.is_decoding), key=lambda s: s.urgency)
-        num_new = max(0, self._max_sequences - len(self.running))
-        # What was just preempted would only take the blocks back that a decode needs next.
-        waiting = [] if preempted else self.waiting[:num_new]
-        return [*started[: max(0, self._max_sequences - num_decoding)], *waiting]
+        started = started[: max(0, self._max_sequences - num_decoding)]
+        waiting = welcome[: max(0, self._max_sequences - len(self.running))]
+        passed = [s for s in started if waiting and _may_yield(s, waiting[0].due_at)]
+        return [*(s for s in started if s not in passed), *waiting, *passed]
 
     def _admit(self, sequence: Sequence) -> bool:
-        hashes = sequence.update_hashes(self._block_size)
-        wants_all_logits = sequence.request.sampling.prompt_logprobs is not None
-        # At least one token is computed, for its logits.
-        usable = 0 if wants_all_logits else (len(sequence.token_ids) - 1) // self._block_size
-        prefix = self._pool.match(hashes[:usable])
-        blocks = self._pool.take(self.blocks_for(len(sequence.token_ids)) - len(prefix), prefix)
+        num_new, prefix = self._missing(sequence)
+        blocks = self._pool.take(num_new, prefix)
         if blocks is None:
             return False
         sequence.blocks = blocks
@@ -126,13 +154,46 @@ class Scheduler:
         self._start(sequence)
         return True
 
+    def _missing(self, sequence: Sequence) -> tuple[int, list[BlockId]]:
+        """Blocks to take so that it can run, and those that are here already."""
+        hashes = sequence.update_hashes(self._block_size)
+        wants_all_logits = sequence.request.sampling.prompt_logprobs is not None
+        # At least one token is computed, for its logits.
+        usable = 0 if wants_all_logits else (len(sequence.token_ids) - 1) // self._block_size
+        prefix = self._pool.match(hashes[:usable])
+        return self.blocks_for(len(sequence.token_ids)) - len(prefix), prefix
+
+    def _yield_to_waiting(self) -> list[Sequence]:
+        """Batch work makes room for handoffs that claim it and for the first in line."""
+        claims, self._claims = self._claims, []
+        yielded: list[Sequence] = []
+        head = self.waiting[0] if self.waiting else None
+        for num_blocks, due_at in claims:
+            yielded += self._yield_to(num_blocks, [], due_at)
+        if head is not None and not head.fills_in:
+            yielded += self._yield_to(*self._missing(head), head.due_at)
+        return yielded
+
+    def _yield_to(self, num_blocks: int, prefix: list[BlockId], due_at: float) -> list[Sequence]:
+        victims = sorted((s for s in self.running if _may_yield(s, due_at)), key=lambda s: s.urgency, reverse=True)
+        if num_blocks > self._pool.num_available + sum(len(s.blocks) for s in victims):
+            return []
+        yielded: list[Sequence] = []
+        for victim in victims:
+            if len(self.running) < self._max_sequences and self._pool.can_take(num_blocks, prefix):
+                break
+            self._preempt(victim)
+            yielded.append(victim)
+        return yielded
+
     def _secure_decode_blocks(self) -> list[Sequence]:
-        """Every decode of this step gets a block for its newest token; the latest arrivals make room if they must."""
+        """Every decode of this step gets a block for its newest token; who has most slack makes room if that must be."""
         preempted: list[Sequence] = []
         for sequence in [s for s in self.running if s.is_decoding][: self._max_sequences]:
             while sequence.state is SequenceState.RUNNING and not self._grow(sequence):
-                preempted.append(self.running[-1])
-                self._preempt(self.running[-1])
+                victim = max((s for s in self.running if not s.hands_off), key=lambda s: s.urgency)
+                preempted.append(victim)
+                self._preempt(victim)
         return preempted
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -154,7 +215,12 @@ class Scheduler:
         self._pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = sequence.num_published = 0
+        sequence.paced_from = None
 
     def _start(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.RUNNING
         insort(self.running, sequence, key=lambda s: s.arrival)
+
+
+def _may_yield(sequence: Sequence, due_at: float) -> bool:
+    return sequence.fills_in and not sequence.hands_off and sequence.due_at > due_at

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ..messages.ids import BlockHash, BlockId, RequestId
-from ..messages.requests import GenerateRequest, TokenLogprobs
+from ..messages.requests import GenerateRequest, ServiceClass, TokenLogprobs
 from .block_pool import chain_hashes
+from .urgency import due_in_s
 
 PENDING = -1
 """Stands in `token_ids` for the token that a step under way samples: a device knows it, the host does not yet."""
@@ -29,9 +30,10 @@ class Sequence:
     request: GenerateRequest
     arrival: int                                 # order of arrival in this engine; also breaks ties
     deadline: float                              # engine clock: the attempt is given up then
-    ttft_deadline: float                         # engine clock: what urgency goes by; infinite without an objective
+    ttft_deadline: float                         # engine clock; infinite without an objective
     hands_off: bool                              # park after the first token
     token_ids: list[int] = field(init=False)     # request.token_ids, then what was sampled here, PENDING if a step under way will say
+    due_at: float = field(init=False)            # engine clock: what urgency goes by
     num_computed: int = 0                        # leading tokens whose KV is in `blocks`
     num_cached: int = 0                          # of those, taken from the prefix cache when the sequence was admitted first
     blocks: list[BlockId] = field(default_factory=list)
@@ -39,10 +41,14 @@ class Sequence:
     num_published: int = 0                       # leading blocks that the prefix cache knows
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)    # of prompt tokens 1, 2, …
     was_admitted: bool = False
+    paced_from: tuple[float, int] | None = None  # (engine clock, outputs): decoding here since then; None: not yet, or preempted
     state: SequenceState = SequenceState.WAITING
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.token_ids)
+        received_at = self.deadline - self.request.timeout_s
+        slack_s = self.ttft_deadline - received_at
+        self.due_at = received_at + due_in_s(self.request.service_class, slack_s, self.request.waited_s)
 
     @property
     def id(self) -> RequestId:
@@ -64,8 +70,13 @@ class Sequence:
 
     @property
     def urgency(self) -> tuple[float, int]:
-        """Smaller goes first."""
-        return self.ttft_deadline, self.arrival
+        """Smaller goes first; who has most slack, the largest, is preempted first. It never changes, so nobody waits for ever."""
+        return self.due_at, self.arrival
+
+    @property
+    def fills_in(self) -> bool:
+        """What it holds is idle capacity to all who are more urgent."""
+        return self.request.service_class is ServiceClass.BATCH
 
     @property
     def is_pending(self) -> bool:

@@ -30,6 +30,7 @@ from .config import WorkerConfig
 from .engine import SequenceStep
 from .load import PrefillShare, load_report
 from .outbox import TokenOutbox
+from .pace import Pacer
 from .predictor import StepPredictor, features_of
 from .replica import Replica, build_replica
 from .scheduler import StepPlan
@@ -77,6 +78,7 @@ class Worker(ABC):
         self._predictor = StepPredictor(self.replica.step_model)
         self._prefill_share = PrefillShare()
         self._descriptors = self.replica.transport.register(self.replica.pool)
+        self.engine.scheduler.pacer = Pacer(clock, lambda: self._predictor.model)
         self.setup()
         self._status = self._snapshot()
 

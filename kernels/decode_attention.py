@@ -88,7 +88,7 @@ def decode_attention(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode_kernel(
     out, partial, log_sums, q, kv_pool, kv_scales, query_starts, context_lens, block_tables, scale,
     out_row_stride, out_head_stride, q_row_stride, q_head_stride, table_stride, block_stride, layer_offset,
@@ -140,7 +140,7 @@ def _decode_kernel(
         tl.store(out + places[:, None] + columns[None, :], answer.to(out.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
     out, partial, log_sums, query_starts, out_row_stride, out_head_stride, splits,
     SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,

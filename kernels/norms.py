@@ -33,7 +33,7 @@ def _launch(out: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm_kernel(
     out, x, residual, weight, num_rows, eps, out_stride, x_stride, residual_stride,
     ADD: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,

@@ -106,7 +106,7 @@ def _sequence_of(tile, query_starts, num_sequences, QUERIES: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "table_stride"])
 def _prefill_kernel(
     out, q, kv_pool, pages, kv_scales, query_starts, context_lens, block_tables, num_sequences, scale,
     out_row_stride, out_head_stride, q_row_stride, q_head_stride, table_stride, block_stride, layer_offset,

@@ -72,7 +72,7 @@ def skinny_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, t
         _sum_kernel[(triton.cdiv(n, SUM_COLUMNS), m)](out, target, bias, m, n, SPLITS=splits, COLUMNS=SUM_COLUMNS, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _linear_kernel(
     out, x, weight, bias, m, n, k, share,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
@@ -101,7 +101,7 @@ def _linear_kernel(
     tl.store(places, accumulator.to(out.dtype.element_ty), mask=(columns < n)[:, None] & (rows < m)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _sum_kernel(out, partial, bias, m, n, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
     row, columns = tl.program_id(1), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = columns < n

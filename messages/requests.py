@@ -21,6 +21,14 @@ class FinishReason(StrEnum):
     LENGTH = "length"      # max_tokens or the context's end
 
 
+class ServiceClass(StrEnum):
+    """Who comes first: engine/urgency.py says by how much."""
+
+    PRIORITY = "priority"
+    DEFAULT = "default"
+    BATCH = "batch"        # fills what is idle, is late rather than refused, gives its memory up first
+
+
 class SamplingParams(Struct, frozen=True):
     """How one sequence is sampled. Ranges are the gateway's to check; workers rely on them."""
 
@@ -73,6 +81,8 @@ class GenerateRequest(Struct, frozen=True, tag=True):
     num_prior_outputs: int = 0
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+    service_class: ServiceClass = ServiceClass.DEFAULT
+    waited_s: float = 0.0                     # since the client asked, as of this attempt's start
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -111,7 +121,7 @@ class LoadReport(Struct, frozen=True):
     num_free_blocks: int                      # free or cached: what could be given to a new request
     block_size: int
     work: StepFeatures | None = None          # all unfinished prompts and all running decodes, as though one step; None: not told
-    queue: tuple[tuple[float, int], ...] = () # (seconds until the TTFT deadline, prompt tokens) of waiting requests, soonest first
+    queue: tuple[tuple[float, int], ...] = () # (seconds until it is due, prompt tokens) of waiting requests, soonest first
     max_step_tokens: int = 0                  # budget of a step; 0: not told
     prefill_share: float = 0.0                # of the last seconds, what prompts took of this worker's time
     step_model: StepModel | None = None       # None: not told

@@ -19,6 +19,7 @@ from ..decode_worker.admission import has_room
 from ..engine.engine import Engine, EngineLimits, SequenceStep
 from ..engine.load import PrefillShare, load_report
 from ..engine.model_runner import ChunkOutput, SyncRunner
+from ..engine.pace import Pacer
 from ..engine.predictor import StepPredictor, features_of
 from ..engine.sampler import Sampled
 from ..engine.scheduler import Chunk, StepPlan
@@ -85,6 +86,7 @@ class SimWorker:
         self._random = random.Random(name)
         self._predictor = StepPredictor(prior=measured_at_start(cost))
         self._share = PrefillShare()
+        self.engine.scheduler.pacer = Pacer(lambda: timeline.now, lambda: self._predictor.model)
         self._busy = False
         self._leap: Leap | None = None
         self._offered: list[Reservation] = []                    # oldest first; without blocks

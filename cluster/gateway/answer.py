@@ -32,7 +32,14 @@ class Answer:
         self._cached_tokens = [0] * job.num_choices
         self._generations = [
             Generation(
-                prompt=Prompt(f"{job.response_id}-{index}", job.prompt_of(index).token_ids, job.sampling_of(index), deadline, objectives),
+                prompt=Prompt(
+                    name=f"{job.response_id}-{index}",
+                    token_ids=job.prompt_of(index).token_ids,
+                    sampling=job.sampling_of(index),
+                    deadline=deadline,
+                    objectives=objectives,
+                    service_class=job.service_class,
+                ),
                 wake=partial(self._wake, index),
                 arrived_at=arrived_at,
             )

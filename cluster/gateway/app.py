@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -27,7 +27,9 @@ from .dialects import Dialect
 from .errors import BadRequest, ErrorText, HttpError, to_http
 from .exchange import ClientGone, Exchange, Headers
 from .jobs import Job, JobMaker
+from .rate_limits import RateLimiter
 from .responder import JSON, respond
+from .tiers import objectives_for
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class App:
         self._core = core
         self._jobs = JobMaker(core.model, core.config.model_name)
         self._keys = [key.encode() for key in core.config.api_keys]
+        self._limiter = RateLimiter(core.config.rate_limits, core.clock)
         self._endpoints = {
             "/v1/completions": Endpoint("POST", self._completions),
             "/v1/chat/completions": Endpoint("POST", self._chat),
@@ -95,18 +98,12 @@ class App:
 
     def _check(self, exchange: Exchange, endpoint: Endpoint | None) -> None:
         """Raises BadRequest."""
-        if (endpoint is None or not endpoint.public) and self._keys and not self._authorized(exchange.header("authorization")):
+        if (endpoint is None or not endpoint.public) and self._keys and _key_of(exchange, self._keys) is None:
             raise BadRequest("no valid API key in the Authorization header (Bearer …)", code="invalid_api_key", status=401)
         if endpoint is None:
             raise BadRequest(f"unknown path {exchange.path}", code="not_found", status=404)
         if exchange.method != endpoint.method:
             raise BadRequest(f"{exchange.path} takes {endpoint.method}, not {exchange.method}", code="method_not_allowed", status=405)
-
-    def _authorized(self, header: str | None) -> bool:
-        """In a time that does not tell which key is nearly right."""
-        scheme, _, given = (header or "").partition(" ")
-        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
 
     async def _completions(self, call: Call) -> None:
         body = parse(await call.exchange.read(self._core.config.limits.max_body_bytes), CompletionBody)
@@ -133,8 +130,10 @@ class App:
     async def _answer(self, call: Call, job: Job, dialect: Dialect) -> None:
         timeout_s = self._core.config.limits.request_timeout_s
         core, deadline = self._core, call.arrived_at + timeout_s
-        answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, core.config.objectives)
-        await respond(call.exchange, answer, dialect, job, call.headers, timeout_s)
+        objectives = objectives_for(job.service_class, call.exchange, core.config.objectives, core.config.class_objectives)
+        answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, objectives)
+        limits = self._limiter.admit(_key_of(call.exchange, self._keys) or b"", 1, job.max_tokens)
+        await respond(call.exchange, answer, dialect, job, call.headers + limits, timeout_s)
 
     async def _models(self, call: Call) -> None:
         await _send_json(call, 200, {"object": "list", "data": [self._model_entry()]})
@@ -164,10 +163,10 @@ class App:
             await _send_json(call, 503, {"status": "not ready", "reason": reason})
 
     async def _metrics(self, call: Call) -> None:
-        await call.exchange.respond(200, (("content-type", CONTENT_TYPE_LATEST), *call.headers), self._core.metrics.render())
+        await call.exchange.respond(200, (("content-type", CONTENT_TYPE_LATEST), *call.headers), self._core.render_metrics())
 
     async def _refuse(self, call: Call, error: HttpError) -> None:
-        headers = call.headers
+        headers = call.headers + error.headers
         if error.retry_after_s is not None:
             headers += (("retry-after", str(math.ceil(error.retry_after_s))),)
         if error.status == 401:
@@ -175,6 +174,13 @@ class App:
         if error.status == 405 and (endpoint := self._find(call.exchange.path)[1]) is not None:
             headers += (("allow", endpoint.method),)
         await call.exchange.respond(error.status, (JSON, *headers), error.body)
+
+
+def _key_of(exchange: Exchange, keys: Sequence[bytes]) -> bytes | None:
+    """The one of `keys` that the client shows, in a time that does not tell which one is nearly right."""
+    scheme, _, given = (exchange.header("authorization") or "").partition(" ")
+    matching = [key for key in keys if hmac.compare_digest(given.strip().encode(), key)]
+    return matching[0] if scheme.lower() == "bearer" and matching else None
 
 
 def _request_id(exchange: Exchange) -> str:

@@ -58,6 +58,7 @@ class _Common(_Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    service_tier: Literal["auto", "default", "priority", "flex", "batch"] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool = False
     stop_token_ids: list[Token] | None = None

@@ -59,6 +59,7 @@ class _Chat(Struct):
     created: int
     model: str
     choices: list[_Choice]
+    service_tier: str
     usage: Usage
     object: str = "chat.completion"
 
@@ -68,6 +69,7 @@ class _Chunk(Struct):
     created: int
     model: str
     choices: list[_ChunkChoice]
+    service_tier: str
     usage: Usage | UnsetType | None = UNSET
     object: str = "chat.completion.chunk"
 
@@ -92,10 +94,12 @@ class ChatDialect:
             _Choice(index, _Message("assistant", piece.text), self._logprobs(piece.tokens), piece.finish)
             for index, piece in enumerate(pieces)
         ]
-        return msgspec.json.encode(_Chat(self._job.response_id, self._job.created, self._model_name, choices, usage))
+        job = self._job
+        return msgspec.json.encode(_Chat(job.response_id, job.created, self._model_name, choices, job.service_tier, usage))
 
     def _encode_chunk(self, choices: list[_ChunkChoice], usage: Usage | UnsetType | None) -> bytes:
-        return msgspec.json.encode(_Chunk(self._job.response_id, self._job.created, self._model_name, choices, usage))
+        job = self._job
+        return msgspec.json.encode(_Chunk(job.response_id, job.created, self._model_name, choices, job.service_tier, usage))
 
     def _logprobs(self, tokens: Sequence[TextToken]) -> _Logprobs | None:
         if self._job.sampling.logprobs is None:

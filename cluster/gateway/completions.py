@@ -32,6 +32,7 @@ class _Completion(Struct):
     created: int
     model: str
     choices: list[_Choice]
+    service_tier: str
     usage: Usage | UnsetType | None = UNSET
     object: str = "text_completion"
 
@@ -53,7 +54,8 @@ class CompletionDialect:
         return self._encode([self._choice(index, piece) for index, piece in enumerate(pieces)], usage)
 
     def _encode(self, choices: list[_Choice], usage: Usage | UnsetType | None) -> bytes:
-        return msgspec.json.encode(_Completion(self._job.response_id, self._job.created, self._model_name, choices, usage))
+        job = self._job
+        return msgspec.json.encode(_Completion(job.response_id, job.created, self._model_name, choices, job.service_tier, usage))
 
     def _choice(self, index: int, piece: Piece) -> _Choice:
         logprobs = None if self._job.sampling.logprobs is None else self._logprobs(piece.tokens)

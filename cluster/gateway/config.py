@@ -3,8 +3,10 @@
 from msgspec import Struct
 
 from ...messages.ids import GatewayId
+from ...messages.requests import ServiceClass
 from ..router.policy import Objectives
 from ..router.registry import PolicyOptions
+from .rate_limits import RateLimits
 
 
 class Limits(Struct, frozen=True):
@@ -29,10 +31,12 @@ class GatewayConfig(Struct, frozen=True):
     policy: str = "least_loaded"
     policy_options: PolicyOptions = PolicyOptions()
     objectives: Objectives = Objectives()
+    class_objectives: dict[ServiceClass, Objectives] = {}      # instead of `objectives`
     host: str = "127.0.0.1"
     port: int = 0                             # 0: any free one
     reuse_port: bool = False                  # several gateway processes share the port
     api_keys: frozenset[str] = frozenset()    # empty: open to all who reach it
+    rate_limits: RateLimits = RateLimits()    # of each key
     limits: Limits = Limits()
 
     def __repr__(self) -> str:

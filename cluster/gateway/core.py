@@ -55,6 +55,9 @@ class Core:
             return f"none of {len(members)} known workers is a live decode worker that takes requests"
         return None
 
+    def render_metrics(self) -> bytes:
+        return self.metrics.render(self._loads.reports)
+
     def status(self, port: int) -> GatewayStatus:
         metrics = self.metrics
         return GatewayStatus(
@@ -65,6 +68,8 @@ class Core:
             num_queued=self.dispatcher.num_queued,
             num_workers_alive=self._num_alive(),
             outcomes=dict(metrics.outcomes),
+            by_class=dict(metrics.by_class),
+            good_by_class=dict(metrics.good_by_class),
             num_retries=metrics.num_retries,
             num_prompt_tokens=metrics.num_prompt_tokens,
             num_output_tokens=metrics.num_output_tokens,

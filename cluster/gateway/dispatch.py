@@ -117,7 +117,7 @@ class Dispatcher:
         now = self._clock()
         for generation in list(self._running.values()):
             self._watch_running(generation, now)
-        for generation in sorted(self._queued, key=lambda each: each.ttft_slack_s(now)):       # among equals: in order of arrival
+        for generation in sorted(self._queued, key=lambda each: each.due_in_s(now)):       # among equals: in order of arrival
             self._watch_queued(generation, now)
 
     def _watch_running(self, generation: Generation, now: float) -> None:

@@ -4,16 +4,20 @@ DiptychError
 ├── RequestError → BadRequest         400, 401, 404, 405, 413: the caller's mistake, with `param` and `code` as OpenAI has them
 ├── CapacityError → Refused
 │   ├── Overloaded                    429 with Retry-After: the cluster is full
+│   ├── RateLimited                   429 with Retry-After: the API key has used up its minute
 │   └── NoRoute                       503 with Retry-After: no worker lives
 └── GenerationFailed                  a worker or a deadline ended it: by FailureKind
     └── SlowClient                    it took too long to read what it asked for
 """
+
+import math
 
 import msgspec
 from msgspec import Struct
 
 from ...messages.errors import DiptychError, Refused, RequestError
 from ...messages.requests import FailureKind
+from .exchange import Headers
 
 
 class BadRequest(RequestError):
@@ -28,6 +32,15 @@ class Overloaded(Refused):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Refused):
+    """`retry_after_s` is infinite for what is more than a whole minute's worth: then nothing is said of when."""
+
+    def __init__(self, message: str, retry_after_s: float, headers: Headers) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.headers = headers
 
 
 class NoRoute(Refused):
@@ -69,6 +82,7 @@ class HttpError(Struct, frozen=True):
     status: int
     error: ErrorText
     retry_after_s: float | None = None
+    headers: Headers = ()
 
     @property
     def body(self) -> bytes:
@@ -83,6 +97,9 @@ def to_http(error: DiptychError) -> HttpError:
             return HttpError(error.status, ErrorText(text, "invalid_request_error", error.param, error.code))
         case Overloaded():
             return HttpError(429, ErrorText(text, "rate_limit_error", code="overloaded"), error.retry_after_s)
+        case RateLimited():
+            again_s = error.retry_after_s if math.isfinite(error.retry_after_s) else None
+            return HttpError(429, ErrorText(text, "rate_limit_error", code="rate_limit_exceeded"), again_s, error.headers)
         case NoRoute():
             return HttpError(503, ErrorText(text, "server_error", code="no_route"), NO_ROUTE_RETRY_AFTER_S)
         case GenerationFailed(kind=FailureKind.INVALID):

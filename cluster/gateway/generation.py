@@ -18,9 +18,10 @@ from enum import StrEnum
 
 import msgspec
 
+from ...engine.urgency import due_in_s
 from ...messages.errors import DiptychError
 from ...messages.ids import Address, RequestId
-from ...messages.requests import GenerateRequest, Route, SamplingParams, TokenDelta, WorkerRef
+from ...messages.requests import GenerateRequest, Route, SamplingParams, ServiceClass, TokenDelta, WorkerRef
 from ..router.policy import NO_OBJECTIVES, Objectives, RoutingRequest
 from .ordering import InOrder
 
@@ -54,6 +55,7 @@ class Prompt:
     sampling: SamplingParams
     deadline: float                           # on the dispatcher's clock
     objectives: Objectives = NO_OBJECTIVES
+    service_class: ServiceClass = ServiceClass.DEFAULT
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Generation:
     last_token_at: float | None = None
     error: DiptychError | None = None         # of REFUSED and FAILED
     last_failure: str = ""
+    path: str | None = None                   # split or local, of the last attempt
 
     @property
     def ended(self) -> bool:
@@ -112,25 +115,46 @@ class Generation:
             self.num_fresh_tokens += len(delta.token_ids)
         self.fresh += deltas
 
+    def due_in_s(self, now: float) -> float:
+        """By its class: what queues go by."""
+        return due_in_s(self.prompt.service_class, self.ttft_slack_s(now), now - self.arrived_at)
+
     def ttft_slack_s(self, now: float) -> float:
         """Until the first token is due; negative once it is late, infinite without an objective."""
         ttft_s = self.prompt.objectives.ttft_s
         return math.inf if ttft_s is None else self.arrived_at + ttft_s - now
 
+    @property
+    def tpot_s(self) -> float | None:
+        """None: fewer than two tokens."""
+        if self.first_token_at is None or self.last_token_at is None or len(self.outputs) < 2:
+            return None
+        return (self.last_token_at - self.first_token_at) / (len(self.outputs) - 1)
+
+    @property
+    def kept_objectives(self) -> bool:
+        """It finished, and in time; what was promised nothing is always in time."""
+        if self.state is not GenerationState.FINISHED or self.first_token_at is None:
+            return False
+        promised, ttft_s, tpot_s = self.prompt.objectives, self.first_token_at - self.arrived_at, self.tpot_s
+        kept_ttft = promised.ttft_s is None or ttft_s <= promised.ttft_s
+        return kept_ttft and (promised.tpot_s is None or tpot_s is None or tpot_s <= promised.tpot_s)
+
     def routing_request(self) -> RoutingRequest:
-        """A retry is never refused for an objective: the client has waited, or reads already."""
+        """Batch work is late rather than refused, and so is a retry: the client has waited, or reads already."""
         return RoutingRequest(
             token_ids=self._token_ids(),
             max_new_tokens=self.prompt.sampling.max_tokens - len(self.outputs),
             avoid=self.avoid,
             objectives=self.prompt.objectives,
             arrived_at=self.arrived_at,
-            may_be_late=self.num_attempts > 0,
+            may_be_late=self.num_attempts > 0 or self.prompt.service_class is ServiceClass.BATCH,
         )
 
     def start_attempt(self, route: Route, gateway: Address, now: float) -> GenerateRequest:
         """The next attempt continues after what has been delivered, with the same seed."""
         self.num_attempts += 1
+        self.path = "local" if route.prefill is None else "split"
         request_id = RequestId(f"{self.prompt.name}-{self.num_attempts}")
         self.attempt = Attempt(request_id, route, InOrder(len(self.outputs)), progress_at=now)
         self.move(GenerationState.RUNNING)
@@ -145,6 +169,8 @@ class Generation:
             num_prior_outputs=len(self.outputs),
             ttft_slo_s=None if objectives.ttft_s is None else self.ttft_slack_s(now),
             tpot_slo_s=objectives.tpot_s,
+            service_class=self.prompt.service_class,
+            waited_s=max(0.0, now - self.arrived_at),
         )
 
     def _token_ids(self) -> tuple[int, ...]:

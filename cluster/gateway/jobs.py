@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ...messages.requests import SamplingParams
+from ...messages.requests import SamplingParams, ServiceClass
 from .bodies import ChatBody, ChatMessage, CompletionBody
 from .errors import BadRequest
+from .tiers import CLASS_OF_TIER, told_tier
 from .tokenizer import TextModel
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -38,10 +39,20 @@ class Job:
     echo: bool
     stream: bool
     include_usage: bool
+    service_tier: str = "default"             # as the answer tells it
+
+    @property
+    def service_class(self) -> ServiceClass:
+        return CLASS_OF_TIER[self.service_tier]
 
     @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.n
+
+    @property
+    def max_tokens(self) -> int:
+        """Of all choices, prompts included."""
+        return sum(self.n * (len(prompt.token_ids) + self.sampling.max_tokens) for prompt in self.prompts)
 
     def prompt_of(self, index: int) -> JobPrompt:
         return self.prompts[index // self.n]
@@ -145,6 +156,7 @@ def _job(
         echo=echo,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        service_tier=told_tier(body.service_tier),
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ...messages.requests import RequestSpan
+from ...messages.requests import LoadReport, RequestSpan
+from .errors import NoRoute
 from .generation import Generation, GenerationState
 from .status import Quantiles, TransferTotals
 
@@ -23,6 +24,8 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.outcomes: Tally[str] = Tally(dict.fromkeys(("finished", "aborted", "refused", "failed"), 0))
+        self.by_class: Tally[str] = Tally()                # ended, but for those whose client left
+        self.good_by_class: Tally[str] = Tally()           # of those, finished and in time
         self.num_retries = 0
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
@@ -34,6 +37,14 @@ class Metrics:
         self._tpot = Histogram("diptych_tpot_seconds", "Mean time between a choice's tokens", buckets=TPOT_BUCKETS_S, registry=registry)
         self._e2e = Histogram("diptych_e2e_seconds", "HTTP request read to last token", buckets=E2E_BUCKETS_S, registry=registry)
         self._choices = Counter("diptych_choices", "Choices by how they ended", ["outcome"], registry=registry)
+        by_class = ["class", "outcome"]
+        self._requests = Counter("diptych_requests", "Choices by class and how they ended", by_class, registry=registry)
+        in_time = "Choices that finished and kept their objectives"
+        self._goodput = Counter("diptych_goodput_requests", in_time, ["class"], registry=registry)
+        self._refusals = Counter("diptych_refusals", "Choices refused by the router", ["reason"], registry=registry)
+        self._paths = Counter("diptych_paths", "Choices by the way of their last attempt", ["path"], registry=registry)
+        error_text = "Mean relative error of a worker's predicted step times"
+        self._predictor_error = Gauge("diptych_predictor_error", error_text, ["worker"], registry=registry)
         self._responses = Counter("diptych_http_responses", "HTTP answers", ["path", "status"], registry=registry)
         self._retries = Counter("diptych_retries", "Attempts given up for another", ["reason"], registry=registry)
         self._prompt_tokens = Counter("diptych_prompt_tokens", "Prompt tokens of finished choices", registry=registry)
@@ -45,7 +56,11 @@ class Metrics:
         """Read when scraped."""
         Gauge(f"diptych_{name}", text, registry=self._registry).set_function(read)
 
-    def render(self) -> bytes:
+    def render(self, reports: Iterable[LoadReport] = ()) -> bytes:
+        self._predictor_error.clear()
+        for report in reports:
+            if report.step_model is not None:
+                self._predictor_error.labels(report.worker.worker_id).set(report.step_model.error)
         return generate_latest(self._registry)
 
     def responded(self, path: str, status: int) -> None:
@@ -71,6 +86,11 @@ class Metrics:
     def ended(self, generation: Generation) -> None:
         self.outcomes[generation.state] += 1
         self._choices.labels(generation.state).inc()
+        self._count_by_class(generation)
+        if generation.state is GenerationState.REFUSED:
+            self._refusals.labels("no_route" if isinstance(generation.error, NoRoute) else "overloaded").inc()
+        if generation.path is not None:
+            self._paths.labels(generation.path).inc()
         first, last = generation.first_token_at, generation.last_token_at
         if first is None or last is None:
             return
@@ -91,6 +111,15 @@ class Metrics:
     def tpot(self) -> Quantiles | None:
         return _quantiles(self._recent_tpot)
 
+    def _count_by_class(self, generation: Generation) -> None:
+        name = generation.prompt.service_class
+        self._requests.labels(name, generation.state).inc()
+        if generation.state is not GenerationState.ABORTED:
+            self.by_class[name] += 1
+        if generation.kept_objectives:
+            self.good_by_class[name] += 1
+            self._goodput.labels(name).inc()
+
     def _finished(self, generation: Generation, first: float, last: float) -> None:
         num_prompt, num_output = len(generation.prompt.token_ids), len(generation.outputs)
         self.num_prompt_tokens += num_prompt
@@ -99,9 +128,9 @@ class Metrics:
         self._output_tokens.inc(num_output)
         self._e2e.observe(last - generation.arrived_at)
         if num_output > 1:
-            tpot_s = (last - first) / (num_output - 1)
-            self._tpot.observe(tpot_s)
-            self._recent_tpot.append(tpot_s)
+            assert generation.tpot_s is not None
+            self._tpot.observe(generation.tpot_s)
+            self._recent_tpot.append(generation.tpot_s)
 
 
 def _quantiles(samples: Iterable[float]) -> Quantiles | None:

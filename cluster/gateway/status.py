@@ -36,6 +36,8 @@ class GatewayStatus(Struct, frozen=True):
     num_queued: int                           # choices without a route
     num_workers_alive: int
     outcomes: dict[str, int]                  # choices by how they ended: finished, aborted, refused, failed
+    by_class: dict[str, int]                  # choices that ended, but for those whose client left
+    good_by_class: dict[str, int]             # of those, finished with their objectives kept
     num_retries: int
     num_prompt_tokens: int                    # of finished choices, as are the output tokens
     num_output_tokens: int

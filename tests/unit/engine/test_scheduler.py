@@ -7,13 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.engine.block_pool import BlockPool
+from diptych.engine.pace import Pacer
+from diptych.engine.predictor import features_of
 from diptych.engine.scheduler import Scheduler, StepPlan
 from diptych.engine.sequence import Sequence, SequenceState
+from diptych.engine.urgency import BATCH_PATIENCE_S, PRIORITY_HEAD_START_S
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
-from diptych.messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
+from diptych.messages.requests import GenerateRequest, Route, SamplingParams, ServiceClass, WorkerRef
+from diptych.messages.steps import StepModel
 
 HERE = Route(WorkerRef(WorkerId("decode-0"), Epoch(1), Address("fake://d")))
 BLOCK_SIZE = 4
+COST = StepModel(base_s=5e-3, prefill_token_s=1e-3, prefill_pair_s=1e-5, decode_sequence_s=1e-4, decode_context_s=1e-5)
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Job:
     aborted_at: int | None = None           # before this step
     adopted: bool = False                   # its prompt's KV came from elsewhere
     scored: bool = False                    # wants logprobs of its prompt
+    tier: ServiceClass = ServiceClass.DEFAULT
+    tpot: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Machine:
     max_step_tokens: int
     max_sequences: int
     prefix_cache: bool = True
+    paced: bool = False
 
 
 class Run:
@@ -41,7 +49,9 @@ class Run:
     def __init__(self, machine: Machine, jobs: list[Job]) -> None:
         self.machine = machine
         self.pool = BlockPool(machine.num_blocks, machine.prefix_cache)
-        self.scheduler = Scheduler(self.pool, BLOCK_SIZE, machine.max_step_tokens, machine.max_sequences)
+        self.now = 0.0
+        pacer = Pacer(lambda: self.now, lambda: COST) if machine.paced else None
+        self.scheduler = Scheduler(self.pool, BLOCK_SIZE, machine.max_step_tokens, machine.max_sequences, pacer)
         self.jobs = jobs
         self.sequences: dict[int, Sequence] = {}
         self.refused: set[int] = set()
@@ -57,6 +67,7 @@ class Run:
             plan = self.scheduler.schedule()
             self.check(plan, waiting, decoding)
             self.compute(plan)
+            self.now += COST.step_s(features_of(plan))
             step += 1
         assert self.pool.num_held == 0
         assert not self.scheduler.running
@@ -76,8 +87,17 @@ class Run:
 
     def arrive(self, number: int, job: Job) -> None:
         sampling = SamplingParams(max_tokens=job.num_outputs, seed=0, prompt_logprobs=0 if job.scored else None)
-        request = GenerateRequest(RequestId(f"r{number}"), Address("fake://g"), job.prompt, sampling, HERE, timeout_s=1.0)
-        sequence = Sequence(request, number, deadline=1.0, ttft_deadline=job.ttft, hands_off=False)
+        request = GenerateRequest(
+            RequestId(f"r{number}"),
+            Address("fake://g"),
+            job.prompt,
+            sampling,
+            HERE,
+            timeout_s=1.0,
+            tpot_slo_s=job.tpot,
+            service_class=job.tier,
+        )
+        sequence = Sequence(request, number, deadline=self.now + 1.0, ttft_deadline=self.now + job.ttft, hands_off=False)
         if not job.adopted:
             self.scheduler.add(sequence)
         elif len(self.scheduler.running) < self.machine.max_sequences and (blocks := self.pool.take(-(-len(job.prompt) // BLOCK_SIZE))):
@@ -112,13 +132,16 @@ class Run:
         self.check_blocks()
 
     def check_order(self, plan: StepPlan, waiting: list[Sequence]) -> None:
-        """Whoever was let in was more urgent than all who stayed out; whoever was put out is later than all who stayed."""
+        """Whoever was let in was more urgent than all who stayed out. Whoever was put out, for a decode: has more slack than all who
+        stayed; for somebody who waits: is batch work, and less urgent."""
         assert list(plan.admitted) == sorted(waiting, key=lambda s: s.urgency)[: len(plan.admitted)]
         assert self.scheduler.waiting == sorted(self.scheduler.waiting, key=lambda s: s.urgency)
         assert self.scheduler.running == sorted(self.scheduler.running, key=lambda s: s.arrival)
-        if plan.preempted:
-            assert not plan.admitted
-            assert all(s.arrival < min(p.arrival for p in plan.preempted) for s in self.scheduler.running)
+        if plan.preempted and not (plan.admitted and waiting):
+            for_head = all(s.fills_in and waiting and waiting[0].urgency < s.urgency for s in plan.preempted)
+            assert for_head or all(s.urgency < min(p.urgency for p in plan.preempted) for s in self.scheduler.running)
+        elif plan.preempted:
+            assert all(s.fills_in and s.urgency > waiting[0].urgency and s not in plan.admitted for s in plan.preempted)
         for sequence in plan.preempted:
             assert sequence.state is SequenceState.WAITING
             assert (sequence.blocks, sequence.num_computed) == ([], 0)
@@ -152,6 +175,8 @@ jobs = st.builds(
     aborted_at=st.none() | st.integers(1, 25),
     adopted=st.sampled_from([False, False, True]),
     scored=st.sampled_from([False, False, True]),
+    tier=st.sampled_from(ServiceClass),
+    tpot=st.sampled_from([None, 0.001, 0.01, 1.0]),
 )
 machines = st.builds(
     Machine,
@@ -159,6 +184,7 @@ machines = st.builds(
     max_step_tokens=st.sampled_from([1, 2, 3, 7, 64]),
     max_sequences=st.integers(1, 6),
     prefix_cache=st.booleans(),
+    paced=st.booleans(),
 )
 
 
@@ -245,3 +271,75 @@ def test_park_keeps_the_blocks_and_leaves_the_steps() -> None:
     assert run.pool.num_held == 2
     run.scheduler.finish(sequence)
     assert run.pool.num_held == 0
+
+
+# Classes
+
+BATCH, PRIORITY = ServiceClass.BATCH, ServiceClass.PRIORITY
+
+
+def test_priority_then_default_then_batch() -> None:
+    run = started(ROOMY, Job((1,) * 4, 1, tier=BATCH), Job((2,) * 4, 1, ttft=0.4), Job((3,) * 4, 1, ttft=0.4, tier=PRIORITY))
+    assert [s.id for s in run.scheduler.waiting] == ["r2", "r1", "r0"]
+
+
+def test_batch_that_waited_goes_before_what_came_later() -> None:
+    run = started(ROOMY, Job((1,) * 4, 1, tier=BATCH))
+    run.jobs += [Job((2,) * 4, 1, ttft=0.4, tier=tier, arrives=1) for tier in ServiceClass]
+    run.now = BATCH_PATIENCE_S + PRIORITY_HEAD_START_S
+    run.arrive_and_leave(1)
+    assert run.scheduler.waiting[0].id == "r0"
+
+
+@settings(max_examples=60, deadline=None)
+@given(tier=st.sampled_from([ServiceClass.DEFAULT, PRIORITY]), length=st.integers(1, 20), gap=st.integers(1, 4))
+def test_a_flood_of_others_does_not_starve_batch(tier: ServiceClass, length: int, gap: int) -> None:
+    """However urgent and many they are, and though they take memory from it: those that come after its patience do not pass it."""
+    flood = [Job((number % 2,) * length, 6, ttft=0.1, arrives=number * gap, tier=tier) for number in range(600)]
+    run = Run(Machine(num_blocks=8, max_step_tokens=8, max_sequences=3), [Job((1, 0) * 5, 12, tier=BATCH), *flood])
+    step = 0
+    while 0 not in run.sequences or run.sequences[0].state is not SequenceState.FINISHED:
+        run.arrive_and_leave(step)
+        run.compute(run.scheduler.schedule())
+        run.now += 0.5
+        step += 1
+        num_ended = sum(s.state is SequenceState.FINISHED for s in run.sequences.values())
+        assert num_ended <= (BATCH_PATIENCE_S + PRIORITY_HEAD_START_S) / 0.5 / gap + 30, "batch work starves"
+
+
+def test_batch_gives_way_to_who_finds_no_memory_or_no_place() -> None:
+    for machine in (replace(ROOMY, num_blocks=7, max_step_tokens=64), replace(ROOMY, max_sequences=1, max_step_tokens=64)):
+        run = started(machine, Job((1,) * 16, 9, tier=BATCH), Job((2,) * 16, 2, arrives=1))
+        run.compute(run.scheduler.schedule())
+        run.arrive_and_leave(1)
+        plan = run.scheduler.schedule()
+        assert [s.id for s in plan.preempted] == ["r0"]
+        assert [s.id for s in plan.admitted] == ["r1"]
+
+
+def test_batch_stays_where_its_memory_would_not_be_enough() -> None:
+    jobs = [Job((2,) * 16, 9), Job((1,) * 4, 9, tier=BATCH), Job((3,) * 20, 2, arrives=1)]
+    run = started(replace(ROOMY, num_blocks=7, max_step_tokens=64), *jobs)
+    run.compute(run.scheduler.schedule())
+    run.arrive_and_leave(1)
+    assert run.scheduler.schedule().preempted == ()
+
+
+def test_a_handoff_that_finds_no_room_claims_it_from_batch() -> None:
+    run = started(replace(ROOMY, num_blocks=7, max_step_tokens=64), Job((1,) * 20, 9, tier=BATCH))
+    run.compute(run.scheduler.schedule())
+    run.scheduler.claim(4, due_at=1.0)
+    assert [s.id for s in run.scheduler.schedule().preempted] == ["r0"]
+    assert run.pool.can_take(4)
+    assert not run.scheduler.owes_memory(due_at=1.0)
+    assert run.scheduler.owes_memory(due_at=BATCH_PATIENCE_S)
+
+
+def test_a_batch_prompt_under_way_lets_others_pass() -> None:
+    run = started(replace(ROOMY, max_step_tokens=4), Job((1,) * 20, 1, tier=BATCH), Job((2,) * 4, 1, arrives=1))
+    run.compute(run.scheduler.schedule())
+    run.arrive_and_leave(1)
+    plan = run.scheduler.schedule()
+    assert spans(plan) == [("r1", 0, 4)]
+    run.compute(plan)
+    assert spans(run.scheduler.schedule()) == [("r0", 4, 4)]

@@ -1,0 +1,84 @@
+"""So many requests and tokens a minute for each API key. Pure, with a clock.
+
+    admit(key, tokens) ──► both buckets hold enough: taken, and what is left is told
+                           one does not: nothing is taken, RateLimited with the time until it would
+
+A bucket holds one minute's worth and fills evenly (a token bucket). Tokens are counted when they are asked for: the prompt's, and the most
+that may come.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec import Struct
+
+from .errors import RateLimited
+from .exchange import Headers
+
+MINUTE_S = 60.0
+
+
+class RateLimits(Struct, frozen=True):
+    """Of one key in one gateway; None: no limit."""
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+
+
+@dataclass
+class Bucket:
+    per_minute: float
+    level: float
+    at: float
+
+    def refill(self, now: float) -> None:
+        self.level = min(self.per_minute, self.level + (now - self.at) * self.per_minute / MINUTE_S)
+        self.at = now
+
+    def wait_s(self, amount: float) -> float:
+        """Until it holds `amount`; infinite if it never does."""
+        if amount > self.per_minute:
+            return math.inf
+        return max(0.0, amount - self.level) * MINUTE_S / self.per_minute
+
+    def headers(self, name: str) -> Headers:
+        reset_s = (self.per_minute - self.level) * MINUTE_S / self.per_minute
+        return (
+            (f"x-ratelimit-limit-{name}", str(int(self.per_minute))),
+            (f"x-ratelimit-remaining-{name}", str(int(self.level))),
+            (f"x-ratelimit-reset-{name}", f"{reset_s:.3f}s"),
+        )
+
+
+class RateLimiter:
+    """Keys are known: there are as many buckets as the deployment has keys."""
+
+    def __init__(self, limits: RateLimits, clock: Callable[[], float]) -> None:
+        rates = {"requests": limits.requests_per_minute, "tokens": limits.tokens_per_minute}
+        self._rates = {name: rate for name, rate in rates.items() if rate is not None}
+        self._clock = clock
+        self._buckets: dict[bytes, dict[str, Bucket]] = {}
+
+    def admit(self, key: bytes, num_requests: int, num_tokens: int) -> Headers:
+        """For the answer. Raises RateLimited."""
+        now = self._clock()
+        buckets = self._buckets.setdefault(key, {name: Bucket(rate, rate, now) for name, rate in self._rates.items()})
+        wanted = {"requests": num_requests, "tokens": num_tokens}
+        for bucket in buckets.values():
+            bucket.refill(now)
+        waits_s = {name: bucket.wait_s(wanted[name]) for name, bucket in buckets.items()}
+        worst = max(waits_s, key=lambda name: waits_s[name], default=None)
+        if worst is not None and waits_s[worst] > 0:
+            raise RateLimited(_text(worst, wanted[worst], buckets[worst]), waits_s[worst], _headers(buckets))
+        for name, bucket in buckets.items():
+            bucket.level -= wanted[name]
+        return _headers(buckets)
+
+
+def _headers(buckets: dict[str, Bucket]) -> Headers:
+    return tuple(header for name, bucket in buckets.items() for header in bucket.headers(name))
+
+
+def _text(name: str, wanted: int, bucket: Bucket) -> str:
+    return f"{wanted} {name} are asked for, {int(bucket.level)} of {bucket.per_minute:g} a minute are left to this key"

@@ -1,0 +1,82 @@
+"""How many prompt tokens may a step compute beside its decodes? Pure, with a clock.
+
+    each decode's next token is due AIM · TPOT after the last one that was in time  ──► the tightest: what the step may take
+    step model ──► what its decodes take ──► the rest is for prompts: StepRoom
+
+A decode that ran ahead of its promise lends what it gained. One that is late leaves prompts 1 / MIN_SHARE of the step's budget: a promise
+that cannot be kept must not stop others. (The budget is the largest whose step keeps the objective: SARATHI, OSDI'24, section 4.)
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..messages.steps import StepModel, attended_pairs
+from .sequence import Sequence
+
+AIM = 0.9
+MIN_SHARE = 8
+
+
+@dataclass
+class StepRoom:
+    """What is left of one step for prompts."""
+
+    tokens: int                               # the step's budget
+    seconds: float = math.inf                 # may be negative: decodes alone take longer
+    floor: int = 0                            # tokens that are given whatever they take
+    model: StepModel | None = None            # None: time does not count
+
+    @property
+    def is_empty(self) -> bool:
+        return self.tokens == 0 or (self.floor == 0 and self._affordable(0, 1) == 0)
+
+    def take(self, start: int, wanted: int) -> int:
+        """Of `wanted` tokens that follow on `start`, how many go into the step; at least one, if it is not empty."""
+        count = min(wanted, self.tokens, max(1, self.floor, self._affordable(start, self.tokens)))
+        self.tokens -= count
+        self.floor = max(0, self.floor - count)
+        if self.model is not None:
+            self.seconds -= self.model.prefill_s(count, attended_pairs(start, count))
+        return count
+
+    def _affordable(self, start: int, most: int) -> int:
+        return most if self.model is None else affordable_tokens(self.model, start, self.seconds, most)
+
+
+def affordable_tokens(model: StepModel, start: int, seconds: float, most: int) -> int:
+    """The largest count <= `most` of prompt tokens that follow on `start` and add at most `seconds` to a step."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if model.prefill_s(middle, attended_pairs(start, middle)) <= seconds:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class Pacer:
+    def __init__(self, clock: Callable[[], float], model: Callable[[], StepModel]) -> None:
+        self._clock = clock
+        self._model = model
+
+    def room(self, decodes: Iterable[Sequence], max_tokens: int) -> StepRoom:
+        """For prompts beside `decodes`, which are all of the step's."""
+        decodes, now, model = list(decodes), self._clock(), self._model()
+        slack_s = min((_slack_s(sequence, now) for sequence in decodes), default=math.inf)
+        if math.isinf(slack_s):
+            return StepRoom(max_tokens)
+        decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
+        return StepRoom(max_tokens, slack_s - decode_s, max(1, max_tokens // MIN_SHARE), model)
+
+
+def _slack_s(sequence: Sequence, now: float) -> float:
+    """Until its next token is due; its pace counts from the first step that it is in as a decode."""
+    tpot_s = sequence.request.tpot_slo_s
+    if tpot_s is None:
+        return math.inf
+    if sequence.paced_from is None:
+        sequence.paced_from = now, sequence.num_outputs
+    since, num_outputs = sequence.paced_from
+    return since + AIM * tpot_s * (sequence.num_outputs - num_outputs + 1) - now

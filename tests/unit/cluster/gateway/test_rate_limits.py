@@ -1,0 +1,107 @@
+"""So many requests and tokens a minute for each key."""
+
+import math
+from pathlib import Path
+
+import pytest
+from harness.gateway import House, in_loop
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diptych.cluster.gateway.errors import RateLimited
+from diptych.cluster.gateway.rate_limits import RateLimiter, RateLimits
+from diptych.cluster.places import PlaceKind, PlaceName, gateway_config
+from diptych.cluster.spec import parse_spec
+from diptych.messages.errors import SpecError
+
+ASK = {"prompt": "Hi", "max_tokens": 8}
+KEYS = frozenset({"one", "two"})
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def wait_of(limiter: RateLimiter, num_tokens: int) -> float | None:
+    """None: it was let in."""
+    try:
+        limiter.admit(b"key", 1, num_tokens)
+    except RateLimited as refusal:
+        return refusal.retry_after_s
+    return None
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 400)), max_size=60), st.integers(1, 60), st.integers(1, 1000))
+def test_no_window_holds_more_than_a_full_bucket_and_its_refill(asked, requests, tokens):
+    now, granted = 0.0, []
+    limiter = RateLimiter(RateLimits(requests, tokens), lambda: now)
+    for gap, amount in asked:
+        now += gap
+        refused_s = wait_of(limiter, amount)
+        if refused_s is not None:
+            assert refused_s > 0
+            assert math.isfinite(refused_s) == (amount <= tokens)
+        else:
+            granted.append((now, amount))
+    for i, (start, _) in enumerate(granted):
+        for j in range(i, len(granted)):
+            minutes = 1 + (granted[j][0] - start) / 60
+            assert j - i + 1 <= requests * minutes + 1e-6
+            assert sum(amount for _, amount in granted[i : j + 1]) <= tokens * minutes + 1e-6
+
+
+@given(st.integers(1, 60), st.integers(1, 500), st.lists(st.integers(1, 500), min_size=1, max_size=30))
+def test_whoever_waits_as_told_is_let_in(requests, tokens, amounts):
+    now = 0.0
+    limiter = RateLimiter(RateLimits(requests, tokens), lambda: now)
+    for amount in [min(amount, tokens) for amount in amounts]:
+        refused_s = wait_of(limiter, amount)
+        if refused_s is not None:
+            now += refused_s + 1e-6
+            limiter.admit(b"key", 1, amount)
+
+
+@in_loop
+async def test_a_key_that_has_used_its_minute_is_a_429_and_others_go_on(tmp_path):
+    async with House(tmp_path, api_keys=KEYS, rate_limits=RateLimits(2, None)) as house:
+        replies = [await house.post("/v1/completions", ASK, bearer("one")) for _ in range(3)]
+        assert [reply.status for reply in replies] == [200, 200, 429]
+        assert [reply.headers["x-ratelimit-remaining-requests"] for reply in replies] == ["1", "0", "0"]
+        assert replies[2].headers["retry-after"] == "30"
+        assert replies[2].error["code"] == "rate_limit_exceeded"
+        assert (await house.post("/v1/completions", ASK, bearer("two"))).status == 200
+        house.now += 30
+        assert (await house.post("/v1/completions", ASK, bearer("one"))).status == 200
+
+
+@in_loop
+async def test_tokens_count_prompts_and_what_may_come(tmp_path):
+    async with House(tmp_path, rate_limits=RateLimits(None, 50)) as house:
+        reply = await house.post("/v1/completions", ASK | {"n": 3, "stream": True})
+        assert (reply.status, reply.headers["x-ratelimit-remaining-tokens"]) == (200, "20")
+        assert (await house.post("/v1/completions", ASK | {"n": 3})).status == 429
+        never = await house.post("/v1/completions", ASK | {"n": 6})
+        assert (never.status, "retry-after" in never.headers) == (429, False)
+        assert "60 tokens are asked for" in never.error["message"]
+
+
+@in_loop
+async def test_without_limits_nothing_is_told(tmp_path):
+    async with House(tmp_path) as house:
+        reply = await house.post("/v1/completions", ASK)
+        assert not [name for name in reply.headers if name.startswith("x-ratelimit")]
+
+
+def test_gateways_share_what_the_spec_gives():
+    tree = {
+        "name": "x",
+        "model": {"path": "embedded"},
+        "pools": {"decode": {"workers": 1}},
+        "router": {"processes": 4},
+        "security": {"requests_per_minute": 100},
+    }
+    config = gateway_config(parse_spec(tree, Path()), PlaceName(PlaceKind.GATEWAY, 0))
+    assert config.rate_limits == RateLimits(25.0, None)
+    tree["security"] = {"requests_per_minute": 3}
+    with pytest.raises(SpecError, match="requests_per_minute: must be >= 4, not 3"):
+        parse_spec(tree, Path())

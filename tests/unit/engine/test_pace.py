@@ -1,0 +1,82 @@
+"""Chunks beside decodes: what is in the step keeps the tightest promise, and no promise stops prompts altogether."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diptych.engine.pace import AIM, MIN_SHARE, Pacer, StepRoom, affordable_tokens
+from diptych.engine.sequence import Sequence
+from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
+from diptych.messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
+from diptych.messages.steps import StepModel, attended_pairs
+
+MODEL = StepModel(5e-3, 22e-6, 9e-10, 18e-6, 3.2e-8)
+HERE = Route(WorkerRef(WorkerId("decode-0"), Epoch(1), Address("fake://d")))
+seconds, tokens = st.floats(-0.05, 0.5), st.integers(0, 8192)
+models = st.builds(StepModel, *[st.floats(0, 1e-2) for _ in range(5)])
+
+
+def decode(tpot: float | None, num_outputs: int = 1, context: int = 1000) -> Sequence:
+    sampling = SamplingParams(max_tokens=4096, seed=0)
+    request = GenerateRequest(RequestId("r"), Address("fake://g"), (1,) * context, sampling, HERE, timeout_s=1.0, tpot_slo_s=tpot)
+    sequence = Sequence(request, 0, 1.0, math.inf, hands_off=False, num_computed=context + num_outputs - 1)
+    sequence.token_ids += [0] * num_outputs
+    return sequence
+
+
+@given(models, tokens, seconds, tokens)
+def test_the_largest_count_that_fits(model, start, left_s, most):
+    count = affordable_tokens(model, start, left_s, most)
+    assert 0 <= count <= most
+    assert count == 0 or model.prefill_s(count, attended_pairs(start, count)) <= left_s
+    assert count == most or model.prefill_s(count + 1, attended_pairs(start, count + 1)) > left_s
+
+
+@given(tokens, seconds, seconds, st.integers(1, 4096))
+def test_more_time_is_never_less_room(start, one, other, budget):
+    few, many = (StepRoom(budget, left_s, budget // MIN_SHARE, MODEL).take(start, 10**6) for left_s in sorted((one, other)))
+    assert few <= many
+
+
+@given(st.lists(st.tuples(tokens, st.integers(1, 5000)), max_size=8), seconds, st.integers(1, 4096), st.integers(0, 512))
+def test_prompts_share_one_room(prompts, left_s, budget, floor):
+    room, taken, cost_s = StepRoom(budget, left_s, min(floor, budget), MODEL), 0, 0.0
+    for start, wanted in prompts:
+        if room.is_empty:
+            break
+        count = room.take(start, wanted)
+        assert 1 <= count <= wanted
+        taken, cost_s = taken + count, cost_s + MODEL.prefill_s(count, attended_pairs(start, count))
+    assert taken <= budget
+    one_s = MODEL.prefill_s(1, 8192)         # a prompt that was let in gets one token
+    assert taken <= floor + 1 or cost_s <= left_s + one_s
+
+
+@given(st.lists(st.sampled_from([0.012, 0.02, 0.05, None]), min_size=1, max_size=60), st.integers(1, 4096))
+def test_a_step_that_has_room_ends_before_the_tightest_decode_is_due(tpots, budget):
+    decodes = [decode(tpot) for tpot in tpots]
+    room = Pacer(lambda: 7.0, lambda: MODEL).room(decodes, budget)
+    count = room.take(0, 10**6)
+    step_s = MODEL.decode_s(len(decodes), sum(len(each.token_ids) for each in decodes)) + MODEL.prefill_s(count, attended_pairs(0, count))
+    known = [tpot for tpot in tpots if tpot is not None]
+    assert count <= max(1, budget // MIN_SHARE) or not known or step_s <= AIM * min(known) + 1e-9
+    assert known or count == budget
+
+
+def test_slack_that_was_gained_is_lent_and_lateness_is_not_for_ever():
+    now, sequence = [0.0], decode(0.02)
+    pacer = Pacer(lambda: now[0], lambda: MODEL)
+    at_first = pacer.room([sequence], 4096).take(0, 10**6)
+    sequence.token_ids += [0] * 10
+    now[0] = 10 * 0.006
+    assert pacer.room([sequence], 4096).take(0, 10**6) > 3 * at_first
+    now[0] = 10.0
+    assert pacer.room([sequence], 4096).take(0, 10**6) == 4096 // MIN_SHARE
+    assert pacer.room([decode(None)], 4096).take(0, 10**6) == 4096
+
+
+@pytest.mark.parametrize("floor", [0, 3])
+def test_a_room_without_time_is_empty_but_for_its_floor(floor):
+    assert StepRoom(8, -1.0, floor, MODEL).is_empty == (floor == 0)
