@@ -37,6 +37,18 @@ def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], flo
     return _fit(measured) if measured else PRIOR
 
 
+def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
+    """One of each kind of step that a GPU compiles something for, so that no request waits for a compiler: short and long prompts, and
+    decodes of few and many sequences beside a prompt, whose contexts are cut into as many shares as their number allows."""
+    longest, budget = limits.max_model_len - 1, min(limits.max_step_tokens, limits.max_model_len - 1)
+    for num_tokens in sorted({1, 17, min(1000, budget), budget}):
+        runner.launch(_plan([_prompt(num_tokens, limits)]), None).wait()
+    beside, decode, count = _prompt(min(17, budget), limits), _decode(longest, limits), 1
+    while count < min(limits.max_sequences, limits.max_step_tokens - 17):
+        runner.launch(_plan([*[decode] * count, beside]), None).wait()
+        count *= 2
+
+
 def _fit(measured: list[tuple[StepFeatures, float]]) -> StepModel:
     predictor = StepPredictor()
     for features, seconds in measured * ROUNDS:

@@ -18,7 +18,7 @@ from ..messages.steps import StepModel
 from ..models.config import ModelConfig
 from ..models.loader import LoadFormat, load_weights
 from ..models.transformer import Transformer
-from .calibration import calibrate
+from .calibration import calibrate, warm_up
 from .config import EngineConfig, WorkerConfig
 from .engine import Engine, EngineLimits
 from .gpu_memory import kv_room
@@ -29,6 +29,7 @@ NUM_SAMPLES = 64                # of a weights file, evenly spread
 SAMPLE_BYTES = 64 << 10
 DEFAULT_KV_BYTES = 256 << 20      # on the CPU
 CALIBRATION_S = 0.25              # to measure steps before anything is served
+GPU_CALIBRATION_S = 3.0           # whose longest steps take a fifth of a second
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,11 @@ def build_replica(config: WorkerConfig, transport: TransportBundle | None = None
     limits = _limits(engine, model_config, num_blocks)
     transport = transport or make_transports(config.transports, Owner(config.cluster, config.worker_id, config.epoch, engine.device))
     pool = transport.allocate(layout, num_blocks)
-    runner = _runner(model, pool, limits, device)
-    return Replica(Engine(runner, num_blocks, limits), pool, transport, calibrate(runner, limits, time.monotonic, CALIBRATION_S))
+    runner, budget_s = _runner(model, pool, limits, device), CALIBRATION_S
+    if device.type == "cuda":
+        warm_up(runner, limits)
+        budget_s = GPU_CALIBRATION_S
+    return Replica(Engine(runner, num_blocks, limits), pool, transport, calibrate(runner, limits, time.monotonic, budget_s))
 
 
 def _runner(model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device) -> ModelRunner:
