@@ -7,10 +7,10 @@ import msgspec
 
 from .errors import Malformed, TooLarge
 from .handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, KVOffer, KVRefuse, KVWait
-from .requests import Abort, GenerateRequest, LoadUpdate, RequestFailed, RequestSpan, StepTokens
+from .requests import Abort, GenerateRequest, LoadUpdate, RequestFailed, RequestSpan, StepTokens, TransferFailed
 
 Message = (
-    GenerateRequest | Abort | StepTokens | RequestFailed | RequestSpan | LoadUpdate
+    GenerateRequest | Abort | StepTokens | RequestFailed | RequestSpan | TransferFailed | LoadUpdate
     | KVOffer | KVAccept | KVWait | KVRefuse | KVLanded | KVCommitted | KVCancel | KVDrained
 )  # fmt: skip
 

@@ -175,3 +175,12 @@ class RequestSpan(Struct, frozen=True, tag=True):
     num_skipped_blocks: int                   # prefix blocks the decode worker already had
     transfer_s: float                         # busy time of the writer's transport for this request
     handoff_s: float                          # offer to commit, the prompt's computation included
+
+
+class TransferFailed(Struct, frozen=True, tag=True):
+    """A handoff ended because the KV could not be moved, as its prefill worker saw it; for metrics alone."""
+
+    worker: WorkerRef                         # the prefill worker
+    decode_id: WorkerId
+    transport: str                            # "none": there was no link yet
+    message: str

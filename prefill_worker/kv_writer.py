@@ -34,7 +34,7 @@ from ..messages.handoff import (
 from ..messages.ids import RequestId, new_nonce
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
-from ..messages.requests import FailureKind, RequestSpan, TokenDelta, WorkerRef
+from ..messages.requests import FailureKind, RequestSpan, TokenDelta, TransferFailed, WorkerRef
 
 LINK_WAIT_S = 2.0
 """A handoff that was accepted waits so long for a link that is down; then another route may do better."""
@@ -297,8 +297,16 @@ class KVWriter:
 
     def _give_up(self, handoff: Outgoing, failure: Failure | None, now: float) -> None:
         handoff.session.move(HandoffState.CANCELLING)
+        self._report(handoff, failure)
         self._on_end(handoff.sequence, failure)
         self._try_drain(handoff)
+
+    def _report(self, handoff: Outgoing, failure: Failure | None) -> None:
+        """A refusal is none of the transfer's."""
+        if failure is not None and failure.kind not in (FailureKind.REFUSED, FailureKind.INVALID):
+            transport = handoff.peer.descriptor.transport if handoff.peer is not None else "none"
+            failed = TransferFailed(self._me, handoff.decode.worker_id, transport, failure.message)
+            self._post.send(handoff.sequence.request.gateway, failed)
 
     def _try_drain(self, handoff: Outgoing) -> None:
         if handoff.peer is not None and handoff.accept is not None and not self._transport.stop(handoff.peer, handoff.accept.imm, 0.0):
@@ -312,6 +320,7 @@ class KVWriter:
         handoff.session.move(state)
         del self._handoffs[handoff.sequence.id]
         if not told:
+            self._report(handoff, failure)
             self._on_end(handoff.sequence, failure)
 
     def _num_ready_after(self, chunk: Chunk) -> int:

@@ -28,6 +28,7 @@ from ...messages.requests import (
     Route,
     StepTokens,
     TokenDelta,
+    TransferFailed,
     WorkerRef,
 )
 from ..router.load_view import LoadView
@@ -48,6 +49,7 @@ class Observer(Protocol):
     def ended(self, generation: Generation) -> None: ...
     def retried(self, reason: str) -> None: ...
     def span(self, span: RequestSpan) -> None: ...
+    def transfer_failed(self, failed: TransferFailed) -> None: ...
 
 
 class Dispatcher:
@@ -108,6 +110,8 @@ class Dispatcher:
                     self._loads.heard(message.load.worker, message.load, self._clock())
                 case RequestSpan():
                     self._on_span(message)
+                case TransferFailed():
+                    self._observer.transfer_failed(message)
                 case RequestFailed():
                     self._on_failed(message)
                 case _:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ...messages.requests import LoadReport, RequestSpan
+from ...messages.requests import LoadReport, RequestSpan, TransferFailed
 from .errors import NoRoute
 from .generation import Generation, GenerationState
 from .status import Quantiles, TransferTotals
@@ -16,6 +16,8 @@ NUM_RECENT = 1000
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60)
 TPOT_BUCKETS_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1)
 E2E_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+
+PAIR = ("prefill", "decode", "transport")
 
 
 class Metrics:
@@ -49,8 +51,10 @@ class Metrics:
         self._retries = Counter("diptych_retries", "Attempts given up for another", ["reason"], registry=registry)
         self._prompt_tokens = Counter("diptych_prompt_tokens", "Prompt tokens of finished choices", registry=registry)
         self._output_tokens = Counter("diptych_output_tokens", "Output tokens of finished choices", registry=registry)
-        self._kv_bytes = Counter("diptych_kv_bytes", "KV written into decode workers", ["transport"], registry=registry)
-        self._kv_busy = Counter("diptych_kv_busy_seconds", "Time the writers' transports were busy", ["transport"], registry=registry)
+        self._kv_bytes = Counter("diptych_kv_transfer_bytes", "KV written into decode workers", PAIR, registry=registry)
+        self._kv_seconds = Counter("diptych_kv_transfer_seconds", "Time the writers' transports were busy", PAIR, registry=registry)
+        self._kv_gbps = Gauge("diptych_kv_transfer_gbps", "GB/s while busy, of the last handoff", PAIR, registry=registry)
+        self._kv_failures = Counter("diptych_kv_transfer_failures", "Handoffs whose KV could not be moved", PAIR, registry=registry)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Read when scraped."""
@@ -80,8 +84,14 @@ class Metrics:
             num_bytes=old.num_bytes + span.num_bytes,
             busy_s=old.busy_s + span.transfer_s,
         )
-        self._kv_bytes.labels(span.transport).inc(span.num_bytes)
-        self._kv_busy.labels(span.transport).inc(span.transfer_s)
+        pair = (span.worker.worker_id, span.decode_id, span.transport)
+        self._kv_bytes.labels(*pair).inc(span.num_bytes)
+        self._kv_seconds.labels(*pair).inc(span.transfer_s)
+        if span.transfer_s > 0:                        # 0: the decode worker had all of it
+            self._kv_gbps.labels(*pair).set(span.num_bytes / span.transfer_s / 1e9)
+
+    def transfer_failed(self, failed: TransferFailed) -> None:
+        self._kv_failures.labels(failed.worker.worker_id, failed.decode_id, failed.transport).inc()
 
     def ended(self, generation: Generation) -> None:
         self.outcomes[generation.state] += 1

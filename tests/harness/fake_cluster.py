@@ -25,6 +25,7 @@ from diptych.messages.requests import (
     Route,
     SamplingParams,
     StepTokens,
+    TransferFailed,
 )
 from diptych.prefill_worker.worker import PrefillWorker
 
@@ -65,6 +66,7 @@ class FakeCluster:
         self.transports: dict[WorkerId, FakeTransport] = {}
         self.answers: dict[RequestId, Answer] = {}
         self.num_spans = 0
+        self.transfer_failures: list[TransferFailed] = []
         self._epoch = 0
         self._version = 0
         self._num_requests = 0
@@ -146,6 +148,8 @@ class FakeCluster:
                         self._send_aborts(answer.request)
                 case RequestSpan():
                     self.num_spans += 1
+                case TransferFailed():
+                    self.transfer_failures.append(message)
 
     def _take(self, request_id: RequestId, index: int, token_ids: tuple[int, ...], finish: FinishReason | None) -> None:
         answer = self.answers[request_id]

@@ -91,4 +91,5 @@ def test_a_handoff_waits_for_a_link_and_then_takes_another_route(monkeypatch: py
     cluster.settle()
     assert lost.failure is not None
     assert "no link for 2.0 s" in lost.failure.message
+    assert [(f.worker.worker_id, f.decode_id, f.transport) for f in cluster.transfer_failures] == [(PREFILL, DECODE, "none")]
     cluster.assert_nothing_leaked()

@@ -3,8 +3,11 @@
 import pytest
 from harness.gateway import CONTEXT, House, in_loop
 
+from diptych.messages.requests import TransferFailed
+
 PUBLIC = ["/health", "/ready", "/metrics"]
 ASK = {"prompt": "Hi", "max_tokens": 50}
+PAIR = '{decode="decode-0",prefill="prefill-0",transport="fake"}'
 
 
 class TestKeys:
@@ -88,6 +91,9 @@ async def test_metrics_count_what_happened(tmp_path):
         await house.post("/v1/completions", ASK)
         await house.post("/v1/completions", {})
         await house.get("/wp-login.php")
+        prefill = house.worker("prefill-0")
+        prefill.post.send(house.address, TransferFailed(prefill.ref, "decode-0", "fake", "the link is down"))
+        await house.post("/v1/completions", {})
         text = (await house.get("/metrics")).body.decode()
         for line in (
             'diptych_choices_total{outcome="finished"} 1.0',
@@ -100,9 +106,12 @@ async def test_metrics_count_what_happened(tmp_path):
             "diptych_choices_running 0.0",
             "diptych_choices_queued 0.0",
             "diptych_dropped_frames 0.0",
-            'diptych_kv_bytes_total{transport="fake"} 4096.0',
+            f"diptych_kv_transfer_bytes_total{PAIR} 4096.0",
+            f"diptych_kv_transfer_seconds_total{PAIR} 0.001",
+            f"diptych_kv_transfer_gbps{PAIR} 0.004096",
+            f"diptych_kv_transfer_failures_total{PAIR} 1.0",
             'diptych_http_responses_total{path="/v1/completions",status="200"} 1.0',
-            'diptych_http_responses_total{path="/v1/completions",status="400"} 1.0',
+            'diptych_http_responses_total{path="/v1/completions",status="400"} 2.0',
             'diptych_http_responses_total{path="other",status="404"} 1.0',
         ):
             assert line in text.splitlines(), line
