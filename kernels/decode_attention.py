@@ -55,9 +55,9 @@ def num_splits(num_sequences: int, kv_heads: int, max_context: int, num_sms: int
 
 def decode_attention(
     out: Tensor, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None,
-    kv_scales: Tensor | None, splits: int,
+    kv_scales: Tensor | None, splits: int, tile: DecodeTile | None = None,
 ) -> None:  # fmt: skip
-    """Writes the rows of `out` that belong to sequences with one query row.
+    """Writes the rows of `out` that belong to sequences with one query row. `tile` is for measuring.
 
     out, q [T, heads, head_dim], any row and head stride, head_dim contiguous. kv_pool [num_blocks, num_layers, 2, kv_heads, block_size,
     head_dim], contiguous, of q's type or fp8 e4m3. kv_scales [num_layers, 2, kv_heads] fp32: what the stored keys and values are
@@ -68,7 +68,7 @@ def decode_attention(
     num_sequences = len(paging.context_lens)
     group = num_heads // kv_heads
     width = triton.next_power_of_2(head_dim)
-    tile = DecodeTile.of(width, q.element_size())
+    tile = tile or DecodeTile.of(width, q.element_size())
     partial, log_sums = out, out        # not used when there is one split
     if splits > 1:
         partial = torch.empty(len(q), num_heads, splits, head_dim, dtype=torch.float32, device=q.device)

@@ -59,6 +59,14 @@ class Ops(Protocol):
         """`silu(gate) * up` with gate_up = [gate | up]: [T, 2n] → [T, n]."""
         ...
 
+    def linear_add_rms_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float, gated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """What ends attention and, `gated`, the MLP, as one operation: add_rms_norm of linear(x), or of linear(silu_mul(x)), and the
+        residual. May overwrite x and residual.
+        """
+        ...
+
     def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Stores k, v [T, kv_heads, head_dim] of one layer at slots [T] int64, which are distinct."""
         ...

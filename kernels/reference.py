@@ -36,6 +36,11 @@ class ReferenceOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def linear_add_rms_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float, gated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return self.add_rms_norm(self.linear(self.silu_mul(x) if gated else x, weight, bias), residual, norm_weight, eps)
+
     def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         block_size = kv_pool.shape[4]
         blocks, offsets = slots // block_size, slots % block_size

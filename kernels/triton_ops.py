@@ -13,7 +13,7 @@ from .decode_attention import decode_attention, num_splits
 from .ops import HeadNorms, Paging, UnsupportedByKernels
 from .prefill_attention import prefill_attention
 from .silu_mul import silu_mul
-from .skinny_linear import skinny_linear, suits
+from .skinny_linear import partial_products, skinny_linear, suits
 
 HEAD_DIMS = (64, 96, 128, 256)
 BLOCK_SIZES = (16, 32, 64)
@@ -60,6 +60,15 @@ class TritonOps:
         if len(out):
             silu_mul(out, gate_up)
         return out
+
+    def linear_add_rms_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float, gated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if not suits(x, weight):
+            return self.add_rms_norm(self.linear(self.silu_mul(x) if gated else x, weight, bias), residual, norm_weight, eps)
+        normed = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+        norm_kernels.sum_add_rms_norm(normed, partial_products(x, weight, gated), bias, residual, norm_weight, eps)
+        return normed, residual
 
     def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         self._check(k, kv_pool)

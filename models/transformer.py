@@ -2,7 +2,8 @@
 
     embedding → layers × (norm → attention → + → norm → gated MLP → +) → norm → lm_head
 
-The residual addition before each norm is fused into it (`add_rms_norm`), so a layer hands the next one its input already normed.
+The projection and the residual addition before each norm are one operation with it (`linear_add_rms_norm`), so a layer hands the next
+one its input already normed.
 Inference only; the device's kernels come in as `Ops`.
 """
 
@@ -41,9 +42,9 @@ class Transformer:
         normed = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
         for i, layer in enumerate(weights.layers):
             attended = self._attention(i, layer, normed, batch, kv_pool)
-            normed, residual = ops.add_rms_norm(attended, residual, layer.mlp_norm, eps)
-            gated = ops.silu_mul(ops.linear(normed, layer.gate_up, layer.gate_up_bias))
-            normed, residual = ops.add_rms_norm(ops.linear(gated, layer.down, layer.down_bias), residual, next_norms[i], eps)
+            normed, residual = ops.linear_add_rms_norm(attended, layer.out, layer.out_bias, residual, layer.mlp_norm, eps)
+            gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
+            normed, residual = ops.linear_add_rms_norm(gate_up, layer.down, layer.down_bias, residual, next_norms[i], eps, gated=True)
             if on_layer is not None:
                 on_layer(i)
         head = weights.embedding if weights.lm_head is None else weights.lm_head
@@ -58,5 +59,4 @@ class Transformer:
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.rms_norm_eps)
         q = ops.rope_write_kv(q, k, v, norms, batch.positions, self._cos_sin, kv_pool, index, batch.slots)
-        out = ops.paged_attention(q, kv_pool, index, batch.paging, config.head_dim**-0.5, config.windows[index])
-        return ops.linear(out.flatten(1), layer.out, layer.out_bias)
+        return ops.paged_attention(q, kv_pool, index, batch.paging, config.head_dim**-0.5, config.windows[index]).flatten(1)

@@ -13,6 +13,7 @@ from harness.kernel_checks import (
     assert_close,
     check_attention,
     check_empty,
+    check_linear_add_rms_norm,
     check_norms,
     check_padded_decode,
     check_rope_alone,
@@ -100,6 +101,14 @@ def test_silu_mul(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> 
 @pytest.mark.parametrize("m", [1, 7, 16, 33, 64])
 def test_skinny_linear(m: int, n: int, k: int, dtype: torch.dtype, device: Device) -> None:
     check_skinny_linear(m, n, k, dtype, device)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (4096, 14_336), (896, 4864), (8192, 1024), (1001, 1008)])
+@pytest.mark.parametrize("m", [1, 7, 16])
+def test_linear_add_rms_norm(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, device: Device) -> None:
+    check_linear_add_rms_norm(m, n, k, dtype, gated, device)
 
 
 def test_skinny_linear_in_a_graph(device: Device) -> None:

@@ -197,6 +197,28 @@ def check_skinny_linear(m: int, n: int, k: int, dtype: torch.dtype, device: Devi
         assert torch.equal(out.tensor, again.tensor)
 
 
+def check_linear_add_rms_norm(
+    m: int, n: int, k: int, dtype: torch.dtype, gated: bool, device: Device, tile: skinny_linear.LinearTile | None = None
+) -> None:
+    """The new residual bit for bit that of the kernels it is fused of, the norm near that of the reference."""
+    generator = device.generator()
+    x = torch.randn(m, 2 * k if gated else k, generator=generator).to(device.name, dtype)
+    weight, old, norm = (torch.randn(shape, generator=generator).to(device.name, dtype) for shape in ((n, k), (m, n), (n,)))
+    for bias in (None, torch.randn(n, generator=generator).to(device.name, dtype) * k**0.5):
+        inputs, product = x, torch.empty(m, n, dtype=dtype, device=device.name)
+        if gated:
+            inputs = torch.empty(m, k, dtype=dtype, device=device.name)
+            silu_mul.silu_mul(inputs, x)
+        skinny_linear.skinny_linear(product, inputs, weight, bias, tile)
+        normed, total = Guarded((m, n), dtype, device), Guarded((m, n), dtype, device)
+        parts = skinny_linear.partial_products(x, weight, gated, tile)
+        norms.sum_add_rms_norm(normed.tensor, parts, bias, total.holding(old), norm, 1e-5)
+        assert torch.equal(total.tensor, product + old)
+        assert_close(normed.tensor, REFERENCE.rms_norm(total.tensor.float(), norm.float(), 1e-5), TOLERANCE[dtype], device)
+        normed.assert_untouched_around()
+        total.assert_untouched_around()
+
+
 @dataclass(frozen=True)
 class RopeCase:
     num_tokens: int

@@ -11,6 +11,7 @@ from harness.kernel_checks import (
     assert_close,
     check_attention,
     check_empty,
+    check_linear_add_rms_norm,
     check_norms,
     check_padded_decode,
     check_rope_alone,
@@ -99,6 +100,14 @@ def test_silu_mul(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> 
 @pytest.mark.parametrize(("m", "n", "k", "splits"), [(1, 64, 128, 1), (3, 40, 336, 3), (17, 33, 96, 1), (5, 32, 256, 2)])
 def test_skinny_linear(m: int, n: int, k: int, splits: int, dtype: torch.dtype, device: Device) -> None:
     check_skinny_linear(m, n, k, dtype, device, LinearTile(columns=32, depth=64, splits=splits, num_warps=4, num_stages=2))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "k", "splits"), [(1, 64, 128, 1), (3, 40, 336, 3), (16, 33, 96, 2)])
+def test_linear_add_rms_norm(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bool, device: Device) -> None:
+    tile = LinearTile(columns=32, depth=64, splits=splits, num_warps=4, num_stages=2)
+    check_linear_add_rms_norm(m, n, k, dtype, gated, device, tile)
 
 
 @pytest.mark.parametrize(

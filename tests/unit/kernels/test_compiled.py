@@ -86,6 +86,16 @@ def test_skinny_linear(n: int, k: int, m: int) -> None:
     assert len(total) == (n == 4096)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(4096, 14_336), (896, 4864), (8192, 28_672)])
+def test_linear_add_rms_norm(n: int, k: int, gated: bool) -> None:
+    with captured(skinny_linear, "_linear_kernel") as products, captured(norms, "_norm_kernel") as sums:
+        parts = skinny_linear.partial_products(meta(16, 2 * k if gated else k), meta(n, k), gated)
+        norms.sum_add_rms_norm(meta(16, n), parts, meta(n), meta(16, n), meta(n), 1e-5)
+    assert "cp.async.cg" in compiled(products[0]).ptx
+    assert only_wide_loads(compiled(sums[0]))
+
+
 @pytest.mark.parametrize("n", [896, 4096, 8192])
 def test_norms(n: int) -> None:
     with captured(norms, "_norm_kernel") as launches:
