@@ -3,7 +3,7 @@
     grid (sequence, KV head, split)      each reads its share of the context once, for all query heads of the KV head
             │ one split: writes the answer        │ more: partial answers and the logarithm of their softmax's sum
             ▼                                     ▼
-          out [T, heads, head_dim]  ◄── merge ── partial [T, heads, splits, head_dim], log_sums [T, heads, splits], fp32
+          out [T, heads, head_dim]  ◄── merge ── partial [B, heads, splits, head_dim], log_sums [B, heads, splits], fp32
 
 Splitting fills the GPU when there are fewer (sequence, KV head) pairs than it can run, and evens out their contexts (Flash-Decoding,
 Dao et al. 2023); the merge is o = Σ 2^(l_i - m) o_i / Σ 2^(l_i - m), m = max l_i. How many splits there are depends on shapes alone,
@@ -71,8 +71,8 @@ def decode_attention(
     tile = tile or DecodeTile.of(width, q.element_size())
     partial, log_sums = out, out        # not used when there is one split
     if splits > 1:
-        partial = torch.empty(len(q), num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
-        log_sums = torch.empty(len(q), num_heads, splits, dtype=torch.float32, device=q.device)
+        partial = torch.empty(num_sequences, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
+        log_sums = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
     _decode_kernel[(num_sequences, kv_heads, splits)](
         out, partial, log_sums, q, kv_pool, None if kv_scales is None else kv_scales[layer],
         paging.query_starts, paging.context_lens, paging.block_tables, scale * LOG2_E,
@@ -132,7 +132,7 @@ def _decode_kernel(
 
     answer = accumulator * (value_scale / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     if SPLIT:
-        places = (row * (kv_heads * GROUP) + heads) * splits + split
+        places = (sequence * (kv_heads * GROUP) + heads) * splits + split
         tl.store(partial + places[:, None] * HEAD_DIM + columns[None, :], answer, mask=stored)
         tl.store(log_sums + places, row_max + tl.log2(row_sum), mask=tl.arange(0, ROWS) < GROUP)     # -inf for an empty share
     else:
@@ -150,7 +150,7 @@ def _merge_kernel(
     row = tl.load(query_starts + sequence).to(tl.int64)
     if tl.load(query_starts + sequence + 1) - row != 1:
         return
-    places = (row * num_heads + head) * splits + tl.arange(0, SPLITS)
+    places = (sequence.to(tl.int64) * num_heads + head) * splits + tl.arange(0, SPLITS)
     logs = tl.load(log_sums + places, mask=tl.arange(0, SPLITS) < splits, other=float("-inf"))
     most = tl.max(logs, 0)
     weights = tl.exp2(logs - tl.where(most == float("-inf"), 0.0, most))
