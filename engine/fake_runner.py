@@ -54,8 +54,11 @@ class FakeRunner(SyncRunner):
             self._pool.tensor[block, layer, :, 0, offset, 0] = kv_of(chunk.sequence.token_ids[position], position, layer)
 
     def _read(self, chunk: Chunk) -> int:
+        return self.token_after([self._cell(chunk, position) for position in range(chunk.end)])
+
+    def token_after(self, cells: Sequence[tuple[int, int]]) -> int:
+        """What follows a context whose KV lies in these (block, offset) cells."""
         total = 0
-        for position in range(chunk.end):
-            block, offset = self._cell(chunk, position)
+        for position, (block, offset) in enumerate(cells):
             total += int(self._pool.tensor[block, :, 0, 0, offset, 0].sum()) * (position + 1)
         return total % PRIME % self._vocab

@@ -17,6 +17,7 @@ class Paging:
     query_starts: Tensor      # [B+1] int32: rows query_starts[i] to query_starts[i+1], one at least, are sequence i's newest tokens
     context_lens: Tensor      # [B] int32: tokens in the KV cache, those of this step included
     block_tables: Tensor      # [B, max_blocks] int32: padding is 0 and is never used
+    has_single_rows: bool = True      # False: no sequence has exactly one query row, so that nothing is launched for such
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ class TritonOps:
             return out
         num_sequences, max_context = len(paging.context_lens), paging.block_tables.shape[1] * kv_pool.shape[4]
         splits = num_splits(num_sequences, kv_pool.shape[3], max_context, self._num_sms)
-        decode_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales, splits)
+        if paging.has_single_rows:
+            decode_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales, splits)
         if len(q) > num_sequences:      # some sequence has more than one row
             prefill_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales)
         return out

@@ -18,7 +18,8 @@ class ForwardBatch:
     context_lens: Tensor      # [B] int32: KV length after this step, this step's tokens included
     block_tables: Tensor      # [B, max_blocks] int32: padded with 0; never used past the context
     logit_rows: Tensor        # [R] int64: which of the T rows need logits
+    has_single_rows: bool = True      # False: no sequence has exactly one row
 
     @property
     def paging(self) -> Paging:
-        return Paging(self.query_starts, self.context_lens, self.block_tables)
+        return Paging(self.query_starts, self.context_lens, self.block_tables, self.has_single_rows)

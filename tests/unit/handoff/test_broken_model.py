@@ -1,9 +1,8 @@
 """A model whose logits are no numbers gives an error, never a token; what else runs in the same step is not disturbed."""
 
-import dataclasses
-
 import pytest
 from harness.fake_cluster import FakeCluster
+from msgspec.structs import replace
 
 from diptych.engine.fake_runner import FakeRunner
 from diptych.messages.requests import FailureKind
@@ -15,7 +14,7 @@ class BreaksOnPoison(FakeRunner):
     def execute(self, plan, on_layer):  # type: ignore[no-untyped-def]
         outputs = super().execute(plan, on_layer)
         return [
-            dataclasses.replace(output, sampled=None, is_finite=False) if POISON in chunk.sequence.token_ids else output
+            replace(output, sampled=None, is_finite=False) if POISON in chunk.sequence.token_ids else output
             for chunk, output in zip(plan.chunks, outputs, strict=True)
         ]
 
@@ -24,7 +23,7 @@ class BreaksOnPoison(FakeRunner):
 def test_a_broken_request_fails_alone(prefill: str | None) -> None:
     cluster = FakeCluster()
     for worker in cluster.workers.values():
-        worker.engine._runner = BreaksOnPoison(worker.replica.pool)
+        worker.engine.runner = BreaksOnPoison(worker.replica.pool)
     broken = cluster.submit([1, 2, POISON, *range(20, 30)], 6, prefill)
     sound = cluster.submit([1, 2, 3, 4, 5], 6, prefill)
     cluster.settle()

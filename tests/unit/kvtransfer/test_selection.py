@@ -48,7 +48,7 @@ def bundle(fabric: FakeFabric, place: str, *names: str) -> TransportBundle:
     ("names", "device", "problem"),
     [
         ((), "cpu", "must name at least one"),
-        (("pigeon",), "cpu", "'pigeon' is not there yet; known: shm, ucx"),
+        (("pigeon",), "cpu", "'pigeon' is not there yet; known: shm, nvlink, ucx"),
         (("ucx", "ucx"), "cpu", "'ucx' is named twice"),
         (("shm",), "cuda:0", "'shm' does not move memory of cuda"),
     ],

@@ -58,19 +58,19 @@ def assert_arrives(transport: UcxTransport, pool: KVPool, peer: Peer, far: UcxPe
 
 
 def test_a_cable_cut_in_mid_transfer_and_joined(cable: Cable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No page is taken for landed while the cable is cut; once joined the link heals within 5 s, and nobody was restarted."""
+    """No page is taken for landed while the cable is cut; once joined the link heals, and nobody was restarted."""
     monkeypatch.setenv("UCX_NET_DEVICES", cable.device)
     monkeypatch.setenv("UCX_TLS", "tcp,self")                # they share a host, and would use its memory
     transport = UcxTransport(stall_s=1.0)
     pool = transport.allocate(byte_layout(PAGE_BYTES), NUM_PAGES)
     with ucx_peer(PAGE_BYTES, NUM_PAGES, network=cable.name) as far:
-        peer = connect_within(transport, far.descriptor, 10.0)
+        peer = connect_within(transport, far.descriptor, 30.0)
         assert_arrives(transport, pool, peer, far, Imm(2))
         for _ in range(20):
             transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(1))
-        far.call("landed_at", 1, 1, 10.0)
+        far.call("landed_at", 1, 1, 30.0)
         cable.cut()
-        until(lambda: refused(transport, peer, Imm(1)), 10.0)
+        until(lambda: refused(transport, peer, Imm(1)), 30.0)
         counted = far.call("num_landed", 1)
         assert isinstance(counted, int)
         assert counted < 20 * NUM_PAGES
@@ -79,5 +79,5 @@ def test_a_cable_cut_in_mid_transfer_and_joined(cable: Cable, monkeypatch: pytes
         cable.join()
         until(lambda: transport.stop(peer, Imm(1), 0.0), 5.0)
         assert far.call("num_landed", 1) == counted
-        assert_arrives(transport, pool, connect_within(transport, far.descriptor, 5.0), far, Imm(3))
+        assert_arrives(transport, pool, connect_within(transport, far.descriptor, 15.0), far, Imm(3))
     transport.close()

@@ -1,0 +1,176 @@
+"""An engine whose runner runs one step ahead and computes late: the same tokens, and no block that a step may write to in other hands."""
+
+from dataclasses import dataclass, field
+
+from harness.ahead_runner import AheadRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diptych.engine.engine import Engine, EngineLimits
+from diptych.engine.fake_runner import fake_layout, next_token
+from diptych.engine.sequence import Sequence
+from diptych.kvtransfer.fake import FakeFabric
+from diptych.kvtransfer.transport import KVPool
+from diptych.messages.ids import Address, BlockId, Epoch, RequestId, WorkerId
+from diptych.messages.requests import FinishReason, GenerateRequest, Route, SamplingParams, ServiceClass, WorkerRef
+
+BLOCK_SIZE = 4
+SENTINEL = -77
+HERE = Route(WorkerRef(WorkerId("decode-0"), Epoch(1), Address("fake://d")))
+
+
+@dataclass(frozen=True)
+class Visit:
+    prompt: list[int]
+    max_tokens: int
+    arrives: int                    # before which turn
+    aborted_at: int | None
+    stops_after: int | None         # outputs
+    host_sampled: bool
+    batch: bool
+    hands_off: bool
+
+
+visits = st.builds(
+    Visit,
+    prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+    max_tokens=st.integers(1, 8),
+    arrives=st.integers(0, 8),
+    aborted_at=st.none() | st.integers(0, 15),
+    stops_after=st.none() | st.integers(1, 6),
+    host_sampled=st.booleans(),
+    batch=st.booleans(),
+    hands_off=st.booleans(),
+)
+
+
+def make_engine(num_blocks: int, max_step_tokens: int = 8) -> tuple[Engine, KVPool, AheadRunner]:
+    pool = FakeFabric().transport("w").allocate(fake_layout(BLOCK_SIZE), num_blocks)
+    runner = AheadRunner(pool)
+    return Engine(runner, num_blocks, EngineLimits(BLOCK_SIZE, 24, max_step_tokens, 4)), pool, runner
+
+
+def correct(visit: Visit) -> list[int]:
+    """What it is to be answered, if it is not aborted."""
+    tokens = list(visit.prompt)
+    for _ in range(1 if visit.hands_off else visit.max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(visit.prompt) :]
+
+
+def stop_tokens(visit: Visit) -> tuple[int, ...]:
+    return () if visit.stops_after is None else tuple(correct(visit)[visit.stops_after - 1 : visit.stops_after])
+
+
+def request(index: int, visit: Visit) -> GenerateRequest:
+    logprobs = 0 if visit.host_sampled else None
+    params = SamplingParams(max_tokens=visit.max_tokens, seed=0, stop_token_ids=stop_tokens(visit), logprobs=logprobs)
+    kind = ServiceClass.BATCH if visit.batch else ServiceClass.DEFAULT
+    prompt = tuple(visit.prompt)
+    return GenerateRequest(RequestId(str(index)), Address("fake://g"), prompt, params, HERE, timeout_s=1e9, service_class=kind)
+
+
+@dataclass
+class Stranger:
+    """Somebody who writes into free blocks from outside, in no order with the steps: a handoff's writer."""
+
+    engine: Engine
+    pool: KVPool
+    held: list[BlockId] = field(default_factory=list)
+
+    def come(self) -> None:
+        self.held = self.engine.pool.take(1) or [] if self.engine.pool.num_available > 8 else []
+        for block in self.held:
+            self.pool.tensor[block] = SENTINEL
+
+    def go(self) -> None:
+        for block in self.held:
+            assert bool((self.pool.tensor[block] == SENTINEL).all()), "a step wrote to a block that was given away"
+        self.engine.pool.release(self.held)
+        self.held = []
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(visits, min_size=1, max_size=7), st.integers(7, 20), st.integers(2, 12))
+def test_any_visits(stays: list[Visit], num_blocks: int, max_step_tokens: int) -> None:
+    engine, pool, _ = make_engine(num_blocks, max_step_tokens)
+    stranger, tokens, parked = Stranger(engine, pool), {str(i): [] for i in range(len(stays))}, []
+    for turn in range(600):
+        stranger.go()
+        stranger.come()
+        for i, visit in enumerate(stays):
+            if visit.arrives == turn:
+                engine.add(request(i, visit), float(turn), visit.hands_off)
+            sequence = engine.find(RequestId(str(i)))
+            if visit.aborted_at == turn and sequence is not None:
+                engine.finish(sequence)
+        for sequence in parked:                          # committed elsewhere
+            if engine.find(sequence.id) is sequence:
+                engine.finish(sequence)
+        parked = []
+        if engine.may_plan and (plan := engine.plan()).chunks:
+            engine.launch(plan)
+        if engine.is_ready and (turn % 3 or not engine.may_plan):
+            parked += _collect(engine, tokens)
+        if turn > 8 and not engine.has_work and not parked:
+            break
+    stranger.go()
+    assert not engine.sequences
+    assert engine.pool.num_available == num_blocks
+    for i, visit in enumerate(stays):
+        expected, stops = correct(visit), stop_tokens(visit)
+        end = next((n + 1 for n, token in enumerate(expected) if token in stops), len(expected))
+        found = tokens[str(i)]
+        assert found == expected[: len(found)] if visit.aborted_at is not None else found == expected[:end]
+
+
+def _collect(engine: Engine, tokens: dict[str, list[int]]) -> list[Sequence]:
+    """→ the sequences that were handed off."""
+    steps = engine.collect()
+    for step in steps:
+        if step.delta is not None:
+            assert step.delta.index == len(tokens[step.sequence.id])
+            tokens[step.sequence.id] += step.delta.token_ids
+    return [step.sequence for step in steps if step.delta is not None and step.sequence.hands_off and step.delta.finish is None]
+
+
+def test_it_runs_one_step_ahead_and_no_more() -> None:
+    engine, _, runner = make_engine(20)
+    plain = Visit([1, 0, 1], 8, 0, None, None, host_sampled=False, batch=False, hands_off=False)
+    engine.add(request(0, plain), 0.0)
+    engine.launch(engine.plan())
+    assert engine.may_plan
+    engine.launch(engine.plan())
+    assert not engine.may_plan
+    assert runner.most_ahead == 2
+    assert [step.delta.token_ids for step in engine.collect() if step.delta] == [(correct(plain)[0],)]
+
+
+def test_nobody_is_run_ahead_of_a_token_that_the_host_must_know() -> None:
+    engine, _, _ = make_engine(20)
+    scored = Visit([1, 0, 1], 8, 0, None, None, host_sampled=True, batch=False, hands_off=False)
+    engine.add(request(0, scored), 0.0)
+    engine.launch(engine.plan())
+    assert not engine.may_plan
+
+
+def test_a_sequence_that_reaches_its_length_is_not_computed_again() -> None:
+    engine, _, _ = make_engine(20)
+    engine.add(request(0, Visit([1, 0], 1, 0, None, None, host_sampled=False, batch=False, hands_off=False)), 0.0)
+    engine.launch(engine.plan())
+    assert engine.plan().chunks == ()
+    (step,) = engine.collect()
+    assert step.delta is not None
+    assert step.delta.finish is FinishReason.LENGTH
+
+
+def test_blocks_of_an_aborted_sequence_come_back_with_the_step_that_writes_to_them() -> None:
+    engine, _, _ = make_engine(20)
+    engine.add(request(0, Visit([1, 0, 1], 8, 0, None, None, host_sampled=False, batch=False, hands_off=False)), 0.0)
+    engine.launch(engine.plan())
+    sequence = engine.find(RequestId("0"))
+    assert sequence is not None
+    engine.finish(sequence)
+    assert engine.pool.num_available == 19
+    assert engine.collect() == []
+    assert engine.pool.num_available == 20
