@@ -127,7 +127,9 @@ class CudaRunner:
         arrays = [packed.token_ids, packed.positions, packed.slots, packed.query_starts, packed.context_lens, packed.block_tables]
         draws = _draws([chunk for chunk in chunks if chunk.samples])
         uploaded = self._staging.upload([*arrays, packed.logit_rows, rows, sources, *draws])
-        batch = ForwardBatch(*uploaded[:7], has_single_rows=any(chunk.count == 1 for chunk in chunks))
+        token_ids, positions, slots, starts, contexts, tables, logit_rows = uploaded[:7]
+        single = any(chunk.count == 1 for chunk in chunks)
+        batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, has_single_rows=single)
         rows_there, sources_there, real, top_k = uploaded[7:]
         if pending:
             batch.token_ids[rows_there] = self._sampled[sources_there].clamp_min(0)

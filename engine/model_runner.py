@@ -9,7 +9,7 @@ Sampling belongs to the step: logits never leave the runner. `TorchRunner` has c
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from msgspec import Struct
 from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
-from .packing import pack
+from .packing import Ints, pack
 from .sampler import Sampled, SamplingRow, sample, score
 from .scheduler import Chunk, StepPlan
 from .sequence import Sequence
@@ -95,7 +95,18 @@ class TorchRunner(SyncRunner):
 
     def _batch(self, chunks: Seq[Chunk], spans: Seq[range]) -> ForwardBatch:
         packed = pack(chunks, spans, self._pool.layout.block_size)
-        return ForwardBatch(**{field.name: torch.from_numpy(getattr(packed, field.name)).to(self._device) for field in fields(packed)})
+        return ForwardBatch(
+            token_ids=self._there(packed.token_ids),
+            positions=self._there(packed.positions),
+            slots=self._there(packed.slots),
+            query_starts=self._there(packed.query_starts),
+            context_lens=self._there(packed.context_lens),
+            block_tables=self._there(packed.block_tables),
+            logit_rows=self._there(packed.logit_rows),
+        )
+
+    def _there(self, array: Ints) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
 
 
 def outputs_of(chunks: Seq[Chunk], logits: torch.Tensor, bounds: Seq[int]) -> list[ChunkOutput]:

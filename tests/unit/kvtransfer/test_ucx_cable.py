@@ -77,7 +77,7 @@ def test_a_cable_cut_in_mid_transfer_and_joined(cable: Cable, monkeypatch: pytes
         assert not transport.stop(peer, Imm(1), 0.5), "what is on the cable may still land"
         assert transport.connect(far.descriptor) is None
         cable.join()
-        until(lambda: transport.stop(peer, Imm(1), 0.0), 5.0)
+        until(lambda: transport.stop(peer, Imm(1), 0.0), 15.0)
         assert far.call("num_landed", 1) == counted
         assert_arrives(transport, pool, connect_within(transport, far.descriptor, 15.0), far, Imm(3))
     transport.close()
