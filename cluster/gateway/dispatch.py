@@ -2,7 +2,7 @@
 
 No I/O but the Post, no clock but `clock`.
 
-    start ──► policy.choose ──Route──► GenerateRequest to route.first
+    start ──► policy.decide ──Route──► GenerateRequest to route.first
                 │ Queue                   │ StepTokens   → in order, once, to the generation
                 ▼                         │ RequestFailed, worker dead or silent, no progress
               tried again at each watch ◄─┘   → Abort to the old route, next attempt: prompt + outputs so far

@@ -3,6 +3,7 @@
     policy.choose(request, view, now) ──► Route    send it there
                                           Queue    nobody can take it now; ask again
                                           Refuse   the cluster is full; HTTP 429
+    policy.decide(request, view, now) ──► the same, with the predictions it was taken on
 
 A policy keeps at most what it chose before (a turn, a seed, an index of prefixes); it does no I/O and reads no clock, so the
 simulator runs it unchanged. A Route that it returns is taken.

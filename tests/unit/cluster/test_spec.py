@@ -98,6 +98,7 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"router": {"port": 0, "processes": 2}}, "router.port: must be a fixed port"),
         ({"router": {"port": 65536}}, "router.port: "),
         ({"router": {"explain": -1}}, "router.explain: must be >= 0, not -1"),
+        ({"router": {"explain": 10_001}}, "router.explain: "),
         ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports: 'carrier_pigeon' is not there yet"),
         ({"transfer": {"transports": []}}, "transfer.transports: must name at least one"),
         ({"transfer": {"transports": ["ucx", "ucx"]}}, "transfer.transports: 'ucx' is named twice"),
