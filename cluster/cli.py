@@ -1,7 +1,7 @@
 """`diptych`: what people type.
 
 Exit codes: 0 done; 1 it did not work, the text says why; 2 a wrong option or spec; 4 `status`: running, but not everything is ready;
-130 interrupted. `bench` has its own, of the same meaning where they coincide.
+5 `explain`: no gateway knows that request; 130 interrupted. `bench` has its own, of the same meaning where they coincide.
 """
 
 import contextlib
@@ -21,11 +21,12 @@ from ..messages.errors import ClusterError, DiptychError, SpecError
 from .bench.command import app as bench_app
 
 if TYPE_CHECKING:
+    from .gateway.decisions import RequestExplanation
     from .pulse import DeploymentStatus
 
 # What imports Ray, httpx or pydantic is imported within the command that needs it: `diptych --help` answers at once.
 
-EXIT_FAILED, EXIT_USAGE, EXIT_NOT_READY = 1, 2, 4
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_READY, EXIT_UNKNOWN = 1, 2, 4, 5
 REFRESH_S = 1.0
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, help="LLM serving with prefill and decode on separate GPUs.")
@@ -117,6 +118,34 @@ def chat(
             _say(conversation.ask(text).pieces)
 
 
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="the answer's id (cmpl-…, chatcmpl-…), or a refusal's x-request-id header")],
+    name: Annotated[str | None, typer.Option(help="of the deployment")] = None,
+    url: Annotated[str | None, typer.Option(help="ask one endpoint over HTTP instead: http://host:port")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="DIPTYCH_API_KEY", help="with --url")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a request could have gone, where it went and why, and what came of it.
+
+    The spec's `router: {explain: N}` keeps the last N requests of each gateway. All gateways of the deployment are asked; with --url only
+    the one that happens to take the connection, which need not be the one that served the request if several share the port.
+    """
+    from .explain import explain_over_http
+    from .explain_view import explanation_view
+
+    found = explain_over_http(url, request_id, api_key) if url else _explain(name, request_id)
+    if found is None:
+        where = url or "any gateway"
+        text = f"{request_id} is not known to {where}: forgotten, never seen, or the spec's router.explain is 0"
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_UNKNOWN)
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+    else:
+        console.print(explanation_view(found))
+
+
 def main() -> None:
     try:
         app()
@@ -132,6 +161,12 @@ def _endpoint(name: str | None) -> str:
     if record is None or record.endpoint is None:
         raise ClusterError(f"no deployment {name or ''} serves here; --url names another endpoint".replace("  ", " "))
     return record.endpoint
+
+
+def _explain(name: str | None, request_id: str) -> "RequestExplanation | None":
+    from .ray_session import find
+
+    return find(name).explain(request_id)
 
 
 def _show(status: "DeploymentStatus", as_json: bool) -> None:

@@ -7,7 +7,7 @@ import msgspec
 from ..messages.membership import Membership
 from ..messages.zmq_post import Keyring, ZmqPost
 from .places import PlaceName, gateway_config
-from .pulse import Pulse
+from .pulse import Pulse, ShellState
 from .shell import Shell
 from .spec import Spec
 
@@ -46,6 +46,11 @@ class GatewayShell(Shell):
 
     def tell(self, membership: Membership) -> None:
         self._gateway.update_membership(membership)
+
+    def explain(self, some_id: str) -> bytes:
+        """A RequestExplanation or nil, MessagePack: for a command, through Ray."""
+        serving = self._state is ShellState.SERVING
+        return msgspec.msgpack.encode(self._gateway.explain(some_id) if serving else None)
 
     def describe(self, pulse: Pulse) -> Pulse:
         return msgspec.structs.replace(pulse, address=self._post.address, gateway=self._gateway.status())

@@ -82,6 +82,8 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
         api_keys=spec.api_keys(),
         rate_limits=_rate_limits(spec),
         limits=Limits(request_timeout_s=spec.timeouts.request_s),
+        explain=spec.router.explain,
+        debug_headers=spec.router.debug_headers,
     )
 
 

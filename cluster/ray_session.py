@@ -22,6 +22,8 @@ from ..messages.errors import ClusterError, SpecError
 from ..messages.zmq_post import Keyring
 from . import records
 from .controller import Phase
+from .gateway.decisions import RequestExplanation
+from .places import PlaceKind
 from .pulse import DeploymentStatus
 from .ray_head import Head, start_head, stop_head
 from .records import Record
@@ -44,6 +46,25 @@ class Deployment:
         from .controller_shell import decode_status
 
         return decode_status(_ask(self.controller.status))
+
+    def explain(self, some_id: str) -> RequestExplanation | None:
+        """Asks every gateway, of which one has had the request. Raises ClusterError if none knows it and some do not answer."""
+        from .ray_runtime import actors_of
+
+        gateways = [(place, actor) for place, _, actor in actors_of(self.record.name) if place.kind is PlaceKind.GATEWAY]
+        asked = [(place, actor.explain.remote(some_id)) for place, actor in gateways]
+        silent = []
+        for place, answer in asked:
+            try:
+                found = _decode_explanation(_answer(answer))
+            except ClusterError as error:
+                silent.append(f"{place}: {error}")
+                continue
+            if found is not None:
+                return found
+        if silent:
+            raise ClusterError("\n".join(silent))
+        return None
 
     def wait_until_ready(self, timeout_s: float, watch: Callable[[DeploymentStatus], None] = lambda status: None) -> DeploymentStatus:
         """Raises ClusterError with the places' own words as soon as one will not come up, or when the time is up."""
@@ -222,6 +243,24 @@ def _find_controller(name: str) -> Any | None:
         return ray.get_actor(controller_name(name), namespace=NAMESPACE)
     except ValueError:
         return None
+
+
+def _answer(reference: Any) -> bytes:
+    """Of a member, whose death is no reason to ask again."""
+    import ray
+
+    try:
+        answer: bytes = ray.get(reference, timeout=ANSWER_TIMEOUT_S)
+    except ray.exceptions.RayError as error:                  # its GetTimeoutError is one
+        raise ClusterError(f"does not answer: {error}") from None
+    return answer
+
+
+def _decode_explanation(encoded: bytes) -> RequestExplanation | None:
+    try:
+        return msgspec.msgpack.decode(encoded, type=RequestExplanation | None)
+    except msgspec.DecodeError as error:
+        raise ClusterError(f"runs another version of diptych: {error}") from None
 
 
 def _ask(method: Any) -> Any:

@@ -4,7 +4,7 @@
                               │ fails: FAILED, the text is kept       │ raises: logged, exit at once
     Ray's thread:   pulse()   update_membership()   drain()   leave()
 
-Fail-closed: a member in doubt about its own state does not go on. Ray carries these four calls and nothing else.
+Fail-closed: a member in doubt about its own state does not go on. Ray carries these four calls, a gateway's `explain`, and nothing else.
 """
 
 import logging

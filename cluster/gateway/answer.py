@@ -77,6 +77,10 @@ class Answer:
         woken, self._woken = self._woken, {}
         return [(index, self._advance(index)) for index in woken]
 
+    @property
+    def first(self) -> Generation:
+        return self._generations[0]
+
     def usage(self) -> Usage:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self._job.prompts)
         completion_tokens = sum(choice.num_tokens for choice in self._choices)

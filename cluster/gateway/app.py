@@ -1,6 +1,7 @@
 """The HTTP side of a gateway, free of any server: an Exchange comes in, is routed, authenticated, parsed and answered.
 
     POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /v1/models/{id}      (API key, if any is set)
+    GET /explain/{id}                                                                            (the same)
     GET /health   GET /ready   GET /metrics                                                      (open)
 
 A caller's mistake is a 4xx in OpenAI's shape; only a fault of ours is a 500, logged with its trace.
@@ -23,6 +24,7 @@ from .bodies import ChatBody, CompletionBody, parse, refuse_unsupported
 from .chat import ChatDialect
 from .completions import CompletionDialect
 from .core import Core
+from .debug_headers import debug_headers
 from .dialects import Dialect
 from .errors import BadRequest, ErrorText, HttpError, to_http
 from .exchange import ClientGone, Exchange, Headers
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _MODEL_PREFIX = "/v1/models/"
+_EXPLAIN_PREFIX = "/explain/"
 OUR_FAULT = HttpError(500, ErrorText("a fault of the gateway; its log has the trace", "server_error", code="internal"))
 
 
@@ -42,6 +45,7 @@ class Call(NamedTuple):
     """What a handler gets."""
 
     exchange: Exchange
+    request_id: str
     headers: Headers                          # of every answer to this request
     arrived_at: float
 
@@ -66,10 +70,11 @@ class App:
             "/ready": Endpoint("GET", self._ready, public=True),
             "/metrics": Endpoint("GET", self._metrics, public=True),
         }
-        self._one_model = Endpoint("GET", self._model)
+        self._below = {_MODEL_PREFIX: Endpoint("GET", self._model), _EXPLAIN_PREFIX: Endpoint("GET", self._explain)}
 
     async def handle(self, exchange: Exchange) -> None:
-        call = Call(exchange, (("x-request-id", _request_id(exchange)),), self._core.clock())
+        request_id = _request_id(exchange)
+        call = Call(exchange, request_id, (("x-request-id", request_id),), self._core.clock())
         name, endpoint = self._find(exchange.path)
         try:
             self._check(call.exchange, endpoint)
@@ -92,8 +97,9 @@ class App:
         """With the name under which it is counted: clients' paths are not ours to count."""
         if path in self._endpoints:
             return path, self._endpoints[path]
-        if path.startswith(_MODEL_PREFIX) and path != _MODEL_PREFIX:
-            return _MODEL_PREFIX, self._one_model
+        for prefix, endpoint in self._below.items():
+            if path.startswith(prefix) and path != prefix:
+                return prefix, endpoint
         return "other", None
 
     def _check(self, exchange: Exchange, endpoint: Endpoint | None) -> None:
@@ -133,7 +139,16 @@ class App:
         objectives = objectives_for(job.service_class, call.exchange, core.config.objectives, core.config.class_objectives)
         answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, objectives)
         limits = self._limiter.admit(_key_of(call.exchange, self._keys) or b"", 1, job.max_tokens)
-        await respond(call.exchange, answer, dialect, job, call.headers + limits, timeout_s)
+        core.decisions.begin(job.response_id, call.request_id)
+        debug = core.config.debug_headers
+        await respond(
+            call.exchange,
+            answer,
+            dialect,
+            job,
+            lambda: call.headers + limits + (debug_headers(answer.first) if debug else ()),
+            timeout_s,
+        )
 
     async def _models(self, call: Call) -> None:
         await _send_json(call, 200, {"object": "list", "data": [self._model_entry()]})
@@ -151,6 +166,17 @@ class App:
             "max_model_len": self._core.max_model_len,
             "vocab_size": self._core.model.vocab_size,
         }
+
+    async def _explain(self, call: Call) -> None:
+        if not self._core.decisions.on:
+            raise BadRequest("decisions are not kept; the spec's router.explain says how many", code="explain_off", status=404)
+        asked_id = call.exchange.path.removeprefix(_EXPLAIN_PREFIX)
+        found = self._core.decisions.find(asked_id)
+        if found is None:
+            kept = self._core.config.explain
+            text = f"no request {asked_id!r} among the last {kept} of {self._core.config.gateway_id}"
+            raise BadRequest(text, code="request_not_found", status=404)
+        await call.exchange.respond(200, (JSON, *call.headers), msgspec.json.encode(found))
 
     async def _health(self, call: Call) -> None:
         await _send_json(call, 200, {"status": "ok"})

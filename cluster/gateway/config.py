@@ -38,6 +38,8 @@ class GatewayConfig(Struct, frozen=True):
     api_keys: frozenset[str] = frozenset()    # empty: open to all who reach it
     rate_limits: RateLimits = RateLimits()    # of each key
     limits: Limits = Limits()
+    explain: int = 0                          # requests whose decisions are kept
+    debug_headers: bool = False               # answers tell their route and what was predicted
 
     def __repr__(self) -> str:
         return f"GatewayConfig({self.gateway_id}, {self.model_name} of {self.cluster}, {self.policy}, {self.host}:{self.port})"

@@ -10,6 +10,7 @@ from ..router.load_view import LoadView
 from ..router.policy import Policy
 from ..router.registry import make_policy
 from .config import GatewayConfig
+from .decisions import DecisionLog
 from .dispatch import Dispatcher
 from .metrics import Metrics
 from .status import GatewayStatus
@@ -28,7 +29,8 @@ class Core:
         self._post = post
         self._loads = LoadView(config.limits.silent_after_s)
         policy: Policy = make_policy(config.policy, config.policy_options)
-        self.dispatcher = Dispatcher(post, policy, self._loads, config.limits, self.metrics, clock)
+        self.decisions = DecisionLog(config.explain)
+        self.dispatcher = Dispatcher(post, policy, self._loads, config.limits, self.metrics, clock, self.decisions)
         self.max_model_len = self.model.max_position_embeddings           # until the workers say less
         self._add_gauges()
 

@@ -2,7 +2,7 @@
 
 No I/O but the Post, no clock but `clock`.
 
-    start ──► policy.choose ──Route──► GenerateRequest to route.first
+    start ──► policy.decide ──Route──► GenerateRequest to route.first
                 │ Queue                   │ StepTokens   → in order, once, to the generation
                 ▼                         │ RequestFailed, worker dead or silent, no progress
               tried again at each watch ◄─┘   → Abort to the old route, next attempt: prompt + outputs so far
@@ -34,6 +34,7 @@ from ...messages.requests import (
 from ..router.load_view import LoadView
 from ..router.policy import Policy, Queue, Refuse
 from .config import Limits
+from .decisions import DecisionLog
 from .errors import GenerationFailed, NoRoute, Overloaded, SlowClient
 from .generation import Attempt, Generation, GenerationState
 
@@ -53,13 +54,23 @@ class Observer(Protocol):
 
 
 class Dispatcher:
-    def __init__(self, post: Post, policy: Policy, loads: LoadView, limits: Limits, observer: Observer, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        post: Post,
+        policy: Policy,
+        loads: LoadView,
+        limits: Limits,
+        observer: Observer,
+        clock: Callable[[], float],
+        log: DecisionLog | None = None,
+    ) -> None:
         self._post = post
         self._policy = policy
         self._loads = loads
         self._limits = limits
         self._observer = observer
         self._clock = clock
+        self._log = DecisionLog() if log is None else log
         self._running: dict[RequestId, Generation] = {}
         self._queued: dict[Generation, None] = {}             # in order of arrival
         self._peers: set[WorkerRef] = set()
@@ -147,13 +158,15 @@ class Dispatcher:
 
     def _route(self, generation: Generation) -> None:
         now = self._clock()
-        decision = self._policy.choose(generation.routing_request(), self._loads.view(now), now)
-        match decision:
-            case Route():
+        explanation = self._policy.decide(generation.routing_request(), self._loads.view(now), now)
+        self._log.decided(generation, explanation, now)
+        match explanation.decision:
+            case Route() as decision:
+                generation.routed_at, generation.prediction = now, explanation.chosen
                 self._send(generation, decision, now)
-            case Queue() if now - generation.queued_at >= self._limits.queue_timeout_s:
+            case Queue() as decision if now - generation.queued_at >= self._limits.queue_timeout_s:
                 self._give_up(generation, NoRoute(f"{decision.reason}; waited {self._limits.queue_timeout_s:g} s"))
-            case Refuse() if generation.num_attempts == 0:
+            case Refuse() as decision if generation.num_attempts == 0:
                 self._give_up(generation, Overloaded(decision.reason, decision.retry_after_s))
             case Queue() | Refuse():
                 pass                          # it stays queued until a deadline
@@ -231,6 +244,7 @@ class Dispatcher:
             self._fail(generation, kind, f"attempt {generation.num_attempts} of {self._limits.max_attempts} failed: {text}")
             return
         self._observer.retried(reason)
+        self._log.retried(generation, text)
         logger.info("%s: attempt %d is given up for another: %s", generation.prompt.name, generation.num_attempts, text)
         generation.move(GenerationState.QUEUED)
         delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (generation.num_attempts - 1)) if backoff else 0.0
@@ -279,6 +293,7 @@ class Dispatcher:
         generation.move(state)
         generation.error = error
         self._observer.ended(generation)
+        self._log.ended(generation)
         generation.wake()
 
 

@@ -22,7 +22,7 @@ from ...engine.urgency import due_in_s
 from ...messages.errors import DiptychError
 from ...messages.ids import Address, RequestId
 from ...messages.requests import GenerateRequest, Route, SamplingParams, ServiceClass, TokenDelta, WorkerRef
-from ..router.policy import NO_OBJECTIVES, Objectives, RoutingRequest
+from ..router.policy import NO_OBJECTIVES, Objectives, Prediction, RoutingRequest
 from .ordering import InOrder
 
 
@@ -93,6 +93,9 @@ class Generation:
     error: DiptychError | None = None         # of REFUSED and FAILED
     last_failure: str = ""
     path: str | None = None                   # split or local, of the last attempt
+    route: Route | None = None                # of the last attempt, as are the two below
+    routed_at: float = 0.0
+    prediction: Prediction | None = None      # None: the policy predicts nothing
 
     @property
     def ended(self) -> bool:
@@ -154,7 +157,7 @@ class Generation:
     def start_attempt(self, route: Route, gateway: Address, now: float) -> GenerateRequest:
         """The next attempt continues after what has been delivered, with the same seed."""
         self.num_attempts += 1
-        self.path = "local" if route.prefill is None else "split"
+        self.path, self.route = "local" if route.prefill is None else "split", route
         request_id = RequestId(f"{self.prompt.name}-{self.num_attempts}")
         self.attempt = Attempt(request_id, route, InOrder(len(self.outputs)), progress_at=now)
         self.move(GenerationState.RUNNING)

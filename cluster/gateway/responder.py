@@ -7,7 +7,7 @@
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ...messages.errors import DiptychError
 from .answer import Answer, join
@@ -24,8 +24,10 @@ WRITE_GRACE_S = 5.0
 """After the request's deadline, for the error to reach the client."""
 
 
-async def respond(exchange: Exchange, answer: Answer, dialect: Dialect, job: Job, headers: Headers, timeout_s: float) -> None:
-    """Raises DiptychError for a failure before the first byte."""
+async def respond(
+    exchange: Exchange, answer: Answer, dialect: Dialect, job: Job, headers: Callable[[], Headers], timeout_s: float
+) -> None:
+    """`headers` is asked at the first byte. Raises DiptychError for a failure before it."""
     watcher = asyncio.create_task(_abort_when_gone(exchange, answer))
     try:
         async with asyncio.timeout(timeout_s + WRITE_GRACE_S) as patience:
@@ -47,7 +49,7 @@ async def _abort_when_gone(exchange: Exchange, answer: Answer) -> None:
     answer.abort()
 
 
-async def _whole(exchange: Exchange, answer: Answer, dialect: Dialect, headers: Headers) -> None:
+async def _whole(exchange: Exchange, answer: Answer, dialect: Dialect, headers: Callable[[], Headers]) -> None:
     pieces: dict[int, list[Piece]] = {}
     while not answer.done:
         await answer.wait()
@@ -56,11 +58,11 @@ async def _whole(exchange: Exchange, answer: Answer, dialect: Dialect, headers: 
         for index, piece in answer.take():
             pieces.setdefault(index, []).append(piece)
     wholes = [join(pieces[index]) for index in sorted(pieces)]
-    await exchange.respond(200, (JSON, *headers), dialect.whole(wholes, answer.usage()))
+    await exchange.respond(200, (JSON, *headers()), dialect.whole(wholes, answer.usage()))
 
 
 class _Stream:
-    def __init__(self, exchange: Exchange, answer: Answer, dialect: Dialect, headers: Headers) -> None:
+    def __init__(self, exchange: Exchange, answer: Answer, dialect: Dialect, headers: Callable[[], Headers]) -> None:
         self._exchange = exchange
         self._answer = answer
         self._dialect = dialect
@@ -94,7 +96,7 @@ class _Stream:
     async def _write(self, events: bytes) -> None:
         if not self._open:
             self._open = True
-            await self._exchange.open((*SSE, *self._headers))
+            await self._exchange.open((*SSE, *self._headers()))
         if events:
             await self._exchange.write(events)
 

@@ -24,6 +24,7 @@ from .app import App
 from .asgi import asgi
 from .config import GatewayConfig
 from .core import Core
+from .decisions import RequestExplanation
 from .status import GatewayStatus
 
 T = TypeVar("T")
@@ -72,6 +73,10 @@ class Gateway:
 
     def status(self) -> GatewayStatus:
         return self._on_loop(lambda: self._core.status(self._port))
+
+    def explain(self, some_id: str) -> RequestExplanation | None:
+        """None: this gateway does not know, or no longer."""
+        return self._on_loop(lambda: self._core.decisions.find(some_id))
 
     def _on_loop(self, call: Callable[[], T]) -> T:
         """`call`'s result, from whatever thread: in the loop while it runs, else here."""

@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from ...messages.requests import Route, WorkerRef
 from .estimate import Inflow, PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill
-from .policy import ClusterView, Decision, Queue, Refuse, RoutingRequest, WorkerLoad
+from .policy import ClusterView, Decision, Explanation, Prediction, Queue, Refuse, RoutingRequest, WorkerLoad
 from .prefix_aware import PrefixIndex, chain
 
 ALL_UP_TO = 4
@@ -38,32 +38,6 @@ NO_TPOT_SCALE_S = 0.05
 MIN_RETRY_AFTER_S = 0.1
 FULL_RETRY_AFTER_S = 1.0
 FLOW_HORIZON_S = 1.0
-
-
-class Prediction(Struct, frozen=True):
-    """What one way would give. Seconds count from the decision."""
-
-    route: Route
-    ttft_s: float
-    kv_arrival_s: float                       # the decode worker can go on
-    tpot_s: float
-    memory: float                             # of the decode worker's pool, held once the request has its expected end
-    cost: float
-    keeps_ttft: bool
-    keeps_tpot: bool                          # and its KV fits
-
-    @property
-    def keeps_both(self) -> bool:
-        return self.keeps_ttft and self.keeps_tpot
-
-
-class Explanation(Struct, frozen=True):
-    """A decision and all that it was taken on: a value to log."""
-
-    decision: Decision
-    predictions: tuple[Prediction, ...]       # best first
-    num_outputs: float                        # expected
-    ttft_slack_s: float
 
 
 class GoodputOptions(Struct, frozen=True):
@@ -96,14 +70,18 @@ class Goodput:
         self._flows = {"prefill": Flow(), "decode": Flow()}      # prompt tokens sent to be computed in each pool
 
     def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision:
+        return self.decide(request, view, now).decision
+
+    def decide(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
         hashes = _hashes(request, view)
-        decision = self._explain(request, view, now, hashes).decision
+        explanation = self._explain(request, view, now, hashes)
+        decision = explanation.decision
         if isinstance(decision, Route):
             self._flows["decode" if decision.prefill is None else "prefill"].add(len(request.token_ids), now)
             for worker in (decision.prefill, decision.decode):
                 if worker is not None:
                     self._index.insert(hashes, worker)
-        return decision
+        return explanation
 
     def explain(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
         """What `choose` would say and why (on another sample of the pools); nothing is remembered."""

@@ -3,6 +3,7 @@
     policy.choose(request, view, now) ──► Route    send it there
                                           Queue    nobody can take it now; ask again
                                           Refuse   the cluster is full; HTTP 429
+    policy.decide(request, view, now) ──► the same, with the predictions it was taken on
 
 A policy keeps at most what it chose before (a turn, a seed, an index of prefixes); it does no I/O and reads no clock, so the
 simulator runs it unchanged. A Route that it returns is taken.
@@ -81,5 +82,40 @@ class Refuse(Struct, frozen=True):
 Decision = Route | Queue | Refuse
 
 
+class Prediction(Struct, frozen=True):
+    """What one way would give. Seconds count from the decision."""
+
+    route: Route
+    ttft_s: float
+    kv_arrival_s: float                       # the decode worker can go on
+    tpot_s: float
+    memory: float                             # of the decode worker's pool, held once the request has its expected end
+    cost: float
+    keeps_ttft: bool
+    keeps_tpot: bool                          # and its KV fits
+
+    @property
+    def keeps_both(self) -> bool:
+        return self.keeps_ttft and self.keeps_tpot
+
+
+class Explanation(Struct, frozen=True):
+    """A decision and all that it was taken on: a value to log."""
+
+    decision: Decision
+    predictions: tuple[Prediction, ...] = ()  # best first; none: the policy makes none
+    num_outputs: float | None = None          # expected
+    ttft_slack_s: float | None = None
+
+    @property
+    def chosen(self) -> Prediction | None:
+        """Of the route taken; None: no route, or nothing was predicted."""
+        return next((each for each in self.predictions if each.route == self.decision), None)
+
+
 class Policy(Protocol):
     def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision: ...
+
+    def decide(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
+        """`choose`, and what it was taken on."""
+        ...

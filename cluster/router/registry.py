@@ -8,7 +8,7 @@ from ...messages.errors import SpecError
 from ...messages.requests import Route
 from .goodput import Goodput, GoodputOptions
 from .pickers import LeastLoaded, LoadKey, Picker, PowerOfTwo, Random, RoundRobin, decode_load, prefill_load
-from .policy import ClusterView, Decision, Policy, Queue, Refuse, RoutingRequest, WorkerLoad
+from .policy import ClusterView, Decision, Explanation, Policy, Queue, Refuse, RoutingRequest, WorkerLoad
 from .prefix_aware import PrefixAware
 
 RETRY_AFTER_S = 1.0
@@ -41,6 +41,9 @@ class PerPool:
         if not prefill_pool:
             return Route(decode=decode)
         return Route(decode=decode, prefill=self._prefill.pick(request, self._candidates(request, prefill_pool)).ref)
+
+    def decide(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
+        return Explanation(self.choose(request, view, now))
 
     def _below_limit(self, pool: Sequence[WorkerLoad]) -> list[WorkerLoad]:
         return [worker for worker in pool if worker.num_requests < self._options.max_requests_per_worker]

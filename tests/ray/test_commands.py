@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -17,7 +18,7 @@ SPEC = """
 name: test-commands
 model: {path: embedded}
 pools: {decode: {workers: 1, kv_memory: 32MiB}}
-router: {port: 0}
+router: {port: 0, explain: 10, debug_headers: true}
 security: {api_keys_file: keys.txt}
 """
 
@@ -69,5 +70,13 @@ def test_up_status_chat_down(no_ray: Path) -> None:
     assert "decode-0" in diptych("status", folder=no_ray)
     assert diptych("chat", "What is a list?", "--api-key", "secret", "--max-tokens", "5", folder=no_ray).strip()
     assert "401" in diptych("chat", "Hi", "--api-key", "wrong", folder=no_ray, code=1)
+    url, key = records.find("test-commands").endpoint, {"authorization": "Bearer secret"}
+    model = httpx.get(f"{url}/v1/models", headers=key, trust_env=False).json()["data"][0]["id"]
+    body = {"model": model, "prompt": "A list", "max_tokens": 3}
+    reply = httpx.post(f"{url}/v1/completions", json=body, headers=key, timeout=60.0, trust_env=False)
+    assert reply.headers["x-diptych-route"] == "decode-0"
+    assert "decode-0 alone" in diptych("explain", reply.json()["id"], folder=no_ray)
+    assert "finished" in diptych("explain", reply.headers["x-request-id"], "--json", folder=no_ray)
+    diptych("explain", "cmpl-none", folder=no_ray, code=5)
     assert "is down" in diptych("down", folder=no_ray)
     diptych("status", folder=no_ray, code=1)

@@ -81,6 +81,19 @@ def test_a_model_that_cannot_be_served_is_said_at_once(cluster: StartCluster, tm
     assert "no_such" in str(caught.value) or "NoSuchForCausalLM" in str(caught.value)
 
 
+def test_whichever_gateway_had_a_request_explains_it(cluster: StartCluster) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = cluster(pools={"decode": SMALL}, router={"port": port, "processes": 2, "explain": 10})
+    ids = [running.complete()["id"] for _ in range(8)]        # each over a connection of its own: the kernel spreads them
+    running.wait_for(lambda status: sum(place.gateway.outcomes["finished"] for place in status.places if place.gateway) == len(ids))
+    found = [running.deployment.explain(each) for each in ids]
+    assert [each and each.response_id for each in found] == ids
+    assert {each.choices[0].attempts[0].decode for each in found if each} == {"decode-0"}
+    assert running.deployment.explain("cmpl-none") is None
+
+
 def test_a_taken_port_is_said_at_once(cluster: StartCluster) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -17,6 +17,8 @@ class ScriptedEndpoint:
     authorizations: list[str | None] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)            # of the next streamed answer
     status: int = 200
+    paths: list[str] = field(default_factory=list)            # of GETs
+    pages: dict[str, tuple[int, str]] = field(default_factory=dict)            # what other GETs find: status, body
 
     def answers(self, *pieces: str) -> None:
         events: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
@@ -37,7 +39,10 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 def _handler(scripted: ScriptedEndpoint) -> Callable[..., BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._send(200, json.dumps({"data": [{"id": "tiny"}]}))
+            scripted.paths.append(self.path)
+            scripted.authorizations.append(self.headers["Authorization"])
+            status, body = scripted.pages.get(self.path, (200, json.dumps({"data": [{"id": "tiny"}]})))
+            self._send(status, body)
 
         def do_POST(self) -> None:
             scripted.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))

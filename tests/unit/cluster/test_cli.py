@@ -12,6 +12,8 @@ from rich.console import Console
 
 from diptych.cluster import cli, records
 from diptych.cluster.controller import LifeState, Phase
+from diptych.cluster.gateway.decisions import AttemptExplanation, Candidate, ChoiceExplanation, DecisionKind, RequestExplanation
+from diptych.cluster.gateway.generation import GenerationState
 from diptych.cluster.places import PlaceKind
 from diptych.cluster.pulse import DeploymentStatus, PlaceStatus
 from diptych.cluster.ray_head import Head
@@ -71,6 +73,57 @@ def test_one_shot_chat(endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPat
     endpoint.answers("Hello", " [there]")
     assert typed(monkeypatch, "chat", "Hi", "--url", endpoint.url) == 0
     assert capsys.readouterr().out == "Hello [there]\n"
+
+
+def an_explanation() -> RequestExplanation:
+    candidates = (
+        Candidate("prefill-0", "decode-1", 0.1234, 0.13, 0.015, 0.25, 1.5, keeps_ttft=True, keeps_tpot=True, chosen=True),
+        Candidate(None, "decode-1", None, None, 0.05, 0.25, 9.0, keeps_ttft=False, keeps_tpot=False, chosen=False),
+    )
+    first = AttemptExplanation(0.01, DecisionKind.ROUTE, "prefill-0", "decode-1", "", 2, candidates, 128.0, 0.39, "decode-1: [lost]")
+    second = AttemptExplanation(0.5, DecisionKind.QUEUE, None, None, "no decode worker is alive", 7, (), None, None)
+    choice = ChoiceExplanation(0, "default", 5, 0.4, 0.02, (first, second), GenerationState.QUEUED, "split", 0.2, None, 1, None, "")
+    return RequestExplanation("cmpl-a", "mine", (choice,))
+
+
+class TestExplain:
+    def test_as_tables(self, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        endpoint.pages["/explain/cmpl-a"] = (200, msgspec.json.encode(an_explanation()).decode())
+        monkeypatch.setattr(cli, "console", Console(width=200))
+        assert typed(monkeypatch, "explain", "cmpl-a", "--url", endpoint.url, "--api-key", "secret") == 0
+        assert endpoint.authorizations == ["Bearer secret"]
+        shown = capsys.readouterr().out
+        for text in (
+            "cmpl-a", "mine", "►", "prefill-0 → decode-1", "decode-1 alone", "123.4 ms", "25%", "TTFT and TPOT", "neither",
+            "200.0 ms / 400.0 ms", "given up: decode-1: [lost]", "queue: no decode worker is alive", "found no route 7 times before",
+        ):  # fmt: skip
+            assert text in shown, text
+
+    def test_as_json(
+        self, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+    ) -> None:
+        endpoint.pages["/explain/cmpl-a"] = (200, msgspec.json.encode(an_explanation()).decode())
+        assert typed(monkeypatch, "explain", "cmpl-a", "--url", endpoint.url, "--json") == 0
+        assert msgspec.json.decode(capsysbinary.readouterr().out, type=RequestExplanation) == an_explanation()
+
+    def test_an_id_is_one_part_of_the_path(self, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+        endpoint.pages["/explain/a%2Fb%3Fc"] = (404, "{}")
+        assert typed(monkeypatch, "explain", "a/b?c", "--url", endpoint.url) == cli.EXIT_UNKNOWN
+        assert endpoint.paths == ["/explain/a%2Fb%3Fc"]
+
+    @pytest.mark.parametrize(("status", "code", "text"), [(404, 5, "router.explain"), (401, 1, "HTTP 401"), (200, 1, "no gateway")])
+    def test_what_is_not_found_has_its_own_code(
+        self, status: int, code: int, text: str,
+        endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        endpoint.pages["/explain/x"] = (status, "{}")
+        assert typed(monkeypatch, "explain", "x", "--url", endpoint.url) == code
+        assert text in capsys.readouterr().err
+
+    def test_nobody_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert typed(monkeypatch, "explain", "x") == cli.EXIT_FAILED
+        assert typed(monkeypatch, "explain", "x", "--url", "http://127.0.0.1:1") == cli.EXIT_FAILED
+        assert typed(monkeypatch, "explain") == cli.EXIT_USAGE
 
 
 def test_records_come_and_go() -> None:

@@ -17,7 +17,7 @@ slo: {ttft_ms: 300, tpot_ms: 30, attainment: 0.9}
 pools:
   prefill: {workers: 2, max_step_tokens: 64}
   decode:  {workers: 3, kv_memory: 8MiB, num_threads: 4}
-router: {policy: round_robin, host: 0.0.0.0, port: 8001, processes: 2, local_path: true}
+router: {policy: round_robin, host: 0.0.0.0, port: 8001, processes: 2, local_path: true, explain: 500, debug_headers: true}
 transfer: {transports: [shm], handoff_timeout_s: 5}
 security: {api_keys_file: keys.txt}
 timeouts: {request_s: 33}
@@ -60,6 +60,7 @@ def test_a_whole_spec_becomes_configs(folder: Path) -> None:
     assert (gateway.gateway_id, gateway.model_name, gateway.policy, gateway.reuse_port) == ("gateway-1", "llama", "round_robin", True)
     assert gateway.api_keys == {"first", "second"}
     assert gateway.policy_options.local_path
+    assert (gateway.explain, gateway.debug_headers) == (500, True)
     assert gateway.limits.request_timeout_s == 33
 
 
@@ -96,6 +97,8 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"router": {"policy": "fastest"}}, "router.policy: 'fastest' is unknown; known: round_robin"),
         ({"router": {"port": 0, "processes": 2}}, "router.port: must be a fixed port"),
         ({"router": {"port": 65536}}, "router.port: "),
+        ({"router": {"explain": -1}}, "router.explain: must be >= 0, not -1"),
+        ({"router": {"explain": 10_001}}, "router.explain: "),
         ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports: 'carrier_pigeon' is not there yet"),
         ({"transfer": {"transports": []}}, "transfer.transports: must name at least one"),
         ({"transfer": {"transports": ["ucx", "ucx"]}}, "transfer.transports: 'ucx' is named twice"),

@@ -80,6 +80,22 @@ class TestChoice:
         else:
             assert not kept
 
+    @pytest.mark.parametrize("waiting", [0, 14_000, 60_000])
+    def test_a_decision_comes_with_the_predictions_it_was_taken_on(self, waiting):
+        cluster = view([load("p0", waiting=waiting)], [load("d0", waiting=waiting)])
+        explanation = policy().decide(REQUEST, cluster, 0.0)
+        assert explanation.decision == policy().choose(REQUEST, cluster, 0.0)
+        assert len(explanation.predictions) == 2
+        assert (explanation.chosen is None) == isinstance(explanation.decision, Refuse)
+        if explanation.chosen is not None:
+            assert explanation.chosen.route == explanation.decision
+
+    def test_a_decision_is_remembered_whichever_way_it_is_asked_for(self):
+        request = msgspec.structs.replace(REQUEST, token_ids=tuple(range(6000)))
+        router, cluster = policy(), view([load(f"p{i}") for i in range(4)], [load("d0", decoding=50)])
+        holder = router.decide(request, cluster, 0.0).decision.prefill
+        assert {router.choose(request, cluster, 0.0).prefill for _ in range(5)} == {holder}
+
     def test_of_pairs_and_local_paths_the_cheapest(self):
         """Prefill workers while they are free, then the idle decode workers' own compute."""
         free, busy = load("p0"), load("p0", waiting=14_000)

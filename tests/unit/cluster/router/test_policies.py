@@ -40,6 +40,12 @@ class TestEveryPolicyPerPool:
         for options, prefill in ((PolicyOptions(), ()), (PolicyOptions(local_path=True), pool("prefill", 2))):
             assert routes(make_policy(name, options), ClusterView(prefill, pool("decode", 2)), 1)[0].prefill is None
 
+    def test_says_at_least_its_choice(self, name):
+        view = ClusterView(pool("prefill", 2), pool("decode", 2))
+        explanation = make_policy(name, PolicyOptions()).decide(REQUEST, view, 0.0)
+        assert explanation.decision == make_policy(name, PolicyOptions()).choose(REQUEST, view, 0.0)
+        assert (explanation.predictions, explanation.chosen) == ((), None)
+
     def test_queues_without_decode_workers(self, name):
         decision = make_policy(name, PolicyOptions()).choose(REQUEST, ClusterView(pool("prefill", 2), ()), 0.0)
         assert isinstance(decision, Queue)
