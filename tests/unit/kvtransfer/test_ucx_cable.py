@@ -1,83 +1,19 @@
-"""Two hosts, as two network namespaces with a veth cable between them, which is cut and joined again in mid-transfer."""
+"""Runs `ucx_cable.py` in a process of its own: UCX takes a network interface only if it was there when the process first used UCX."""
 
-import time
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from harness.cable import Cable
 from harness.ucx import needs_ucx
-from harness.ucx_peer import UcxPeer, byte_layout, pages_of, ucx_peer
 
-from diptych.kvtransfer.transport import KVPool, Peer, connect_within
-from diptych.kvtransfer.ucx.transport import UcxTransport
-from diptych.messages.errors import PeerGone
-from diptych.messages.ids import Imm
-
-PAGE_BYTES, NUM_PAGES = 4096, 2048
-EVERYTHING = range(NUM_PAGES)
-
-pytestmark = needs_ucx
+ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
-def cable() -> Iterator[Cable]:
-    cable = Cable()
-    try:
-        cable.lay()
-    except OSError as error:
-        cable.remove()
-        pytest.skip(f"no network namespaces here: {error}")
-    yield cable
-    cable.remove()
-
-
-def until(condition: Callable[[], bool], timeout_s: float) -> float:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() < started + timeout_s, f"not within {timeout_s} s"
-        time.sleep(0.005)
-    return time.monotonic() - started
-
-
-def refused(transport: UcxTransport, peer: Peer, imm: Imm) -> bool:
-    try:
-        transport.write_pages(peer, EVERYTHING, EVERYTHING, imm)
-    except PeerGone:
-        return True
-    return False
-
-
-def assert_arrives(transport: UcxTransport, pool: KVPool, peer: Peer, far: UcxPeer, imm: Imm) -> None:
-    pages_of(pool.tensor)[:] = torch.randint(0, 256, (NUM_PAGES, PAGE_BYTES), dtype=torch.uint8)
-    far.call("reset", imm)
-    transport.write_pages(peer, EVERYTHING, EVERYTHING, imm)
-    far.call("landed_at", imm, NUM_PAGES, 20.0)
-    assert far.call("read") == pages_of(pool.tensor).numpy().tobytes()
-    assert transport.stop(peer, imm, 5.0)
-
-
-def test_a_cable_cut_in_mid_transfer_and_joined(cable: Cable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No page is taken for landed while the cable is cut; once joined the link heals, and nobody was restarted."""
-    monkeypatch.setenv("UCX_NET_DEVICES", cable.device)
-    monkeypatch.setenv("UCX_TLS", "tcp,self")                # they share a host, and would use its memory
-    transport = UcxTransport(stall_s=1.0)
-    pool = transport.allocate(byte_layout(PAGE_BYTES), NUM_PAGES)
-    with ucx_peer(PAGE_BYTES, NUM_PAGES, network=cable.name) as far:
-        peer = connect_within(transport, far.descriptor, 30.0)
-        assert_arrives(transport, pool, peer, far, Imm(2))
-        for _ in range(20):
-            transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(1))
-        far.call("landed_at", 1, 1, 30.0)
-        cable.cut()
-        until(lambda: refused(transport, peer, Imm(1)), 30.0)
-        counted = far.call("num_landed", 1)
-        assert isinstance(counted, int)
-        assert counted < 20 * NUM_PAGES
-        assert not transport.stop(peer, Imm(1), 0.5), "what is on the cable may still land"
-        assert transport.connect(far.descriptor) is None
-        cable.join()
-        until(lambda: transport.stop(peer, Imm(1), 0.0), 15.0)
-        assert far.call("num_landed", 1) == counted
-        assert_arrives(transport, pool, connect_within(transport, far.descriptor, 15.0), far, Imm(3))
-    transport.close()
+@needs_ucx
+def test_a_cable_between_two_hosts() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(Path(__file__).with_name("ucx_cable.py"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    if done.returncode == 0 and "1 skipped" in done.stdout:
+        pytest.skip(done.stdout.partition("SKIPPED")[2].strip())
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
