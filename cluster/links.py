@@ -19,7 +19,7 @@ class Pair(Struct, frozen=True):
 def pairs_of(status: DeploymentStatus) -> tuple[Pair, ...]:
     prefill = [place for place in status.places if place.kind is PlaceKind.PREFILL]
     decode = [place for place in status.places if place.kind is PlaceKind.DECODE]
-    known = {(p.name, link.decode_id): link for p in prefill for link in p.links}
+    known = {(p.name, str(link.decode_id)): link for p in prefill for link in p.links}
     return tuple(Pair(p.name, d.name, known.get((p.name, d.name))) for p in prefill for d in decode)
 
 

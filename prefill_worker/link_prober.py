@@ -26,8 +26,8 @@ PROBE_BYTES = 16 << 20
 """Of a round that measures GB/s: as much as the pools' page size and free blocks allow."""
 
 LINK_WAIT_S = 2.0             # for the transport's connection
-RETRY_S = 1.0                 # after a probe that came to nothing
-REPEAT_S = 30.0               # of a link below the floor
+RETRY_S = 1.0                 # after a refused probe, or one that failed; doubled with each failure in a row, up to:
+REPEAT_S = 30.0               # and for a link below the floor
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class LinkProber:
         self._floor = floor
         self._probe: Probe | None = None
         self._due_at: dict[WorkerRef, float] = {}            # links that are to be measured
+        self._num_failures: dict[WorkerRef, int] = {}        # in a row
         self._targets: dict[WorkerRef, Member] = {}
         self._links: dict[WorkerRef, LinkMeasured] = {}
         self._gateways: tuple[Address, ...] = ()
@@ -144,6 +145,7 @@ class LinkProber:
         for gateway in set(membership.gateways) - set(self._gateways):
             for link in self._links.values():
                 self._post.send(gateway, link)
+        self._num_failures = {ref: count for ref, count in self._num_failures.items() if ref in self._targets}
         self._gateways = membership.gateways
 
     # doing
@@ -231,6 +233,7 @@ class LinkProber:
         before = self._links.get(ref)
         self._links[ref] = link
         self._due_at.pop(ref, None)
+        self._num_failures.pop(ref, None)
         if link.below_floor:
             self._due_at[ref] = now + REPEAT_S
         if before is None or before.below_floor != link.below_floor:
@@ -239,8 +242,11 @@ class LinkProber:
             self._post.send(gateway, link)
 
     def _put_off(self, probe: Probe, why: str, now: float) -> None:
-        logger.warning("link to %s not measured: %s", probe.target.ref.worker_id, why)
-        self._due_at[probe.target.ref] = now + RETRY_S
+        ref = probe.target.ref
+        logger.warning("link to %s not measured: %s", ref.worker_id, why)
+        failures = self._num_failures.get(ref, 0)
+        self._num_failures[ref] = failures + 1
+        self._due_at[ref] = now + min(REPEAT_S, RETRY_S * 2.0 ** min(failures, 16))
         self._give_back(probe)
 
     def _give_back(self, probe: Probe) -> None:

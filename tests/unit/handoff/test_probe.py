@@ -6,6 +6,7 @@ import random
 import pytest
 from harness.fake_cluster import PAGE_S, TIMEOUT_S, FakeCluster
 from harness.process_cluster import process_cluster
+from harness.ucx import needs_ucx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -208,8 +209,9 @@ def test_nothing_leaks_in_any_history(seed: int) -> None:
     assert all(len(worker.links()) == 2 for name, worker in cluster.workers.items() if name.startswith("prefill"))
 
 
-def test_processes_measure_shared_memory_and_a_successor_anew() -> None:
-    with process_cluster("shm", "prefill-0", "decode-0", probe_links=True) as cluster:
+@pytest.mark.parametrize("transport", ["shm", pytest.param("ucx", marks=needs_ucx)])
+def test_processes_measure_their_link_and_a_successor_anew(transport: str) -> None:
+    with process_cluster(transport, "prefill-0", "decode-0", probe_links=True) as cluster:
         cluster.pump(lambda: len(cluster.links) == 1, 20.0)
         cluster.kill("decode-0")
         cluster.start("decode-0")
@@ -218,6 +220,6 @@ def test_processes_measure_shared_memory_and_a_successor_anew() -> None:
         cluster.finish(20.0)
         cluster.assert_whole()
     for link in cluster.links:
-        assert (link.worker.worker_id, link.decode_id, link.transport) == (PREFILL, DECODE, "shm")
+        assert (link.worker.worker_id, link.decode_id, link.transport) == (PREFILL, DECODE, transport)
         assert 0 < link.latency_s < 1
         assert link.gbps > 0
