@@ -80,7 +80,7 @@ class ProbeReceiver:
         match message:
             case KVProbe() if loan is None:
                 self._asked(message, now)
-            case KVProbeSent() if loan is not None:
+            case KVProbeSent() if loan is not None and not loan.writer_died:
                 loan.num_announced, loan.deadline = message.num_pages, now + self._timeout_s
                 self._count(loan)
             case KVDrained() if loan is not None:

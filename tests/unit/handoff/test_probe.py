@@ -223,3 +223,37 @@ def test_processes_measure_their_link_and_a_successor_anew(transport: str) -> No
         assert (link.worker.worker_id, link.decode_id, link.transport) == (PREFILL, DECODE, transport)
         assert 0 < link.latency_s < 1
         assert link.gbps > 0
+
+
+def test_what_a_dead_writer_was_lent_comes_back_only_behind_the_fence() -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    while not cluster.fabric.in_flight:
+        cluster.network.deliver_all()
+        cluster.turn()
+    cluster.kill(PREFILL)
+    cluster.transports[DECODE].fences = False
+    cluster.publish()
+    decode = cluster.workers[DECODE]
+    for _ in range(200):
+        cluster.turn()
+        cluster.now += 0.1
+    assert decode.engine.pool.num_held > 0, "used again although the dead writer's pages may still land"
+    cluster.transports[DECODE].fences = True
+    run(cluster, 2)
+    assert not cluster.fabric.in_flight
+    cluster.assert_nothing_leaked()
+
+
+def test_a_living_writer_that_is_silent_keeps_what_it_was_lent() -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    while not cluster.fabric.in_flight:
+        cluster.network.deliver_all()
+        cluster.turn()
+    for _ in range(5):                                       # it hangs; its page is still under way
+        cluster.now += TIMEOUT_S + 1
+        cluster.network.deliver_all()
+        cluster.turn(DECODE)
+    assert cluster.workers[DECODE].engine.pool.num_held > 0
+    run(cluster, 2 * TIMEOUT_S)
+    cluster.assert_nothing_leaked()
+    assert len(cluster.workers[PREFILL].links()) == 1
