@@ -1,7 +1,8 @@
 """`diptych`: what people type.
 
-Exit codes: 0 done; 1 it did not work, the text says why; 2 a wrong option or spec; 4 `status`: running, but not everything is ready;
-5 `explain`: no gateway knows that request; 130 interrupted. `bench` has its own, of the same meaning where they coincide.
+Exit codes: 0 done; 1 it did not work, the text says why; 2 a wrong option or spec; 4 `status`: running, but not everything is ready,
+`probe`: not every link is measured; 5 `probe`: a link is below the spec's floor; 6 `explain`: no gateway knows that request; 130
+interrupted. `bench` has its own, of the same meaning where they coincide.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 # What imports Ray, httpx or pydantic is imported within the command that needs it: `diptych --help` answers at once.
 
-EXIT_FAILED, EXIT_USAGE, EXIT_NOT_READY, EXIT_UNKNOWN = 1, 2, 4, 5
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_READY, EXIT_BELOW_FLOOR, EXIT_UNKNOWN = 1, 2, 4, 5, 6
 REFRESH_S = 1.0
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, help="LLM serving with prefill and decode on separate GPUs.")
@@ -78,6 +79,23 @@ def status(name: Name = None, as_json: AsJson = False) -> None:
     now = find(name).status()
     _show(now, as_json)
     if not is_serving(now):
+        raise typer.Exit(EXIT_NOT_READY)
+
+
+@app.command()
+def probe(name: Name = None, as_json: AsJson = False) -> None:
+    """Show what each prefill worker measured when it met each decode worker: transport, GB/s, latency of a page."""
+    from .links import matrix_view, pairs_of
+    from .ray_session import find
+
+    pairs = pairs_of(find(name).status())
+    if as_json:
+        _print_json(pairs)
+    else:
+        console.print(matrix_view(pairs))
+    if any(pair.link is not None and pair.link.below_floor for pair in pairs):
+        raise typer.Exit(EXIT_BELOW_FLOOR)
+    if any(pair.link is None for pair in pairs):
         raise typer.Exit(EXIT_NOT_READY)
 
 
@@ -173,9 +191,13 @@ def _show(status: "DeploymentStatus", as_json: bool) -> None:
     from .tables import deployment_view
 
     if as_json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(status)) + b"\n")
+        _print_json(status)
     else:
         console.print(deployment_view(status))
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
 
 
 def _say(pieces: Iterator[str]) -> None:

@@ -100,6 +100,7 @@ class ControllerShell:
             failed=place.failed,
             load=pulse.load if pulse else None,
             gateway=pulse.gateway if pulse else None,
+            links=pulse.links if pulse else (),
         )
 
 

@@ -62,6 +62,9 @@ def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
         transports=spec.transports,
         num_threads=pool.num_threads,
         handoff_timeout_s=spec.transfer.handoff_timeout_s,
+        probe_links=True,
+        min_gbps=spec.transfer.min_gbps or 0.0,
+        refuse_below_floor=spec.transfer.below_floor == "refuse",
     )
 
 

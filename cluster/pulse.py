@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from ..messages.ids import Address, Epoch
 from ..messages.membership import Member
-from ..messages.requests import LoadReport
+from ..messages.requests import LinkMeasured, LoadReport
 from .controller import LifeState, Phase
 from .gateway.status import GatewayStatus
 from .places import PlaceKind
@@ -30,6 +30,7 @@ class Pulse(Struct, frozen=True):
     load: LoadReport | None = None
     gateway: GatewayStatus | None = None
     drained: bool = False
+    links: tuple[LinkMeasured, ...] = ()      # a prefill worker's
 
 
 class PlaceStatus(Struct, frozen=True):
@@ -44,6 +45,7 @@ class PlaceStatus(Struct, frozen=True):
     failed: bool
     load: LoadReport | None
     gateway: GatewayStatus | None
+    links: tuple[LinkMeasured, ...] = ()      # a prefill worker's, to the decode workers that it has met
 
 
 class DeploymentStatus(Struct, frozen=True):

@@ -109,6 +109,8 @@ class RouterSpec(Section):
 class TransferSpec(Section):
     transports: tuple[str, ...] | None = None  # in order of preference; None: shm on the CPU, nvlink on GPUs
     handoff_timeout_s: Seconds = 30.0
+    min_gbps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None      # of a link between two workers; None: no floor
+    below_floor: Literal["refuse", "warn"] = "refuse"         # what is slower: is not used, or only warned about
 
 
 class SecuritySpec(Section):

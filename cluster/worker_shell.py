@@ -48,7 +48,11 @@ class WorkerShell(Shell):
     def describe(self, pulse: Pulse) -> Pulse:
         status = self._worker.status()
         return msgspec.structs.replace(
-            pulse, member=self._worker.member, load=status.load, drained=status.draining and is_idle(status.load)
+            pulse,
+            member=self._worker.member,
+            load=status.load,
+            drained=status.draining and is_idle(status.load),
+            links=status.links,
         )
 
 

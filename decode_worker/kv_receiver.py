@@ -89,7 +89,7 @@ class KVReceiver:
         self._timeout_s = timeout_s
         self._on_failure = on_failure
         self._handoffs: dict[RequestId, Incoming] = {}       # in order of arrival
-        self._imms = [Imm(i) for i in range(NUM_IMMS)]
+        self.imms = [Imm(i) for i in range(NUM_IMMS)]        # not in use; shared with the probes
         self._consumed: OrderedDict[Ticket, None] = OrderedDict()
         self._membership = Membership(version=-1, workers=(), gateways=())
         self.draining = False
@@ -101,6 +101,11 @@ class KVReceiver:
     def is_waiting(self) -> bool:
         """Announced pages are still to be counted."""
         return any(h.landed is not None for h in self._handoffs.values())
+
+    @property
+    def wants_memory(self) -> bool:
+        """An offer waits for blocks."""
+        return any(h.session.state is HandoffState.OFFERED for h in self._handoffs.values())
 
     @property
     def requests(self) -> list[GenerateRequest]:
@@ -259,13 +264,13 @@ class KVReceiver:
         num_live = sum(h.imm is not None for h in self._handoffs.values()) + len(scheduler.running)
         prefix = pool.match(handoff.offer.block_hashes)
         num_new = handoff.offer.num_blocks - len(prefix)
-        if not self._imms or not has_room(pool, num_new, num_live, self._engine.limits.max_sequences):
+        if not self.imms or not has_room(pool, num_new, num_live, self._engine.limits.max_sequences):
             scheduler.claim(num_new + num_live, due_at)
             return False
         blocks = pool.take(num_new, prefix)
         if blocks is None:
             return False
-        handoff.blocks, handoff.num_cached, handoff.imm = blocks, len(prefix), self._imms.pop()
+        handoff.blocks, handoff.num_cached, handoff.imm = blocks, len(prefix), self.imms.pop()
         self._transport.reset(handoff.imm)
         handoff.session.move(HandoffState.RESERVED)
         handoff.session.deadline = now + self._timeout_s
@@ -305,7 +310,7 @@ class KVReceiver:
         handoff.session.move(state)
         self._engine.pool.release(handoff.blocks)
         if handoff.imm is not None:
-            self._imms.append(handoff.imm)
+            self.imms.append(handoff.imm)
         del self._handoffs[handoff.ticket.request_id]
         self._consumed[handoff.ticket] = None
         if len(self._consumed) > MAX_REMEMBERED_TICKETS:

@@ -5,11 +5,12 @@ It also serves whole requests by itself (the local path): their prompts are comp
 
 from ..engine.worker import Worker
 from ..messages.codec import Message
-from ..messages.handoff import KVDrained, KVLanded, KVOffer
+from ..messages.handoff import KVDrained, KVLanded, KVOffer, KVProbe, KVProbeSent
 from ..messages.ids import RequestId
 from ..messages.membership import Role
 from ..messages.requests import FailureKind, GenerateRequest, WorkerRef
 from .kv_receiver import KVReceiver
+from .probe_receiver import ProbeReceiver
 
 
 class DecodeWorker(Worker):
@@ -25,6 +26,15 @@ class DecodeWorker(Worker):
             timeout_s=self.config.handoff_timeout_s,
             on_failure=self._handoff_failed,
         )
+        self._probes = ProbeReceiver(
+            me=self.ref,
+            post=self.post,
+            transport=self.replica.transport,
+            engine=self.engine,
+            layout_hash=self.replica.pool.layout.hash,
+            handoffs=self._receiver,
+            timeout_s=self.config.handoff_timeout_s,
+        )
 
     def drain(self) -> None:
         super().drain()
@@ -39,9 +49,12 @@ class DecodeWorker(Worker):
     def receive_handoff(self, message: Message) -> None:
         if isinstance(message, KVOffer | KVLanded | KVDrained):
             self._receiver.receive(message, self.clock())
+        if isinstance(message, KVProbe | KVProbeSent | KVDrained):
+            self._probes.receive(message, self.clock())
 
     def tick(self, now: float) -> None:
         self._receiver.tick(now)
+        self._probes.tick(now)
 
     def abort(self, request_id: RequestId) -> None:
         self._receiver.abort(request_id)
@@ -49,9 +62,12 @@ class DecodeWorker(Worker):
 
     def members_changed(self, gone: list[WorkerRef]) -> None:
         self._receiver.update_membership(self.membership, gone, self.clock())
+        self._probes.update_membership(self.membership, gone, self.clock())
 
     def idle_wait_s(self) -> float:
-        return 0.0 if self._receiver.is_waiting else super().idle_wait_s()
+        if self._receiver.is_waiting:
+            return 0.0
+        return min(0.001, super().idle_wait_s()) if self._probes.is_waiting else super().idle_wait_s()
 
     def _handoff_failed(self, request: GenerateRequest, kind: FailureKind, text: str) -> None:
         self.fail(request, kind, text, retryable=True)

@@ -35,3 +35,6 @@ class WorkerConfig(Struct, frozen=True):
     num_threads: int = 1                  # torch CPU threads
     heartbeat_s: float = 0.05             # between load reports
     handoff_timeout_s: float = 30.0       # without progress on one side until that side gives the handoff up
+    probe_links: bool = False             # a prefill worker measures its link to each decode worker that it meets
+    min_gbps: float = 0.0                 # what such a link must reach; 0: anything will do
+    refuse_below_floor: bool = True       # a link that does not is not used; False: it is only warned about

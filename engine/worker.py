@@ -20,11 +20,11 @@ from msgspec import Struct
 
 from ..kvtransfer.transport import TransferStats
 from ..messages.codec import Message
-from ..messages.errors import ContextOverflow
+from ..messages.errors import ContextOverflow, LinkTooSlow
 from ..messages.ids import Address, RequestId
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
-from ..messages.requests import Abort, FailureKind, GenerateRequest, LoadReport, LoadUpdate, RequestFailed, WorkerRef
+from ..messages.requests import Abort, FailureKind, GenerateRequest, LinkMeasured, LoadReport, LoadUpdate, RequestFailed, WorkerRef
 from ..messages.steps import StepFeatures
 from .config import WorkerConfig
 from .engine import SequenceStep
@@ -49,6 +49,7 @@ class WorkerStatus(Struct, frozen=True):
     num_bytes_sent: int
     transfer_busy_s: float
     draining: bool
+    links: tuple[LinkMeasured, ...]           # of a prefill worker, to the decode workers that it has met
 
 
 class Worker(ABC):
@@ -165,9 +166,12 @@ class Worker(ABC):
             self.fail(request, FailureKind.REFUSED, f"{self.ref.worker_id} is draining", retryable=True)
         else:
             try:
+                self.check_route(request)
                 self.engine.add(request, self.clock(), hands_off=self.hands_off(request))
             except ContextOverflow as error:
                 self.fail(request, FailureKind.INVALID, str(error), retryable=False)
+            except LinkTooSlow as error:
+                self.fail(request, FailureKind.REFUSED, str(error), retryable=True)
 
     def _launch(self) -> bool:
         """The next step, if there is one."""
@@ -268,6 +272,7 @@ class Worker(ABC):
             num_bytes_sent=transfer.num_bytes,
             transfer_busy_s=transfer.busy_s,
             draining=self._draining,
+            links=self.links(),
         )
 
     def finish_if_known(self, request_id: RequestId) -> None:
@@ -280,6 +285,13 @@ class Worker(ABC):
     def hands_off(self, request: GenerateRequest) -> bool:
         """Whether the request leaves this worker after its first token."""
         return False
+
+    def check_route(self, request: GenerateRequest) -> None:
+        """Raises LinkTooSlow: from here to its decode worker."""
+        return
+
+    def links(self) -> tuple[LinkMeasured, ...]:
+        return ()
 
     def requests(self) -> list[GenerateRequest]:
         """All that are under way here."""

@@ -69,6 +69,8 @@ class FakeTransport:
     name: str = "fake"
     pool: KVPool | None = None
     stats: TransferStats = field(default_factory=TransferStats)
+    page_s: float = 0.0                      # what a page that was sent counts as busy time
+    busy: dict[tuple[bytes, Imm], float] = field(default_factory=dict)
     fences: bool = True                      # False: `fence` runs into its timeout
 
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
@@ -104,16 +106,20 @@ class FakeTransport:
         if peer.descriptor.location not in self.fabric.pools:
             raise PeerGone(f"{peer.descriptor.location.decode()} is gone")
         pages = as_pages(self.pool)[list(src_pages)].clone()
+        key = (peer.descriptor.location, imm)
+        self.busy[key] = self.busy.get(key, 0.0) + len(dst_pages) * self.page_s
         self.fabric.in_flight.append(Write(self.location, peer.descriptor.location, pages, tuple(dst_pages), imm))
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         """What is in flight cannot be called back: like a NIC, it must land first."""
-        return not any(
-            w.writer == self.location and w.target == peer.descriptor.location and w.imm == imm for w in self.fabric.in_flight
-        )
+        target = peer.descriptor.location
+        if any(w.writer == self.location and w.target == target and w.imm == imm for w in self.fabric.in_flight):
+            return False
+        self.busy.pop((target, imm), None)
+        return True
 
     def busy_s(self, peer: Peer, imm: Imm) -> float:
-        return 0.0
+        return self.busy.get((peer.descriptor.location, imm), 0.0)
 
     def num_landed(self, imm: Imm) -> int:
         return self.fabric.counters[self.location][imm]

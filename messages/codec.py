@@ -6,12 +6,26 @@ Nothing that arrives is trusted: what does not decode into a Message is dropped 
 import msgspec
 
 from .errors import Malformed, TooLarge
-from .handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, KVOffer, KVRefuse, KVWait
-from .requests import Abort, GenerateRequest, LoadUpdate, RequestFailed, RequestSpan, StepTokens, TransferFailed
+from .handoff import (
+    KVAccept,
+    KVCancel,
+    KVCommitted,
+    KVDrained,
+    KVLanded,
+    KVOffer,
+    KVProbe,
+    KVProbeAccept,
+    KVProbeCounted,
+    KVProbeSent,
+    KVRefuse,
+    KVWait,
+)
+from .requests import Abort, GenerateRequest, LinkMeasured, LoadUpdate, RequestFailed, RequestSpan, StepTokens, TransferFailed
 
 Message = (
-    GenerateRequest | Abort | StepTokens | RequestFailed | RequestSpan | TransferFailed | LoadUpdate
+    GenerateRequest | Abort | StepTokens | RequestFailed | RequestSpan | TransferFailed | LinkMeasured | LoadUpdate
     | KVOffer | KVAccept | KVWait | KVRefuse | KVLanded | KVCommitted | KVCancel | KVDrained
+    | KVProbe | KVProbeAccept | KVProbeSent | KVProbeCounted
 )  # fmt: skip
 
 MAX_FRAME_BYTES = 16 << 20

@@ -19,6 +19,7 @@ DiptychError
 │   └── HandoffTimeout
 ├── TransferError
 │   ├── LayoutMismatch
+│   ├── LinkTooSlow
 │   └── PeerGone
 └── ClusterError              Ray, ports, disks, processes
 """
@@ -97,6 +98,10 @@ class TransferError(DiptychError):
 
 
 class LayoutMismatch(TransferError):
+    pass
+
+
+class LinkTooSlow(TransferError):
     pass
 
 

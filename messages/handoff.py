@@ -10,6 +10,10 @@
       │ ◄─ KVCancel ── at any point, either way ─► KVCancel
       │ ── KVDrained ─────────────────────────►  │  the writer has stopped: only now may reserved blocks be reused
 
+A probe borrows blocks that no sequence uses, so that a link can be measured before it is needed:
+
+    writer ── KVProbe ──► KVProbeAccept ──► pages ══► KVProbeSent ──► KVProbeCounted, several rounds ──► KVDrained: the blocks go back
+
 Every message carries the ticket. One that is stale, unknown, consumed or forged changes nothing and is answered with KVRefuse.
 """
 
@@ -40,6 +44,7 @@ class RefuseReason(StrEnum):
     DRAINING = "draining"
     TIMEOUT = "timeout"
     ABORTED = "aborted"
+    BUSY = "busy"                             # a probe may ask again later
     PAGE_COUNT = "page_count"                 # more pages counted than announced
     MALFORMED = "malformed"                   # block ids, counts or tokens that cannot be
 
@@ -95,3 +100,31 @@ class KVDrained(Struct, frozen=True, tag=True):
     """The writer will not touch this ticket's blocks again."""
 
     ticket: Ticket
+
+
+class KVProbe(Struct, frozen=True, tag=True):
+    """Asks for blocks to write into. The ticket's request id names no request."""
+
+    ticket: Ticket
+    writer: WorkerRef
+    layout_hash: str
+    num_blocks: int                           # wanted; fewer will do
+    descriptors: tuple[MemoryDescriptor, ...] = ()    # the writer's: what to fence if it dies
+
+
+class KVProbeAccept(Struct, frozen=True, tag=True):
+    ticket: Ticket
+    block_ids: tuple[BlockId, ...]            # at least one; the writer's until KVDrained
+    imm: Imm
+
+
+class KVProbeSent(Struct, frozen=True, tag=True):
+    ticket: Ticket
+    num_pages: int                            # on their way or there, since the probe began
+
+
+class KVProbeCounted(Struct, frozen=True, tag=True):
+    """All of them are there."""
+
+    ticket: Ticket
+    num_pages: int

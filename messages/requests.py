@@ -144,7 +144,7 @@ class LoadUpdate(Struct, frozen=True, tag=True):
 class FailureKind(StrEnum):
     PEER_LOST = "peer_lost"                   # the other worker of the route died or fell silent
     TIMEOUT = "timeout"
-    REFUSED = "refused"                       # no memory, draining, layouts differ
+    REFUSED = "refused"                       # no memory, draining, layouts differ, a link below the floor
     INVALID = "invalid"                       # this request can never run here
     INTERNAL = "internal"                     # a fault of ours
 
@@ -184,3 +184,20 @@ class TransferFailed(Struct, frozen=True, tag=True):
     decode_id: WorkerId
     transport: str                            # "none": there was no link yet
     message: str
+
+
+class LinkMeasured(Struct, frozen=True, tag=True):
+    """What a prefill worker has measured when it met a decode worker: writes into blocks that no sequence uses."""
+
+    worker: WorkerRef                         # the prefill worker
+    decode_id: WorkerId
+    transport: str
+    latency_s: float                          # a write of one page, as the writer's transport times it
+    gbps: float                               # GB/s of many pages
+    num_bytes: int                            # of the many
+    min_gbps: float = 0.0                     # the floor that the spec sets; 0: none
+    refused: bool = False                     # below the floor, and not used for that
+
+    @property
+    def below_floor(self) -> bool:
+        return self.gbps < self.min_gbps

@@ -7,11 +7,12 @@ from ..engine.scheduler import StepPlan
 from ..engine.sequence import Sequence, SequenceState
 from ..engine.worker import Worker
 from ..messages.codec import Message
-from ..messages.handoff import KVAccept, KVCancel, KVCommitted, KVRefuse, KVWait
+from ..messages.handoff import KVAccept, KVCancel, KVCommitted, KVProbeAccept, KVProbeCounted, KVRefuse, KVWait
 from ..messages.ids import RequestId
 from ..messages.membership import Role
-from ..messages.requests import GenerateRequest, WorkerRef
+from ..messages.requests import GenerateRequest, LinkMeasured, WorkerRef
 from .kv_writer import Failure, KVWriter
+from .link_prober import Floor, LinkProber
 
 
 class PrefillWorker(Worker):
@@ -27,20 +28,37 @@ class PrefillWorker(Worker):
             layer_group=self.config.engine.layer_group,
             on_end=self._handoff_ended,
         )
+        self._prober = LinkProber(
+            me=self.ref,
+            post=self.post,
+            transport=self.replica.transport,
+            pool=self.replica.pool,
+            timeout_s=self.config.handoff_timeout_s,
+            floor=Floor(self.config.min_gbps, self.config.refuse_below_floor),
+        )
 
     def hands_off(self, request: GenerateRequest) -> bool:
         return True
+
+    def check_route(self, request: GenerateRequest) -> None:
+        if _needs_handoff(request):
+            self._prober.check(request.route.decode)
+
+    def links(self) -> tuple[LinkMeasured, ...]:
+        return self._prober.links
 
     def num_handoffs(self) -> int:
         return len(self._writer)
 
     def receive_handoff(self, message: Message) -> None:
+        if isinstance(message, KVProbeAccept | KVProbeCounted | KVRefuse | KVCancel) and self._prober.receive(message, self.clock()):
+            return
         if isinstance(message, KVAccept | KVWait | KVRefuse | KVCommitted | KVCancel):
             self._writer.receive(message, self.clock())
 
     def before_step(self, plan: StepPlan) -> None:
         for sequence in plan.admitted:
-            if sequence.request.sampling.max_tokens - sequence.request.num_prior_outputs > 1:
+            if _needs_handoff(sequence.request):
                 self._writer.offer(sequence, self.clock())
 
     def on_layer(self, plan: StepPlan) -> Callable[[int], None]:
@@ -52,6 +70,7 @@ class PrefillWorker(Worker):
 
     def tick(self, now: float) -> None:
         self._writer.tick(now)
+        self._prober.tick(now, may_begin=self.config.probe_links and not self._writer and not self.engine.sequences)
 
     def abort(self, request_id: RequestId) -> None:
         self._writer.abort(request_id, self.clock())
@@ -59,12 +78,19 @@ class PrefillWorker(Worker):
 
     def members_changed(self, gone: list[WorkerRef]) -> None:
         self._writer.update_membership(self.membership, gone)
+        self._prober.update_membership(self.membership, self.clock())
 
     def idle_wait_s(self) -> float:
-        return min(0.001, super().idle_wait_s()) if self._writer.is_waiting else super().idle_wait_s()
+        is_waiting = self._writer.is_waiting or self._prober.is_waiting
+        return min(0.001, super().idle_wait_s()) if is_waiting else super().idle_wait_s()
 
     def _handoff_ended(self, sequence: Sequence, failure: Failure | None) -> None:
         if sequence.state is not SequenceState.FINISHED:
             self.engine.finish(sequence)
             if failure is not None:
                 self.fail(sequence.request, failure.kind, failure.message, failure.retryable)
+
+
+def _needs_handoff(request: GenerateRequest) -> bool:
+    """The first token is not the last one."""
+    return request.sampling.max_tokens - request.num_prior_outputs > 1

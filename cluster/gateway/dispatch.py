@@ -22,6 +22,7 @@ from ...messages.post import Post
 from ...messages.requests import (
     Abort,
     FailureKind,
+    LinkMeasured,
     LoadUpdate,
     RequestFailed,
     RequestSpan,
@@ -51,6 +52,7 @@ class Observer(Protocol):
     def retried(self, reason: str) -> None: ...
     def span(self, span: RequestSpan) -> None: ...
     def transfer_failed(self, failed: TransferFailed) -> None: ...
+    def link_measured(self, link: LinkMeasured) -> None: ...
 
 
 class Dispatcher:
@@ -123,6 +125,8 @@ class Dispatcher:
                     self._on_span(message)
                 case TransferFailed():
                     self._observer.transfer_failed(message)
+                case LinkMeasured():
+                    self._observer.link_measured(message)
                 case RequestFailed():
                     self._on_failed(message)
                 case _:

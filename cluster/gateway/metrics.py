@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ...messages.requests import LoadReport, RequestSpan, TransferFailed
+from ...messages.requests import LinkMeasured, LoadReport, RequestSpan, TransferFailed
 from .errors import NoRoute
 from .generation import Generation, GenerationState
 from .status import Quantiles, TransferTotals
@@ -55,6 +55,9 @@ class Metrics:
         self._kv_seconds = Counter("diptych_kv_transfer_seconds", "Time the writers' transports were busy", PAIR, registry=registry)
         self._kv_gbps = Gauge("diptych_kv_transfer_gbps", "GB/s while busy, of the last handoff", PAIR, registry=registry)
         self._kv_failures = Counter("diptych_kv_transfer_failures", "Handoffs whose KV could not be moved", PAIR, registry=registry)
+        probed = "of the probe when the prefill worker met the decode worker"
+        self._probe_gbps = Gauge("diptych_kv_transfer_probe_gbps", f"GB/s {probed}", PAIR, registry=registry)
+        self._probe_latency = Gauge("diptych_kv_transfer_probe_latency_seconds", f"One page's write, {probed}", PAIR, registry=registry)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Read when scraped."""
@@ -92,6 +95,11 @@ class Metrics:
 
     def transfer_failed(self, failed: TransferFailed) -> None:
         self._kv_failures.labels(failed.worker.worker_id, failed.decode_id, failed.transport).inc()
+
+    def link_measured(self, link: LinkMeasured) -> None:
+        pair = (link.worker.worker_id, link.decode_id, link.transport)
+        self._probe_gbps.labels(*pair).set(link.gbps)
+        self._probe_latency.labels(*pair).set(link.latency_s)
 
     def ended(self, generation: Generation) -> None:
         self.outcomes[generation.state] += 1

@@ -5,6 +5,8 @@ The model is `FakeRunner`: each of its tokens depends on all KV that it reads, s
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from diptych.decode_worker.worker import DecodeWorker
 from diptych.engine.config import EngineConfig, WorkerConfig
 from diptych.engine.engine import Engine, EngineLimits
@@ -20,6 +22,7 @@ from diptych.messages.requests import (
     Abort,
     FinishReason,
     GenerateRequest,
+    LinkMeasured,
     RequestFailed,
     RequestSpan,
     Route,
@@ -27,10 +30,12 @@ from diptych.messages.requests import (
     StepTokens,
     TransferFailed,
 )
+from diptych.prefill_worker.link_prober import Floor
 from diptych.prefill_worker.worker import PrefillWorker
 
 BLOCK_SIZE = 4
 TIMEOUT_S = 10.0
+PAGE_S = 1e-6
 
 
 @dataclass
@@ -55,8 +60,18 @@ class Answer:
 
 
 class FakeCluster:
-    def __init__(self, num_prefill: int = 1, num_decode: int = 1, num_blocks: int = 16, max_step_tokens: int = 8) -> None:
+    def __init__(
+        self,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        num_blocks: int = 16,
+        max_step_tokens: int = 8,
+        floor: Floor | None = None,
+    ) -> None:
+        """With a floor links are probed, and each page takes PAGE_S."""
         self.now = 1000.0
+        self.floor = floor
+        self.links: list[LinkMeasured] = []
         self.network = FakeNetwork()
         self.fabric = FakeFabric()
         self.gateway: FakePost = self.network.post("gateway")
@@ -83,7 +98,11 @@ class FakeCluster:
         limits = EngineLimits(BLOCK_SIZE, self.num_blocks * BLOCK_SIZE, self.max_step_tokens, max_sequences=4)
         replica = Replica(Engine(FakeRunner(pool), self.num_blocks, limits), pool, TransportBundle([transport]))
         self.transports[worker_id] = transport
+        transport.page_s = PAGE_S if self.floor else 0.0
         config = WorkerConfig("fake", worker_id, Epoch(self._epoch), EngineConfig("none"), handoff_timeout_s=TIMEOUT_S)
+        if self.floor is not None:
+            floor = {"min_gbps": self.floor.min_gbps, "refuse_below_floor": self.floor.refuse}
+            config = msgspec.structs.replace(config, probe_links=True, **floor)
         make = PrefillWorker if role is Role.PREFILL else DecodeWorker
         self.workers[worker_id] = make(config, self.network.post(name), replica, clock=lambda: self.now)
 
@@ -150,6 +169,8 @@ class FakeCluster:
                     self.num_spans += 1
                 case TransferFailed():
                     self.transfer_failures.append(message)
+                case LinkMeasured():
+                    self.links.append(message)
 
     def _take(self, request_id: RequestId, index: int, token_ids: tuple[int, ...], finish: FinishReason | None) -> None:
         answer = self.answers[request_id]

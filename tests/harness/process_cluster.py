@@ -25,7 +25,7 @@ from diptych.engine.worker import Worker
 from diptych.kvtransfer.selection import Owner, make_transports
 from diptych.messages.ids import Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
-from diptych.messages.requests import Abort, GenerateRequest, RequestFailed, Route, SamplingParams, StepTokens
+from diptych.messages.requests import Abort, GenerateRequest, LinkMeasured, RequestFailed, Route, SamplingParams, StepTokens
 from diptych.messages.zmq_post import Keyring, ZmqPost
 from diptych.prefill_worker.worker import PrefillWorker
 
@@ -104,13 +104,15 @@ class Answer:
 
 
 class ProcessCluster:
-    def __init__(self, transports: tuple[str, ...], timeout_s: float) -> None:
+    def __init__(self, transports: tuple[str, ...], timeout_s: float, probe_links: bool = False) -> None:
         self.name = f"test{uuid4().hex[:8]}"
         self.transports, self.timeout_s = transports, timeout_s
         self.keyring = Keyring.new()
         self.gateway = ZmqPost(self.keyring)
         self.workers: dict[str, WorkerProcess] = {}
         self.answers: list[Answer] = []
+        self.links: list[LinkMeasured] = []
+        self._probe_links = probe_links
         self._epoch = self._version = self._num_requests = 0
 
     def start(self, *names: str) -> None:
@@ -123,6 +125,7 @@ class ProcessCluster:
                 engine=EngineConfig("none"),
                 transports=self.transports,
                 handoff_timeout_s=self.timeout_s,
+                probe_links=self._probe_links,
             )
             self.workers[name] = WorkerProcess(config, Role(name.split("-")[0]), self.keyring)
         self.publish()
@@ -202,6 +205,8 @@ class ProcessCluster:
                     case StepTokens():
                         for delta in message.deltas:
                             self._take(delta.request_id, delta.index, delta.token_ids, delta.finish is not None)
+                    case LinkMeasured():
+                        self.links.append(message)
                     case RequestFailed():
                         for answer in [a for a in self.answers if a.request_id == message.request_id]:
                             self._give_up(answer, f"{message.kind}: {message.message}")
@@ -235,8 +240,8 @@ class ProcessCluster:
 
 
 @contextmanager
-def process_cluster(transport: str, *names: str, timeout_s: float = 2.0) -> Iterator[ProcessCluster]:
-    cluster = ProcessCluster((transport,), timeout_s)
+def process_cluster(transport: str, *names: str, timeout_s: float = 2.0, probe_links: bool = False) -> Iterator[ProcessCluster]:
+    cluster = ProcessCluster((transport,), timeout_s, probe_links)
     try:
         cluster.start(*names)
         yield cluster

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import psutil
@@ -21,7 +22,7 @@ from diptych.cluster.records import Record
 from diptych.cluster.tables import deployment_view, duration, size
 from diptych.messages.errors import ClusterError
 from diptych.messages.ids import Address, Epoch, WorkerId
-from diptych.messages.requests import LoadReport, WorkerRef
+from diptych.messages.requests import LinkMeasured, LoadReport, WorkerRef
 
 from .conftest import ScriptedEndpoint
 
@@ -53,7 +54,7 @@ def test_a_wrong_spec_is_exit_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "pools.decode.workers: must be >= 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["down", "status", "top", "chat"])
+@pytest.mark.parametrize("command", ["down", "status", "probe", "top", "chat"])
 def test_without_a_deployment_exit_1(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(monkeypatch, command) == cli.EXIT_FAILED
     assert "no deployment" in capsys.readouterr().err
@@ -167,6 +168,46 @@ def test_the_view_shows_states_loads_and_errors(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     for shown in ("decode-0", "ready", "1m01s", "4 / 64", "failed", "ModelError: no [weights]", "http://127.0.0.1:80"):
         assert shown in text
+
+
+def a_link(gbps: float, min_gbps: float = 0.0) -> LinkMeasured:
+    ref = WorkerRef(WorkerId("prefill-0"), Epoch(3), Address("tcp://127.0.0.1:5"))
+    return LinkMeasured(ref, WorkerId("decode-0"), "shm", 2e-5, gbps, 1 << 20, min_gbps, refused=gbps < min_gbps)
+
+
+def answer_with(monkeypatch: pytest.MonkeyPatch, *links: LinkMeasured, num_decode: int = 1) -> None:
+    def place(kind: PlaceKind, index: int) -> PlaceStatus:
+        return PlaceStatus(f"{kind}-{index}", kind, LifeState.READY, Epoch(3), 77, 61.0, 0, "", False, None, None)
+
+    prefill = msgspec.structs.replace(place(PlaceKind.PREFILL, 0), links=links)
+    places = (*(place(PlaceKind.DECODE, i) for i in range(num_decode)), prefill)
+    deployment = SimpleNamespace(status=lambda: a_status(places=places))
+    monkeypatch.setattr("diptych.cluster.ray_session.find", lambda name: deployment)
+
+
+@pytest.mark.parametrize(
+    ("links", "num_decode", "code", "shown"),
+    [
+        ([a_link(12.5)], 1, 0, "shm 12.50 GB/s 20 µs"),
+        ([a_link(12.5)], 2, cli.EXIT_NOT_READY, "not measured"),
+        ([a_link(12.5, min_gbps=40)], 2, cli.EXIT_BELOW_FLOOR, "refused"),
+    ],
+)
+def test_probe_prints_the_matrix_and_ends_with_its_verdict(
+    links: list[LinkMeasured],
+    num_decode: int,
+    code: int,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    answer_with(monkeypatch, *links, num_decode=num_decode)
+    monkeypatch.setattr(cli, "console", Console(width=200))
+    assert typed(monkeypatch, "probe") == code
+    assert shown in capsysbinary.readouterr().out.decode()
+    assert typed(monkeypatch, "probe", "--json") == code
+    tree = json.loads(capsysbinary.readouterr().out)
+    assert (tree[0]["prefill"], tree[0]["decode"], tree[0]["link"]["gbps"], len(tree)) == ("prefill-0", "decode-0", 12.5, num_decode)
 
 
 def test_json_is_the_whole_status(capsysbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -71,6 +71,16 @@ def test_the_smallest_spec_is_colocated_and_on_the_loopback(folder: Path) -> Non
     assert spec.model.served_name == "weights"
 
 
+def test_the_floor_of_links(folder: Path) -> None:
+    def floor(**transfer: Any) -> tuple[bool, float, bool]:
+        config = worker_config(parse_spec(minimal(transfer=transfer), folder), PlaceName(PlaceKind.DECODE, 0), Epoch(1))
+        return config.probe_links, config.min_gbps, config.refuse_below_floor
+
+    assert floor() == (True, 0.0, True)
+    assert floor(min_gbps=10) == (True, 10.0, True)
+    assert floor(min_gbps=10, below_floor="warn") == (True, 10.0, False)
+
+
 def test_embedded_model(tmp_path: Path) -> None:
     spec = parse_spec(minimal(model={"path": "embedded"}), tmp_path)
     assert (Path(spec.model.path) / "config.json").is_file()
@@ -100,6 +110,8 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"router": {"explain": -1}}, "router.explain: must be >= 0, not -1"),
         ({"router": {"explain": 10_001}}, "router.explain: "),
         ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports: 'carrier_pigeon' is not there yet"),
+        ({"transfer": {"min_gbps": 0}}, "transfer.min_gbps: must be > 0.0, not 0"),
+        ({"transfer": {"below_floor": "shout"}}, "transfer.below_floor: Input should be 'refuse' or 'warn'"),
         ({"transfer": {"transports": []}}, "transfer.transports: must name at least one"),
         ({"transfer": {"transports": ["ucx", "ucx"]}}, "transfer.transports: 'ucx' is named twice"),
         ({"security": {"api_keys_file": "none.txt"}}, "security.api_keys_file: no file"),

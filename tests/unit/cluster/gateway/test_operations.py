@@ -3,7 +3,8 @@
 import pytest
 from harness.gateway import CONTEXT, House, in_loop
 
-from diptych.messages.requests import TransferFailed
+from diptych.messages.ids import WorkerId
+from diptych.messages.requests import LinkMeasured, TransferFailed
 
 PUBLIC = ["/health", "/ready", "/metrics"]
 ASK = {"prompt": "Hi", "max_tokens": 50}
@@ -93,6 +94,7 @@ async def test_metrics_count_what_happened(tmp_path):
         await house.get("/wp-login.php")
         prefill = house.worker("prefill-0")
         prefill.post.send(house.address, TransferFailed(prefill.ref, "decode-0", "fake", "the link is down"))
+        prefill.post.send(house.address, LinkMeasured(prefill.ref, WorkerId("decode-0"), "fake", 2e-5, 12.5, 1 << 20))
         await house.post("/v1/completions", {})
         text = (await house.get("/metrics")).body.decode()
         for line in (
@@ -107,6 +109,8 @@ async def test_metrics_count_what_happened(tmp_path):
             "diptych_choices_queued 0.0",
             "diptych_dropped_frames 0.0",
             f"diptych_kv_transfer_bytes_total{PAIR} 4096.0",
+            f"diptych_kv_transfer_probe_gbps{PAIR} 12.5",
+            f"diptych_kv_transfer_probe_latency_seconds{PAIR} 2e-05",
             f"diptych_kv_transfer_seconds_total{PAIR} 0.001",
             f"diptych_kv_transfer_gbps{PAIR} 0.004096",
             f"diptych_kv_transfer_failures_total{PAIR} 1.0",

@@ -1,0 +1,273 @@
+"""Measures the link to every decode worker that this prefill worker meets, before requests depend on it.
+
+    met ──► KVProbe ──► KVProbeAccept ──► per round: write ─► KVProbeSent ─► KVProbeCounted ──► LinkMeasured ──► stop, KVDrained
+     ▲         │ BUSY, no link, no answer: later
+     └─────────┴── below the floor: measured again after a while, since a link may recover
+
+One link at a time, and none is begun while KV is being handed over: the figures are of the link alone, and no request waits for them.
+Until a link is measured it is used. A page of the first round pays for what is slow once; each figure is the best of two rounds. What is
+written is whatever the first pages of this worker's pool hold, into blocks that no sequence uses.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+from ..kvtransfer.bundle import TransportBundle
+from ..kvtransfer.session import HandoffState, Session
+from ..kvtransfer.transport import KVPool, Peer
+from ..messages.errors import LinkTooSlow, PeerGone, TransferError
+from ..messages.handoff import KVCancel, KVDrained, KVProbe, KVProbeAccept, KVProbeCounted, KVProbeSent, KVRefuse, Ticket
+from ..messages.ids import Address, RequestId, new_nonce
+from ..messages.membership import Member, Membership, Role
+from ..messages.post import Post
+from ..messages.requests import LinkMeasured, WorkerRef
+
+PROBE_BYTES = 16 << 20
+"""Of a round that measures GB/s: as much as the pools' page size and free blocks allow."""
+
+LINK_WAIT_S = 2.0             # for the transport's connection
+RETRY_S = 1.0                 # after a refused probe, or one that failed; doubled with each failure in a row, up to:
+REPEAT_S = 30.0               # and for a link below the floor
+
+logger = logging.getLogger(__name__)
+
+ProbeAnswer = KVProbeAccept | KVProbeCounted | KVRefuse | KVCancel
+
+
+@dataclass(frozen=True)
+class Floor:
+    min_gbps: float           # 0: none
+    refuse: bool              # what is below it; False: warn
+
+
+@dataclass(eq=False)
+class Probe:
+    session: Session
+    target: Member
+    accept: KVProbeAccept | None = None
+    link_deadline: float = 0.0
+    peer: Peer | None = None
+    src: list[int] = field(default_factory=list)       # pages of a large round
+    dst: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)    # pages of each round that is still to come; the first is under way
+    num_sent: int = 0                                  # pages, of all rounds
+    num_counted: int = 0
+    busy_s: float = 0.0                                # of the rounds that have ended
+    times_s: list[tuple[int, float]] = field(default_factory=list)     # (pages, seconds) of each
+
+    @property
+    def ticket(self) -> Ticket:
+        return self.session.ticket
+
+
+class LinkProber:
+    def __init__(self, me: WorkerRef, post: Post, transport: TransportBundle, pool: KVPool, timeout_s: float, floor: Floor) -> None:
+        self._me = me
+        self._post = post
+        self._transport = transport
+        self._layout = pool.layout
+        self._num_own_pages = pool.num_blocks * pool.layout.num_layers
+        self._timeout_s = timeout_s
+        self._floor = floor
+        self._probe: Probe | None = None
+        self._due_at: dict[WorkerRef, float] = {}            # links that are to be measured
+        self._num_failures: dict[WorkerRef, int] = {}        # in a row
+        self._targets: dict[WorkerRef, Member] = {}
+        self._links: dict[WorkerRef, LinkMeasured] = {}
+        self._gateways: tuple[Address, ...] = ()
+
+    @property
+    def links(self) -> tuple[LinkMeasured, ...]:
+        return tuple(self._links.values())
+
+    @property
+    def is_probing(self) -> bool:
+        return self._probe is not None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Something of the transport's is to be polled for."""
+        probe = self._probe
+        if probe is None or probe.session.state is HandoffState.OFFERED:
+            return False
+        return probe.session.state is HandoffState.CANCELLING or probe.peer is None or probe.num_counted == probe.num_sent
+
+    def check(self, decode: WorkerRef) -> None:
+        """Raises LinkTooSlow if the link there is known to be below the floor, and is not to be used for that."""
+        link = self._links.get(decode)
+        if link is not None and link.refused:
+            raise LinkTooSlow(describe(link))
+
+    def tick(self, now: float, may_begin: bool) -> None:
+        probe = self._probe
+        if probe is None:
+            if may_begin:
+                self._begin(now)
+        elif probe.session.state is HandoffState.CANCELLING:
+            self._try_drain(probe)
+        elif now >= probe.session.deadline:
+            self._put_off(probe, f"no answer in {probe.session.state.name}", now)
+        elif probe.accept is not None and probe.peer is None:
+            self._connect(probe, probe.accept, now)
+        elif probe.accept is not None and probe.peer is not None:
+            self._look(probe, now)
+
+    def receive(self, message: ProbeAnswer, now: float) -> bool:
+        """False: about another ticket than the probe's."""
+        probe = self._probe
+        if probe is None or probe.ticket != message.ticket:
+            if isinstance(message, KVProbeAccept):
+                self._answer_stranger(message)
+            return False
+        match message:
+            case KVProbeAccept() if probe.session.state is HandoffState.OFFERED:
+                self._accepted(probe, message, now)
+            case KVProbeCounted() if probe.session.live:
+                probe.num_counted = max(probe.num_counted, message.num_pages)
+                self._look(probe, now)
+            case KVRefuse() if probe.session.state is HandoffState.OFFERED:
+                self._due_at[probe.target.ref] = now + RETRY_S
+                self._probe = None                           # nothing was lent
+            case KVCancel() if probe.session.live:
+                self._put_off(probe, f"given up there: {message.reason}", now)
+            case _:
+                pass                                         # doubled or late
+        return True
+
+    def update_membership(self, membership: Membership, now: float) -> None:
+        """Peers that are no longer listed are dead, and disconnected already."""
+        self._targets = {member.ref: member for member in membership.workers if member.role is Role.DECODE}
+        if self._probe is not None and self._probe.target.ref not in self._targets:
+            self._probe = None
+        self._links = {ref: link for ref, link in self._links.items() if ref in self._targets}
+        due_at = {ref: now for ref in self._targets if ref not in self._links}
+        self._due_at = due_at | {ref: at for ref, at in self._due_at.items() if ref in self._targets}
+        for gateway in set(membership.gateways) - set(self._gateways):
+            for link in self._links.values():
+                self._post.send(gateway, link)
+        self._num_failures = {ref: count for ref, count in self._num_failures.items() if ref in self._targets}
+        self._gateways = membership.gateways
+
+    # doing
+
+    def _begin(self, now: float) -> None:
+        ref = min(self._due_at, key=self._due_at.__getitem__, default=None)
+        if ref is None or now < self._due_at[ref] or self._targets[ref].draining:
+            return
+        name = RequestId(f"probe of {self._me.worker_id}")
+        ticket = Ticket(ref.worker_id, ref.epoch, name, new_nonce())
+        self._due_at[ref] = now + RETRY_S
+        self._probe = Probe(Session(ticket, now + self._timeout_s), self._targets[ref])
+        num_blocks = max(1, PROBE_BYTES // self._layout.block_bytes)
+        self._post.send(ref.address, KVProbe(ticket, self._me, self._layout.hash, num_blocks, self._transport.descriptors))
+
+    def _accepted(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
+        num_layers = self._layout.num_layers
+        dst = [block * num_layers + layer for block in accept.block_ids for layer in range(num_layers)]
+        if not dst or min(dst) < 0 or max(dst) >= probe.target.num_blocks * num_layers:
+            self._put_off(probe, f"accepted with blocks {accept.block_ids}", now)
+            return
+        probe.dst = dst[: self._num_own_pages]
+        probe.src = list(range(len(probe.dst)))
+        probe.rounds = [1, 1, len(probe.dst), len(probe.dst)]
+        probe.accept, probe.link_deadline = accept, now + LINK_WAIT_S
+        probe.session.move(HandoffState.RESERVED)
+        probe.session.deadline = now + self._timeout_s
+        self._connect(probe, accept, now)
+
+    def _connect(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
+        try:
+            probe.peer = self._transport.connect(probe.target.descriptors)
+            if probe.peer is None and now >= probe.link_deadline:
+                raise PeerGone(f"no link for {LINK_WAIT_S} s")
+        except TransferError as error:
+            self._put_off(probe, str(error), now)
+            return
+        if probe.peer is not None:
+            probe.session.move(HandoffState.MOVING)
+            self._write_round(probe, probe.peer, accept, now)
+
+    def _write_round(self, probe: Probe, peer: Peer, accept: KVProbeAccept, now: float) -> None:
+        count = probe.rounds[0]
+        try:
+            self._transport.write_pages(peer, probe.src[:count], probe.dst[:count], accept.imm)
+        except TransferError as error:
+            self._put_off(probe, str(error), now)
+            return
+        probe.num_sent += count
+        probe.session.deadline = now + self._timeout_s
+        self._post.send(probe.target.ref.address, KVProbeSent(probe.ticket, probe.num_sent))
+
+    def _look(self, probe: Probe, now: float) -> None:
+        """The round is over once the receiver has counted it and the transport has put its time down."""
+        if probe.peer is None or probe.accept is None or probe.num_counted < probe.num_sent:
+            return
+        busy_s = self._transport.busy_s(probe.peer, probe.accept.imm)
+        if busy_s <= probe.busy_s:
+            return                                           # tick asks again
+        probe.times_s.append((probe.rounds.pop(0), busy_s - probe.busy_s))
+        probe.busy_s = busy_s
+        if probe.rounds:
+            self._write_round(probe, probe.peer, probe.accept, now)
+        else:
+            self._finish(probe, probe.peer, now)
+
+    def _finish(self, probe: Probe, peer: Peer, now: float) -> None:
+        small, large = probe.times_s[:2], probe.times_s[2:]
+        num_bytes = len(probe.dst) * self._layout.page_bytes
+        gbps = num_bytes / min(seconds for _, seconds in large) / 1e9
+        link = LinkMeasured(
+            worker=self._me,
+            decode_id=probe.target.ref.worker_id,
+            transport=peer.descriptor.transport,
+            latency_s=min(seconds for _, seconds in small),
+            gbps=gbps,
+            num_bytes=num_bytes,
+            min_gbps=self._floor.min_gbps,
+            refused=self._floor.refuse and gbps < self._floor.min_gbps,
+        )
+        self._learned(probe.target.ref, link, now)
+        self._give_back(probe)
+
+    def _learned(self, ref: WorkerRef, link: LinkMeasured, now: float) -> None:
+        before = self._links.get(ref)
+        self._links[ref] = link
+        self._due_at.pop(ref, None)
+        self._num_failures.pop(ref, None)
+        if link.below_floor:
+            self._due_at[ref] = now + REPEAT_S
+        if before is None or before.below_floor != link.below_floor:
+            logger.log(logging.WARNING if link.below_floor else logging.INFO, "%s", describe(link))
+        for gateway in self._gateways:
+            self._post.send(gateway, link)
+
+    def _put_off(self, probe: Probe, why: str, now: float) -> None:
+        ref = probe.target.ref
+        logger.warning("link to %s not measured: %s", ref.worker_id, why)
+        failures = self._num_failures.get(ref, 0)
+        self._num_failures[ref] = failures + 1
+        self._due_at[ref] = now + min(REPEAT_S, RETRY_S * 2.0 ** min(failures, 16))
+        self._give_back(probe)
+
+    def _give_back(self, probe: Probe) -> None:
+        probe.session.move(HandoffState.CANCELLING)
+        self._try_drain(probe)
+
+    def _try_drain(self, probe: Probe) -> None:
+        if probe.peer is not None and probe.accept is not None and not self._transport.stop(probe.peer, probe.accept.imm, 0.0):
+            return
+        self._post.send(probe.target.ref.address, KVDrained(probe.ticket))
+        self._probe = None
+
+    def _answer_stranger(self, accept: KVProbeAccept) -> None:
+        """Nothing will ever be written for it: the receiver may let go."""
+        for ref in self._targets:
+            if (ref.worker_id, ref.epoch) == (accept.ticket.decode_id, accept.ticket.decode_epoch):
+                self._post.send(ref.address, KVDrained(accept.ticket))
+
+
+def describe(link: LinkMeasured) -> str:
+    text = f"{link.worker.worker_id} → {link.decode_id} over {link.transport}: {link.gbps:.2f} GB/s, {link.latency_s * 1e6:.0f} µs a page"
+    if not link.below_floor:
+        return text
+    return f"{text}; below the floor of {link.min_gbps:g} GB/s, {'not used' if link.refused else 'used all the same'}"

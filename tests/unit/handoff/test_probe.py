@@ -1,0 +1,259 @@
+"""Links are measured when workers meet: without leaks, whatever dies or is lost meanwhile, and never at a request's cost."""
+
+import logging
+import random
+
+import pytest
+from harness.fake_cluster import PAGE_S, TIMEOUT_S, FakeCluster
+from harness.process_cluster import process_cluster
+from harness.ucx import needs_ucx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diptych.messages.handoff import KVProbe, KVProbeAccept, KVRefuse, RefuseReason
+from diptych.messages.ids import WorkerId
+from diptych.messages.requests import FailureKind
+from diptych.prefill_worker.link_prober import REPEAT_S, RETRY_S, Floor
+
+PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
+NO_FLOOR = Floor(0.0, refuse=True)
+PROMPT = list(range(20))
+
+
+def run(cluster: FakeCluster, seconds: float = 0.5) -> None:
+    end = cluster.now + seconds
+    while cluster.now < end:
+        cluster.network.deliver_all()
+        cluster.fabric.land_all()
+        cluster.turn()
+        cluster.now += 0.01
+
+
+def gbps(cluster: FakeCluster) -> float:
+    return cluster.transports[PREFILL].pool.layout.page_bytes / PAGE_S / 1e9
+
+
+def test_every_pair_is_measured_once_and_told_to_all(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    cluster = FakeCluster(num_prefill=2, num_decode=2, floor=NO_FLOOR)
+    run(cluster, 2 * RETRY_S + 0.5)                          # a decode worker lends to one at a time
+    pairs = [(link.worker.worker_id, link.decode_id) for link in cluster.links]
+    assert sorted(pairs) == [(f"prefill-{i}", f"decode-{j}") for i in range(2) for j in range(2)]
+    for link in cluster.links:
+        assert (link.transport, link.refused) == ("fake", False)
+        assert link.latency_s == pytest.approx(PAGE_S)
+        assert link.gbps == pytest.approx(gbps(cluster))
+    assert sum("GB/s" in record.message for record in caplog.records) == 4
+    assert sorted(cluster.workers[PREFILL].status().links, key=str) == sorted(
+        (link for link in cluster.links if link.worker.worker_id == PREFILL), key=str
+    )
+    cluster.assert_nothing_leaked()
+
+
+def test_a_restarted_peer_is_measured_anew() -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    run(cluster)
+    cluster.kill(DECODE)
+    cluster.restart(DECODE)
+    assert cluster.workers[PREFILL].links() != ()
+    run(cluster)
+    assert len(cluster.links) == 2
+    assert len(cluster.workers[PREFILL].links()) == 1
+
+
+def test_below_the_floor_a_pair_is_not_used_until_it_is_faster() -> None:
+    cluster = FakeCluster(floor=Floor(1e3, refuse=True))
+    run(cluster)
+    assert cluster.links[0].refused
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    run(cluster)
+    assert answer.failure is not None
+    assert (answer.failure.kind, answer.failure.retryable) == (FailureKind.REFUSED, True)
+    assert f"{gbps(cluster):.2f} GB/s" in answer.failure.message
+    assert "the floor of 1000 GB/s" in answer.failure.message
+    single = cluster.submit(PROMPT, max_tokens=1)            # needs no link
+    run(cluster)
+    assert single.complete
+    cluster.transports[PREFILL].page_s = 1e-12
+    run(cluster, REPEAT_S + 1)
+    assert not cluster.links[-1].refused
+    again = cluster.submit(PROMPT, max_tokens=3)
+    run(cluster)
+    assert again.complete
+    cluster.assert_nothing_leaked()
+
+
+def test_a_warning_is_all_if_the_spec_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = FakeCluster(floor=Floor(1e3, refuse=False))
+    run(cluster)
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    run(cluster)
+    assert answer.complete
+    assert [r.message.partition("; ")[2] for r in caplog.records] == ["below the floor of 1000 GB/s, used all the same"]
+
+
+def test_a_probe_waits_for_memory_and_for_handoffs() -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    blocks = cluster.workers[DECODE].engine.pool.take(14)
+    assert blocks is not None
+    run(cluster)
+    assert cluster.links == []
+    cluster.workers[DECODE].engine.pool.release(blocks)
+    cluster.submit(PROMPT, max_tokens=3)
+    for _ in range(20):                                      # the handoff is under way, and its pages do not land
+        cluster.network.deliver_all()
+        cluster.turn()
+        cluster.now += 0.1
+    assert not any(isinstance(letter.message, KVProbe) for letter in cluster.network.in_flight)
+    assert cluster.links == []
+    run(cluster, RETRY_S + 1)
+    assert len(cluster.links) == 1
+    assert all(answer.complete for answer in cluster.answers.values())
+
+
+def test_a_request_is_served_while_a_probe_hangs() -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    while not any(isinstance(letter.message, KVProbeAccept) for letter in cluster.network.in_flight):
+        cluster.network.deliver_all()
+        cluster.turn()
+    cluster.network.in_flight.clear()                        # the writer never learns what it was lent
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    run(cluster)
+    assert answer.complete
+    assert cluster.workers[DECODE].engine.pool.num_held > 0
+    run(cluster, 3 * TIMEOUT_S)
+    assert len(cluster.links) == 1
+    cluster.assert_nothing_leaked()
+
+
+def test_a_probe_for_an_earlier_life_is_refused() -> None:
+    cluster = FakeCluster()
+    decode = cluster.workers[DECODE]
+    cluster.floor = NO_FLOOR
+    cluster.restart(PREFILL)
+    cluster.turn(PREFILL)
+    probe = next(letter.message for letter in cluster.network.in_flight if isinstance(letter.message, KVProbe))
+    cluster.kill(DECODE)
+    cluster.restart(DECODE)
+    cluster.network.in_flight.clear()
+    cluster.gateway.send(cluster.workers[DECODE].post.address, probe)
+    cluster.network.deliver_all()
+    cluster.turn(DECODE)
+    refusal = next(letter.message for letter in cluster.network.in_flight if isinstance(letter.message, KVRefuse))
+    assert refusal.reason is RefuseReason.STALE_EPOCH
+    assert decode.ref != cluster.workers[DECODE].ref
+
+
+@pytest.mark.parametrize("victim", [PREFILL, DECODE])
+@pytest.mark.parametrize("with_successor", [False, True])
+def test_a_death_at_any_step_of_a_probe_leaks_nothing(victim: WorkerId, with_successor: bool) -> None:
+    for steps in range(60):
+        cluster = FakeCluster(floor=NO_FLOOR)
+        one_thing_at_a_time(cluster, steps)
+        cluster.kill(victim)
+        if with_successor:
+            cluster.restart(victim)
+        else:
+            cluster.publish()
+        run(cluster, 2 * TIMEOUT_S)
+        cluster.assert_nothing_leaked()
+        assert all(link.gbps > 0 for link in cluster.links)
+        if with_successor:
+            assert len(cluster.workers[PREFILL].links()) == 1
+
+
+def one_thing_at_a_time(cluster: FakeCluster, steps: int) -> None:
+    for step in range(steps):
+        if step % 3 == 0:
+            cluster.turn()
+        elif step % 3 == 1 and cluster.network.in_flight:
+            cluster.network.deliver()
+        elif cluster.fabric.in_flight:
+            cluster.fabric.land()
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_nothing_leaks_in_any_history(seed: int) -> None:
+    """Messages lost, doubled and out of order; writes that land late; deaths on both sides; time that passes; requests beside it."""
+    choose = random.Random(seed)
+    cluster = FakeCluster(num_prefill=2, num_decode=2, floor=NO_FLOOR)
+    for _ in range(choose.randrange(250)):
+        letters, writes = len(cluster.network.in_flight), len(cluster.fabric.in_flight)
+        match choose.choices(["turn", "deliver", "drop", "double", "land", "time", "kill", "submit"], [40, 40, 2, 2, 15, 1, 1, 2])[0]:
+            case "turn":
+                cluster.turn()
+            case "deliver" if letters:
+                cluster.network.deliver(choose.randrange(letters))
+            case "drop" if letters:
+                cluster.network.drop(choose.randrange(letters))
+            case "double" if letters:
+                cluster.network.double(choose.randrange(letters))
+            case "land" if writes:
+                cluster.fabric.land(choose.randrange(writes))
+            case "time":
+                cluster.now += choose.choice([0.1, TIMEOUT_S + 0.1])
+            case "kill":
+                victim = choose.choice(list(cluster.workers))
+                cluster.kill(victim)
+                cluster.restart(victim)
+            case "submit":
+                cluster.submit(PROMPT[: choose.randint(1, 20)], max_tokens=3)
+    run(cluster, 2)
+    for pause in (TIMEOUT_S + 1, TIMEOUT_S + 1, 200.0):
+        cluster.now += pause
+        run(cluster, 2)
+        cluster.give_up_unanswered()
+        run(cluster, 2)
+    cluster.assert_nothing_leaked()
+    assert all(len(worker.links()) == 2 for name, worker in cluster.workers.items() if name.startswith("prefill"))
+
+
+@pytest.mark.parametrize("transport", ["shm", pytest.param("ucx", marks=needs_ucx)])
+def test_processes_measure_their_link_and_a_successor_anew(transport: str) -> None:
+    with process_cluster(transport, "prefill-0", "decode-0", probe_links=True) as cluster:
+        cluster.pump(lambda: len(cluster.links) == 1, 20.0)
+        cluster.kill("decode-0")
+        cluster.start("decode-0")
+        cluster.submit(PROMPT, max_tokens=5)
+        cluster.pump(lambda: len(cluster.links) == 2, 20.0)
+        cluster.finish(20.0)
+        cluster.assert_whole()
+    for link in cluster.links:
+        assert (link.worker.worker_id, link.decode_id, link.transport) == (PREFILL, DECODE, transport)
+        assert 0 < link.latency_s < 1
+        assert link.gbps > 0
+
+
+def test_what_a_dead_writer_was_lent_comes_back_only_behind_the_fence() -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    while not cluster.fabric.in_flight:
+        cluster.network.deliver_all()
+        cluster.turn()
+    cluster.kill(PREFILL)
+    cluster.transports[DECODE].fences = False
+    cluster.publish()
+    decode = cluster.workers[DECODE]
+    for _ in range(200):
+        cluster.turn()
+        cluster.now += 0.1
+    assert decode.engine.pool.num_held > 0, "used again although the dead writer's pages may still land"
+    cluster.transports[DECODE].fences = True
+    run(cluster, 2)
+    assert not cluster.fabric.in_flight
+    cluster.assert_nothing_leaked()
+
+
+def test_a_living_writer_that_is_silent_keeps_what_it_was_lent() -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    while not cluster.fabric.in_flight:
+        cluster.network.deliver_all()
+        cluster.turn()
+    for _ in range(5):                                       # it hangs; its page is still under way
+        cluster.now += TIMEOUT_S + 1
+        cluster.network.deliver_all()
+        cluster.turn(DECODE)
+    assert cluster.workers[DECODE].engine.pool.num_held > 0
+    run(cluster, 2 * TIMEOUT_S)
+    cluster.assert_nothing_leaked()
+    assert len(cluster.workers[PREFILL].links()) == 1
