@@ -1,4 +1,4 @@
-"""Two hosts, as two network namespaces with a veth cable between them, which is cut and joined again in mid-transfer: see test_ucx_cable.py."""
+"""Two hosts: network namespaces with a veth cable between them, cut and joined in mid-transfer. `test_ucx_cable.py` runs this."""
 
 import time
 from collections.abc import Callable, Iterator
