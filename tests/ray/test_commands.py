@@ -77,6 +77,6 @@ def test_up_status_chat_down(no_ray: Path) -> None:
     assert reply.headers["x-diptych-route"] == "decode-0"
     assert "decode-0 alone" in diptych("explain", reply.json()["id"], folder=no_ray)
     assert "finished" in diptych("explain", reply.headers["x-request-id"], "--json", folder=no_ray)
-    diptych("explain", "cmpl-none", folder=no_ray, code=5)
+    diptych("explain", "cmpl-none", folder=no_ray, code=6)
     assert "is down" in diptych("down", folder=no_ray)
     diptych("status", folder=no_ray, code=1)
