@@ -112,7 +112,9 @@ class TestExplain:
         assert typed(monkeypatch, "explain", "a/b?c", "--url", endpoint.url) == cli.EXIT_UNKNOWN
         assert endpoint.paths == ["/explain/a%2Fb%3Fc"]
 
-    @pytest.mark.parametrize(("status", "code", "text"), [(404, cli.EXIT_UNKNOWN, "router.explain"), (401, 1, "HTTP 401"), (200, 1, "no gateway")])
+    @pytest.mark.parametrize(
+        ("status", "code", "text"), [(404, cli.EXIT_UNKNOWN, "router.explain"), (401, 1, "HTTP 401"), (200, 1, "no gateway")]
+    )
     def test_what_is_not_found_has_its_own_code(
         self, status: int, code: int, text: str,
         endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
