@@ -52,6 +52,12 @@ def places_of(spec: Spec) -> frozenset[PlaceName]:
     return frozenset(PlaceName(kind, index) for kind, size in sizes.items() for index in range(size))
 
 
+def num_gpus(spec: Spec) -> int:
+    """That all workers take together."""
+    places = places_of(spec)
+    return len(places) - count(places, PlaceKind.GATEWAY) if spec.model.device is Device.CUDA else 0
+
+
 def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
     pool = _pool(spec, place.kind)
     return WorkerConfig(

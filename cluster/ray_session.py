@@ -23,7 +23,7 @@ from ..messages.zmq_post import Keyring
 from . import records
 from .controller import Phase
 from .gateway.decisions import RequestExplanation
-from .places import PlaceKind
+from .places import PlaceKind, num_gpus
 from .pulse import DeploymentStatus
 from .ray_head import Head, start_head, stop_head
 from .records import Record
@@ -117,6 +117,7 @@ def launch(spec: Spec, own_ray: bool = False) -> Deployment:
         _join(record)
         if _find_controller(spec.name) is not None:
             raise ClusterError(f"a deployment {spec.name!r} is running on Ray at {address} already")
+        _check_gpus(spec)
         deployment = Deployment(record, _start_controller(spec))
     except BaseException:
         if head is not None and all(other.head != head for other in records.read_all()):
@@ -124,6 +125,15 @@ def launch(spec: Spec, own_ray: bool = False) -> Deployment:
         raise
     records.write(record)
     return deployment
+
+
+def _check_gpus(spec: Spec) -> None:
+    """Raises ClusterError: placement would wait for a missing GPU until `start_s`, and then could not say why."""
+    import ray
+
+    needed, there = num_gpus(spec), int(ray.cluster_resources().get("GPU", 0))      # type: ignore[no-untyped-call]
+    if needed > there:
+        raise ClusterError(f"model.device: cuda: the workers need {needed} GPU(s), one each; this Ray cluster has {there}")
 
 
 def find(name: str | None) -> Deployment:

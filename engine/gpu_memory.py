@@ -5,15 +5,26 @@
 What torch has reserved by then it keeps, so nothing that a step needs later competes with the pool.
 """
 
+import math
 from itertools import pairwise
 
 import torch
 
 from ..kvtransfer.layout import KVLayout
-from ..messages.errors import PoolTooSmall
+from ..messages.errors import ModelError, PoolTooSmall
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
+from ..models.weights import ModelWeights, Param
 from .config import EngineConfig
+
+
+def require_room_for_weights(plan: ModelWeights[Param], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ModelError with the numbers, before anything is loaded."""
+    num_bytes = sum(math.prod(param.shape) for param in plan.leaves()) * dtype.itemsize
+    free, total = torch.cuda.mem_get_info(device)
+    if num_bytes > free:
+        sizes = f"{num_bytes / 2**30:.1f} GiB; of the GPU's {total / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        raise ModelError(f"the weights take {sizes}")
 
 
 def kv_room(model: Transformer, layout: KVLayout, engine: EngineConfig, device: torch.device) -> int:

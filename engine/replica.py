@@ -18,10 +18,11 @@ from ..messages.steps import StepModel
 from ..models.config import ModelConfig
 from ..models.loader import LoadFormat, load_weights
 from ..models.transformer import Transformer
+from ..models.weights import weight_plan
 from .calibration import calibrate, warm_up
 from .config import EngineConfig, WorkerConfig
 from .engine import Engine, EngineLimits
-from .gpu_memory import kv_room
+from .gpu_memory import kv_room, require_room_for_weights
 from .model_runner import ModelRunner, TorchRunner
 from .predictor import PRIOR
 
@@ -58,6 +59,8 @@ def build_replica(config: WorkerConfig, transport: TransportBundle | None = None
     if num_blocks is not None:
         _limits(engine, model_config, num_blocks)            # refuses before anything large is loaded
     ops = _ops(device, model_config, engine, dtype)
+    if device.type == "cuda":
+        require_room_for_weights(weight_plan(model_config), dtype, device)
     model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ops)
     if num_blocks is None:
         num_blocks = _blocks_in(kv_room(model, layout, engine, device), "what the model leaves of the GPU,", layout)

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from harness.decode_inputs_checks import check_decode_inputs
 from harness.kernel_checks import (
     REFERENCE,
     AttentionCase,
@@ -22,7 +23,7 @@ from harness.kernel_checks import (
     check_skinny_linear,
 )
 from harness.kernel_model import logits_of_steps, random_weights
-from harness.sampling_checks import check_sampling
+from harness.sampling_checks import check_refusal, check_sampling
 
 from diptych.kernels.prefill_attention import PrefillTile
 from diptych.kernels.selection import ops_for
@@ -174,3 +175,11 @@ def test_blocks_beyond_32_bits_of_offset(device: Device) -> None:
     """A pool of more than 2^31 elements, the context in its last blocks."""
     case = AttentionCase(((1, 200), (90, 77)), (8, 8), 128, 64, dtype=BF16)
     check_attention(case, device, splits=2, blocks_before=6000)
+
+
+def test_decode_inputs(device: Device) -> None:
+    check_decode_inputs([1, 16, 17, 4096, 16_000, 63], 10, device)
+
+
+def test_logits_that_are_no_numbers_are_refused(device: Device) -> None:
+    check_refusal(128_256, device, tile=8192)

@@ -7,23 +7,20 @@ import array
 import multiprocessing as mp
 import os
 import random
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from harness.peer_process import PeerProcess
 
 from diptych.kvtransfer.layout import KVLayout
 from diptych.kvtransfer.transport import Peer
 from diptych.messages.errors import DiptychError
 from diptych.messages.ids import Epoch, Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
-
-CALL_TIMEOUT_S = 60.0
-"""Of the slowest call, which starts CUDA and compiles the kernel."""
 
 
 def byte_layout(page_bytes: int) -> KVLayout:
@@ -186,11 +183,11 @@ def serve(pipe: Connection, cluster: str, worker: str, epoch: int) -> None:
             pipe.send(error if isinstance(error, DiptychError | TimeoutError) else RuntimeError(f"{worker}: {error!r}"))
 
 
-class NvlinkPeer:
+class NvlinkPeer(PeerProcess):
     def __init__(self, cluster: str, worker: str, gpu: int, epoch: int = 1) -> None:
         context = mp.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, cluster, worker, epoch), daemon=True)
+        ours, theirs = context.Pipe()
+        super().__init__(context.Process(target=serve, args=(theirs, cluster, worker, epoch), daemon=True), ours, last_word="end")
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = before.split(",")[gpu] if before else str(gpu)
         try:
@@ -200,37 +197,6 @@ class NvlinkPeer:
                 del os.environ["CUDA_VISIBLE_DEVICES"]
             else:
                 os.environ["CUDA_VISIBLE_DEVICES"] = before
-
-    def call(self, method: str, *arguments: object) -> Any:
-        self.tell(method, *arguments)
-        return self.answer()
-
-    def tell(self, method: str, *arguments: object) -> None:
-        """Does not wait; `answer` has the result."""
-        self.pipe.send((method, arguments))
-
-    def answer(self) -> Any:
-        if not wait([self.pipe, self.process.sentinel], CALL_TIMEOUT_S) or not self.pipe.poll():
-            raise TimeoutError(f"process {self.process.pid} did not answer in {CALL_TIMEOUT_S} s; exit code {self.process.exitcode}")
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def kill(self) -> None:
-        """SIGKILL; returns when the process is gone."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.join(20.0)
-        assert self.process.exitcode == -signal.SIGKILL
-
-    def end(self) -> None:
-        if self.process.is_alive():
-            self.pipe.send(("end", ()))
-            self.process.join(20.0)
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join(20.0)
 
 
 @contextmanager

@@ -47,6 +47,18 @@ def check_sampling(vocab: int, device: Device, tile: int, rows_of_each: int) -> 
         assert low - NEAR <= float(fractions[i]) <= high + NEAR, place
 
 
+def check_refusal(vocab: int, device: Device, tile: int) -> None:
+    """Logits that are no numbers give -1, wherever they are, and disturb no other row."""
+    rows = torch.randn(7, vocab, generator=device.generator())
+    for row, place, value in ((1, 0, torch.nan), (3, vocab - 1, torch.inf), (5, vocab // 2, -torch.inf)):
+        rows[row, place] = value
+    params = [SamplingParams(max_tokens=1, seed=0, temperature=0.0)] * len(rows)
+    draws = draws_of(params, torch.zeros(len(rows)), device)
+    found = sample(rows.to(device.name), draws, tile, refuse_infinite=True).tolist()
+    expected = rows.argmax(1).tolist()
+    assert found == [-1 if row in (1, 3, 5) else expected[row] for row in range(len(rows))]
+
+
 def draws_of(params: list[SamplingParams], fractions: Tensor, device: Device) -> Draws:
     def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor([getattr(row, name) for row in params], dtype=dtype, device=device.name)

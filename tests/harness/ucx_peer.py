@@ -2,23 +2,21 @@
 
 import multiprocessing as mp
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from harness.cable import enter_network
+from harness.peer_process import PeerProcess
 
 from diptych.kvtransfer.layout import KVLayout
 from diptych.kvtransfer.transport import connect_within
 from diptych.kvtransfer.ucx.transport import UcxTransport
 from diptych.messages.ids import Imm
 from diptych.messages.membership import MemoryDescriptor
-
-CALL_TIMEOUT_S = 60.0
 
 
 def byte_layout(page_bytes: int) -> KVLayout:
@@ -94,44 +92,15 @@ def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float, net
             pipe.send(error)
 
 
-class UcxPeer:
+class UcxPeer(PeerProcess):
     def __init__(self, page_bytes: int, num_pages: int, stall_s: float = 5.0, network: str | None = None) -> None:
         context = mp.get_context("forkserver")              # forks a process that has imported torch, but has no UCX in it yet
         context.set_forkserver_preload(["diptych.kvtransfer.ucx.transport"])
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s, network), daemon=True)
-        self.process.start()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s, network), daemon=True)
+        super().__init__(process, ours, last_word="close")
+        process.start()
         self.descriptor: MemoryDescriptor = self.answer()
-
-    def call(self, method: str, *arguments: object) -> object:
-        self.pipe.send((method, arguments))
-        return self.answer()
-
-    def tell(self, method: str, *arguments: object) -> None:
-        """For what never answers."""
-        self.pipe.send((method, arguments))
-
-    def answer(self) -> object:
-        if not wait([self.pipe, self.process.sentinel], CALL_TIMEOUT_S) or not self.pipe.poll():
-            raise TimeoutError(f"process {self.process.pid} did not answer in {CALL_TIMEOUT_S} s; exit code {self.process.exitcode}")
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def end(self) -> int | None:
-        """Its exit code after an orderly close, or a kill."""
-        if self.process.is_alive():
-            self.pipe.send(("close", ()))
-            self.process.join(20.0)
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join(20.0)
-        return self.process.exitcode
 
 
 @contextmanager

@@ -67,6 +67,8 @@ def test_up_status_chat_down(no_ray: Path) -> None:
     status = json.loads(shown[shown.index("{") : shown.rindex("}") + 1])
     assert status["phase"] == "ready"
     assert "running already" in diptych("up", "spec.yaml", folder=no_ray, code=2)
+    (no_ray / "gpus.yaml").write_text("{name: gpus, model: {path: embedded, device: cuda}, pools: {decode: {workers: 99}}}")
+    assert "the workers need 99 GPU(s)" in diptych("up", "gpus.yaml", folder=no_ray, code=1)
     assert "decode-0" in diptych("status", folder=no_ray)
     assert diptych("chat", "What is a list?", "--api-key", "secret", "--max-tokens", "5", folder=no_ray).strip()
     assert "401" in diptych("chat", "Hi", "--api-key", "wrong", folder=no_ray, code=1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness.decode_inputs_checks import check_decode_inputs
 from harness.interpreter import make_exact
 from harness.kernel_checks import (
     REFERENCE,
@@ -21,7 +22,7 @@ from harness.kernel_checks import (
 )
 from harness.kernel_model import logits_of_steps, random_weights
 from harness.push_checks import check_push
-from harness.sampling_checks import check_sampling
+from harness.sampling_checks import check_refusal, check_sampling
 
 from diptych.kernels.page_push import PushShape
 from diptych.kernels.prefill_attention import PrefillTile
@@ -143,6 +144,15 @@ def test_a_model_over_the_kernels(device: Device) -> None:
     expected, found = (logits_of_steps(ops, weights, device.name) for ops in (REFERENCE, TritonOps(num_sms=4)))
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, 1e-4, device)
+
+
+@pytest.mark.parametrize(("contexts", "num_padding"), [([1], 0), ([16, 17, 1, 300], 3), ([4500], 1)])
+def test_decode_inputs(contexts: list[int], num_padding: int, device: Device) -> None:
+    check_decode_inputs(contexts, num_padding, device)
+
+
+def test_logits_that_are_no_numbers_are_refused(device: Device) -> None:
+    check_refusal(300, device, tile=256)
 
 
 def test_sampling(device: Device) -> None:

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from harness.hopper import Launch, Resources, captured, resources
 
-from diptych.kernels import decode_attention, norms, page_push, prefill_attention, rope_kv, sampling, silu_mul, skinny_linear
+from diptych.kernels import decode_attention, decode_inputs, norms, page_push, prefill_attention, rope_kv, sampling, silu_mul, skinny_linear
 from diptych.kernels.ops import HeadNorms, Paging
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -103,6 +103,15 @@ def test_norms(n: int) -> None:
         norms.add_rms_norm(meta(64, n), meta(64, n), meta(64, n), meta(n), 1e-5)
     for launch in launches:
         assert only_wide_loads(compiled(launch))
+
+
+def test_decode_inputs() -> None:
+    int32, int64 = torch.int32, torch.int64
+    rows = [meta(256, dtype=int64) for _ in range(3)]
+    where = Paging(meta(257, dtype=int32), meta(256, dtype=int32), meta(256, 250, dtype=int32))
+    with captured(decode_inputs, "_inputs_kernel") as launches:
+        decode_inputs.decode_inputs(*rows, where, meta(100_000, dtype=int32), meta(256, dtype=int64), 64)
+    assert compiled(launches[0]).registers <= 64
 
 
 def test_silu_mul() -> None:

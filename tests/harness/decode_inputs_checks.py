@@ -1,0 +1,42 @@
+"""The unpacking of a decode step's upload against the same in plain Python."""
+
+import torch
+from harness.kernel_checks import Device
+
+from diptych.kernels.decode_inputs import HEADER, decode_inputs
+from diptych.kernels.ops import Paging
+
+BLOCK_SIZE = 16
+POISON = -7777
+
+
+def check_decode_inputs(contexts: list[int], num_padding: int, device: Device) -> None:
+    """Every second row's token is on the device. What a table holds past its context, and all of a padding row's, stays as it was."""
+    count, size = len(contexts), len(contexts) + num_padding
+    generator = device.generator()
+    blocks = [torch.randint(0, 10_000, (-(-context // BLOCK_SIZE),), generator=generator).tolist() for context in contexts]
+    sampled = torch.randint(0, 1000, (size,), generator=generator)
+    sampled[0] = -1                                                     # logits that were no numbers
+    sources = [row if row % 2 == 0 else -1 for row in range(count)]
+    given = torch.randint(0, 1000, (count,), generator=generator).tolist()
+    header = torch.zeros(len(HEADER), size, dtype=torch.int32)
+    offsets = [sum(map(len, blocks[:row])) for row in range(count)]
+    for column, values in enumerate((contexts, sources, given, offsets)):
+        header[column, :count] = torch.tensor(values, dtype=torch.int32)
+    flat = torch.tensor([block for row in blocks for block in row], dtype=torch.int32)
+    upload = torch.cat((header.flatten(), flat)).to(device.name)
+
+    token_ids, positions, slots = (torch.full((size,), POISON, device=device.name) for _ in range(3))
+    context_lens = torch.full((size,), POISON, dtype=torch.int32, device=device.name)
+    tables = torch.full((size, max(map(len, blocks)) + 3), POISON, dtype=torch.int32, device=device.name)
+    paging = Paging(torch.arange(size + 1, dtype=torch.int32, device=device.name), context_lens, tables)
+    decode_inputs(token_ids, positions, slots, paging, upload, sampled.to(device.name), BLOCK_SIZE)
+
+    tokens = [max(0, int(sampled[source])) if source >= 0 else token for source, token in zip(sources, given, strict=True)]
+    ends = [(row[(context - 1) // BLOCK_SIZE], (context - 1) % BLOCK_SIZE) for row, context in zip(blocks, contexts, strict=True)]
+    assert token_ids[:count].tolist() == tokens
+    assert positions[:count].tolist() == [context - 1 for context in contexts]
+    assert slots.tolist() == [block * BLOCK_SIZE + offset for block, offset in ends] + [-1] * num_padding
+    assert context_lens.tolist() == contexts + [0] * num_padding
+    for table, row in zip(tables.tolist(), [*blocks, *[[]] * num_padding], strict=True):
+        assert table == row + [POISON] * (len(table) - len(row))
