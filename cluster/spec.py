@@ -87,7 +87,7 @@ class PoolSpec(Section):
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.9      # share of a GPU that a worker takes
     num_blocks: Count | None = None           # instead of kv_memory
     num_threads: Count = 1
-    layer_group: Count = 1
+    layer_group: Count | None = None
     prefix_cache: bool = True
 
 

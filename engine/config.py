@@ -19,7 +19,7 @@ class EngineConfig(Struct, frozen=True):
     max_model_len: int | None = None      # None: the model's own limit
     max_step_tokens: int = 512            # token budget of one step: what chunks prefill
     max_sequences: int = 64               # that take part in one step
-    layer_group: int = 1                  # layers whose pages leave together
+    layer_group: int | None = None        # layers whose pages leave together; None: one on the CPU, an eighth of them all on a GPU
     prefix_cache: bool = True
 
 

@@ -1,7 +1,8 @@
 """The runner of a GPU: queues a step and returns; the tokens stay on the device for the next one.
 
-    launch(plan) ── decodes alone ──► one upload, one CUDA graph (decode_graphs.py) ─┐
-                 └─ any prompt ────► the batch packed and uploaded, kernels one by one ┴─► sampled ──► pinned host memory, event
+    launch(plan) ─┬─ decodes alone ─► one upload, one CUDA graph (decode_graphs.py) ─────┐
+                  ├─ any prompt ────► one upload, some CUDA graphs (prompt_graphs.py) ────┼─► sampled ──► pinned host memory, event
+                  └─ what these do not take ─► one upload, kernel by kernel ──────────────┘
     launch(next plan) … its PENDING tokens are read from `sampled` by row
     outputs.wait() ◄── event
 
@@ -28,6 +29,8 @@ from .decode_graphs import DecodeGraphs, DecodeRow
 from .engine import EngineLimits
 from .model_runner import ChunkOutput, Computed, StepOutputs, logit_span, outputs_of
 from .packing import pack
+from .prompt_graphs import PromptGraphs
+from .prompt_steps import PromptStep
 from .sampler import Sampled, uniform
 from .scheduler import Chunk, StepPlan
 from .sequence import Sequence as Seq
@@ -54,7 +57,7 @@ class Queued:
 class CudaRunner:
     runs_ahead = True
 
-    def __init__(self, model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device) -> None:
+    def __init__(self, model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device, layer_group: int) -> None:
         self._model, self._pool, self._device = model, pool, device
         self._num_layers = pool.layout.num_layers
         self._sampled = torch.zeros(limits.max_sequences, dtype=torch.int64, device=device)
@@ -63,8 +66,10 @@ class CudaRunner:
         self._tokens = [torch.zeros(limits.max_sequences, dtype=torch.int64, pin_memory=True) for _ in range(DEPTH)]
         self._turn = 0
         self._graphs = DecodeGraphs(model, pool, self._sampled, limits.max_sequences, limits.max_model_len)
+        self._prompt_graphs = PromptGraphs(model, pool, self._sampled, limits, layer_group)
         with torch.cuda.device(device):
             self._graphs.capture()
+            self._prompt_graphs.capture()
 
     def needs_tokens(self, sequence: Seq) -> bool:
         sampling = sequence.request.sampling
@@ -81,13 +86,14 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
         chunks, on_host = plan.chunks, any(self.needs_tokens(chunk.sequence) for chunk in plan.chunks)
+        logits: Tensor | None
         if all(chunk.count == 1 and chunk.samples for chunk in chunks) and len(chunks) <= self._graphs.max_batch:
             logits, bounds = self._decode(chunks, on_layer)
         else:
             logits, bounds = self._prefill(chunks, on_layer, sampled_here=not on_host)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         self._row_of = {sequence: row for row, sequence in enumerate(sampling)}
-        return self._on_host(chunks, logits, bounds) if on_host else self._queue(chunks, len(sampling))
+        return self._on_host(chunks, logits, bounds) if logits is not None and on_host else self._queue(chunks, len(sampling))
 
     def replay_last(self, num_sequences: int) -> None:
         """Queues the graph of that batch once more, on what it was last given: for a benchmark."""
@@ -117,28 +123,37 @@ class CudaRunner:
 
     def _prefill(
         self, chunks: Sequence[Chunk], on_layer: Callable[[int], None] | None, sampled_here: bool
-    ) -> tuple[Tensor, Sequence[int]]:
-        """→ logits [R, vocab], and where each chunk's begin in them."""
+    ) -> tuple[Tensor | None, Sequence[int]]:
+        """→ logits [R, vocab], and where each chunk's begin in them; None: they were sampled."""
         spans = [logit_span(chunk) for chunk in chunks]
+        step = self._prompt_step(chunks, spans)
+        if sampled_here and (shape := self._prompt_graphs.shape_of(step)) is not None:
+            self._prompt_graphs.replay(shape, step, on_layer)
+            return None, ()
+        return self._kernel_by_kernel(step, on_layer, sampled_here), [0, *accumulate(len(span) for span in spans)]
+
+    def _prompt_step(self, chunks: Sequence[Chunk], spans: Sequence[range]) -> PromptStep:
         packed = pack(chunks, spans, self._pool.layout.block_size)
         pending = [i for i, chunk in enumerate(chunks) if chunk.samples and chunk.sequence.is_pending]
         rows = packed.query_starts[1:][pending].astype(np.int64) - 1          # a pending token is its chunk's last
         sources = np.array([self._row_of[chunks[i].sequence] for i in pending], dtype=np.int64)
+        return PromptStep(packed, rows, sources, *_draws([chunk for chunk in chunks if chunk.samples]))
+
+    def _kernel_by_kernel(self, step: PromptStep, on_layer: Callable[[int], None] | None, sampled_here: bool) -> Tensor:
+        packed = step.packed
         arrays = [packed.token_ids, packed.positions, packed.slots, packed.query_starts, packed.context_lens, packed.block_tables]
-        draws = _draws([chunk for chunk in chunks if chunk.samples])
-        uploaded = self._staging.upload([*arrays, packed.logit_rows, rows, sources, *draws])
+        uploaded = self._staging.upload([*arrays, packed.logit_rows, step.pending_rows, step.sources, step.real, step.top_k])
+        pending_rows, sources, real, top_k = uploaded[7:]
         token_ids, positions, slots, starts, contexts, tables, logit_rows = uploaded[:7]
-        single = any(chunk.count == 1 for chunk in chunks)
-        batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, has_single_rows=single)
-        rows_there, sources_there, real, top_k = uploaded[7:]
-        if pending:
-            batch.token_ids[rows_there] = self._sampled[sources_there].clamp_min(0)
+        batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, step.has_single_rows)
+        if len(sources):
+            batch.token_ids[pending_rows] = self._sampled[sources].clamp_min(0)
         logits = self._model.forward(batch, self._pool.tensor, on_layer)
         if sampled_here and len(logits):
             temperature, top_p, min_p, fraction = real
             tokens = sample(logits, Draws(temperature, top_k, top_p, min_p, fraction), refuse_infinite=True)
             self._sampled[: len(tokens)] = tokens
-        return logits, [0, *accumulate(len(span) for span in spans)]
+        return logits
 
     def _on_host(self, chunks: Sequence[Chunk], logits: Tensor, bounds: Sequence[int]) -> Computed:
         outputs = outputs_of(chunks, logits, bounds)

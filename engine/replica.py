@@ -1,6 +1,7 @@
 """From a WorkerConfig to one model replica with its memory. Fails before anything large is allocated, where it can."""
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ NUM_SAMPLES = 64                # of a weights file, evenly spread
 SAMPLE_BYTES = 64 << 10
 DEFAULT_KV_BYTES = 256 << 20      # on the CPU
 CALIBRATION_S = 0.25              # to measure steps before anything is served
+GPU_LAYER_GROUPS = 8               # a push takes the host as long as it takes the GPU to compute a layer or two
 GPU_CALIBRATION_S = 3.0           # whose longest steps take a fifth of a second
 
 
@@ -38,6 +40,7 @@ class Replica:
     engine: Engine
     pool: KVPool
     transport: TransportBundle
+    layer_group: int                          # layers whose pages leave together
     step_model: StepModel = PRIOR             # of this model on this device, as far as is known before anything is served
 
 
@@ -67,19 +70,21 @@ def build_replica(config: WorkerConfig, transport: TransportBundle | None = None
     limits = _limits(engine, model_config, num_blocks)
     transport = transport or make_transports(config.transports, Owner(config.cluster, config.worker_id, config.epoch, engine.device))
     pool = transport.allocate(layout, num_blocks)
-    runner, budget_s = _runner(model, pool, limits, device), CALIBRATION_S
+    layer_group = engine.layer_group or (1 if device.type == "cpu" else math.ceil(layout.num_layers / GPU_LAYER_GROUPS))
+    runner, budget_s = _runner(model, pool, limits, device, layer_group), CALIBRATION_S
     if device.type == "cuda":
         warm_up(runner, limits)
         budget_s = GPU_CALIBRATION_S
-    return Replica(Engine(runner, num_blocks, limits), pool, transport, calibrate(runner, limits, time.monotonic, budget_s))
+    step_model = calibrate(runner, limits, time.monotonic, budget_s)
+    return Replica(Engine(runner, num_blocks, limits), pool, transport, layer_group, step_model)
 
 
-def _runner(model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device) -> ModelRunner:
+def _runner(model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device, layer_group: int) -> ModelRunner:
     if device.type == "cpu":
         return TorchRunner(model, pool, device)
     from .cuda_runner import CudaRunner  # needs Triton
 
-    return CudaRunner(model, pool, limits, device)
+    return CudaRunner(model, pool, limits, device, layer_group)
 
 
 def _device(engine: EngineConfig) -> torch.device:

@@ -17,13 +17,13 @@ ALIGNMENT = 16           # bytes
 class Staging:
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._device = device
-        self._buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(DEPTH)]
-        self._turn = 0
+        self.buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(DEPTH)]
+        self.turn = 0
 
     def next(self) -> torch.Tensor:
         """The buffer whose turn it is: uint8, pinned."""
-        self._turn = (self._turn + 1) % DEPTH
-        return self._buffers[self._turn]
+        self.turn = (self.turn + 1) % DEPTH
+        return self.buffers[self.turn]
 
     def upload(self, arrays: Sequence[NDArray[Any]]) -> list[torch.Tensor]:
         """All arrays in one copy, queued on the current stream → their twins on the device, views of one new tensor."""
@@ -44,7 +44,7 @@ class Staging:
     def _buffer_for(self, num_bytes: int) -> torch.Tensor:
         buffer = self.next()
         if num_bytes > len(buffer):
-            self._buffers[self._turn] = buffer = torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=True)
+            self.buffers[self.turn] = buffer = torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=True)
         return buffer
 
 

@@ -25,7 +25,7 @@ class PrefillWorker(Worker):
             transport=self.replica.transport,
             pool=self.replica.pool,
             timeout_s=self.config.handoff_timeout_s,
-            layer_group=self.config.engine.layer_group,
+            layer_group=self.replica.layer_group,
             on_end=self._handoff_ended,
         )
         self._prober = LinkProber(

@@ -96,7 +96,7 @@ class FakeCluster:
         transport = self.fabric.transport(name)
         pool = transport.allocate(fake_layout(BLOCK_SIZE), self.num_blocks)
         limits = EngineLimits(BLOCK_SIZE, self.num_blocks * BLOCK_SIZE, self.max_step_tokens, max_sequences=4)
-        replica = Replica(Engine(FakeRunner(pool), self.num_blocks, limits), pool, TransportBundle([transport]))
+        replica = Replica(Engine(FakeRunner(pool), self.num_blocks, limits), pool, TransportBundle([transport]), layer_group=1)
         self.transports[worker_id] = transport
         transport.page_s = PAGE_S if self.floor else 0.0
         config = WorkerConfig("fake", worker_id, Epoch(self._epoch), EngineConfig("none"), handoff_timeout_s=TIMEOUT_S)

@@ -43,7 +43,7 @@ def make_worker(config: WorkerConfig, role: Role, post: ZmqPost) -> Worker:
     transport = make_transports(config.transports, Owner(config.cluster, config.worker_id, config.epoch, "cpu"))
     pool = transport.allocate(fake_layout(BLOCK_SIZE), NUM_BLOCKS)
     limits = EngineLimits(BLOCK_SIZE, NUM_BLOCKS * BLOCK_SIZE, max_step_tokens=16, max_sequences=8)
-    replica = Replica(Engine(FakeRunner(pool), NUM_BLOCKS, limits), pool, transport)
+    replica = Replica(Engine(FakeRunner(pool), NUM_BLOCKS, limits), pool, transport, layer_group=1)
     return (PrefillWorker if role is Role.PREFILL else DecodeWorker)(config, post, replica)
 
 

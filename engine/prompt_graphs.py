@@ -1,0 +1,119 @@
+"""Steps with prompts as CUDA graphs: one upload and a few launches, where the layers one by one take the host eleven launches each.
+
+    pack (host) ──copy──► inputs ──► [ layers 0 … g-1 ] [ g … 2g-1 ] … [ head ─► sample ] ──► sampled
+                                            └─ on_layer ──┘
+
+A shape of prompts alone (`prompt_steps.py`) is cut into a graph for each group of layers, so that their pages can leave between.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.sampling import Draws, sample
+from ..kvtransfer.transport import KVPool
+from ..models.batch import ForwardBatch
+from ..models.transformer import Transformer
+from .engine import EngineLimits
+from .prompt_steps import PromptStep, StepInputs, StepShape, fill, inputs_within, shape_for, step_shapes
+from .staging import Staging
+
+
+@dataclass(frozen=True)
+class _Captured:
+    pieces: list[torch.cuda.CUDAGraph]
+    layers: list[int]                    # after which each piece but the last ends
+    inputs: list[StepInputs[NDArray[Any]]]      # one for each buffer of the staging
+    num_bytes: int
+
+
+class PromptGraphs:
+    """`sampled` [max_sequences] int64 on the device: the tokens of the step before; -1 where logits were not finite."""
+
+    def __init__(self, model: Transformer, pool: KVPool, sampled: Tensor, limits: EngineLimits, layer_group: int) -> None:
+        self._model, self._pool, self._sampled = model, pool, sampled
+        self._layer_group = layer_group
+        self._max_blocks = -(-limits.max_model_len // limits.block_size)
+        self.shapes = step_shapes(limits.max_step_tokens, limits.max_sequences)
+        endless = torch.empty(1 << 50, dtype=torch.uint8, device="meta")
+        num_bytes = max(inputs_within(endless, shape, self._max_blocks)[1] for shape in self.shapes)
+        self._staging = Staging(num_bytes, sampled.device)
+        self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=sampled.device)
+        self._captured: dict[StepShape, _Captured] = {}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """All shapes, the largest first: the others fit into its memory."""
+        memory = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()                        # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for shape in reversed(self.shapes):
+                self._captured[shape] = self._capture(shape, memory)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def shape_of(self, step: PromptStep) -> StepShape | None:
+        return shape_for(self.shapes, len(step.packed.token_ids), len(step.packed.context_lens), step.has_single_rows)
+
+    def replay(self, shape: StepShape, step: PromptStep, on_layer: Callable[[int], None] | None) -> None:
+        """Queues the step; its R tokens are then the first in `sampled`."""
+        captured = self._captured[shape]
+        host = self._staging.next()
+        fill(captured.inputs[self._staging.turn], step)
+        self._buffer[: captured.num_bytes].copy_(host[: captured.num_bytes], non_blocking=True)
+        *pieces, last = captured.pieces
+        for piece, layer in zip(pieces, captured.layers, strict=True):
+            piece.replay()
+            if on_layer is not None:
+                on_layer(layer)
+        last.replay()
+        if on_layer is not None and not captured.layers:
+            on_layer(self._pool.layout.num_layers - 1)
+
+    def _capture(self, shape: StepShape, memory: Any) -> _Captured:
+        inputs, num_bytes = inputs_within(self._buffer, shape, self._max_blocks)
+        self._buffer.zero_()
+        inputs.slots.fill_(-1)
+        self._step(inputs, shape, None)                     # compiles, and lets cuBLAS choose
+        torch.cuda.current_stream().synchronize()
+        last = self._pool.layout.num_layers - 1
+        pieces, layers = [torch.cuda.CUDAGraph()], list[int]()
+
+        def cut(layer: int) -> None:
+            if not shape.has_single_rows and ((layer + 1) % self._layer_group == 0 or layer == last):
+                pieces[-1].capture_end()
+                layers.append(layer)
+                pieces.append(torch.cuda.CUDAGraph())
+                pieces[-1].capture_begin(pool=memory)
+
+        pieces[-1].capture_begin(pool=memory)
+        self._step(inputs, shape, cut)
+        pieces[-1].capture_end()
+        hosts = [_arrays(inputs_within(buffer, shape, self._max_blocks)[0]) for buffer in self._staging.buffers]
+        return _Captured(pieces, layers, hosts, num_bytes)
+
+    def _step(self, inputs: StepInputs[Tensor], shape: StepShape, on_layer: Callable[[int], None] | None) -> None:
+        if shape.has_single_rows:
+            inputs.token_ids.scatter_(0, inputs.pending_rows, self._sampled[inputs.sources].clamp_min(0))
+        batch = ForwardBatch(
+            token_ids=inputs.token_ids[: shape.tokens],
+            positions=inputs.positions,
+            slots=inputs.slots,
+            query_starts=inputs.query_starts,
+            context_lens=inputs.context_lens,
+            block_tables=inputs.block_tables,
+            logit_rows=inputs.logit_rows,
+            has_single_rows=shape.has_single_rows,
+        )
+        logits = self._model.forward(batch, self._pool.tensor, on_layer)
+        temperature, top_p, min_p, fraction = inputs.real
+        tokens = sample(logits, Draws(temperature, inputs.top_k, top_p, min_p, fraction), refuse_infinite=True)
+        self._sampled[: shape.sequences].copy_(tokens)
+
+
+def _arrays(inputs: StepInputs[Tensor]) -> StepInputs[NDArray[Any]]:
+    return StepInputs(**{name: tensor.numpy() for name, tensor in vars(inputs).items()})
