@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .attention_tile import attend_tile
 from .ops import Paging
+from .overlap import after_predecessor, overlapping
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 128
@@ -79,12 +80,12 @@ def decode_attention(
         out.stride(0), out.stride(1), q.stride(0), q.stride(1), paging.block_tables.stride(0), kv_pool.stride(0), layer * kv_pool.stride(1),
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), SPLIT=splits > 1, WINDOW=window,
         TILE=tile.keys, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, WIDTH=width,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **overlapping(),
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_sequences, num_heads)](
             out, partial, log_sums, paging.query_starts, out.stride(0), out.stride(1), splits,
-            SPLITS=triton.next_power_of_2(splits), HEAD_DIM=head_dim, WIDTH=width, num_warps=4,
+            SPLITS=triton.next_power_of_2(splits), HEAD_DIM=head_dim, WIDTH=width, num_warps=4, **overlapping(),
         )  # fmt: skip
 
 
@@ -94,7 +95,9 @@ def _decode_kernel(
     out_row_stride, out_head_stride, q_row_stride, q_head_stride, table_stride, block_stride, layer_offset,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor(PDL)
     sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     row = tl.load(query_starts + sequence).to(tl.int64)
@@ -143,9 +146,10 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
     out, partial, log_sums, query_starts, out_row_stride, out_head_stride, splits,
-    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequence, head). A split with nothing to add has the logarithm -inf; a sequence with nothing at all becomes zeros."""
+    after_predecessor(PDL)
     sequence, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row = tl.load(query_starts + sequence).to(tl.int64)
     if tl.load(query_starts + sequence + 1) - row != 1:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .ops import Paging
+from .overlap import after_predecessor, overlapping
 
 HEADER = ("context", "source", "token", "offset", "temperature", "top_k", "top_p", "min_p", "fraction")
 """Columns. `source` is -1 for a token that is given; `offset` is where the row's block ids begin after the header. The last five are
@@ -31,15 +32,16 @@ def decode_inputs(
     """
     _inputs_kernel[(len(token_ids),)](
         token_ids, positions, slots, paging.context_lens, paging.block_tables, upload, sampled, paging.block_tables.stride(0),
-        BLOCK_SIZE=block_size, COLUMNS=len(HEADER), TILE=TILE, num_warps=4,
+        BLOCK_SIZE=block_size, COLUMNS=len(HEADER), TILE=TILE, num_warps=4, **overlapping(),
     )  # fmt: skip
 
 
 @triton.jit
 def _inputs_kernel(
     token_ids, positions, slots, context_lens, block_tables, upload, sampled, table_stride,
-    BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor(PDL)
     row, rows = tl.program_id(0), tl.num_programs(0)
     context = tl.load(upload + row)
     source = tl.load(upload + rows + row)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import after_predecessor, overlapping
+
 ELEMENTS_PER_PROGRAM = 2048       # short rows (a head's q or k) share a program
 
 
@@ -39,7 +41,7 @@ def _launch(
     rows = max(1, ELEMENTS_PER_PROGRAM // width)
     _norm_kernel[(triton.cdiv(num_rows, rows),)](
         out, x, bias, residual, weight, num_rows, eps, out.stride(0), x.stride(-2), residual.stride(0),
-        ADD=add, PARTS=parts, ROWS=rows, N=n, WIDTH=width, num_warps=min(16, max(4, width // 512)),
+        ADD=add, PARTS=parts, ROWS=rows, N=n, WIDTH=width, num_warps=min(16, max(4, width // 512)), **overlapping(),
     )  # fmt: skip
 
 
@@ -47,7 +49,9 @@ def _launch(
 def _norm_kernel(
     out, x, bias, residual, weight, num_rows, eps, out_stride, x_stride, residual_stride,
     ADD: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor(PDL)
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = tl.arange(0, WIDTH)[None, :]
     there = (rows < num_rows) & (columns < N)

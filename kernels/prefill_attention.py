@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .attention_tile import attend_tile
 from .decode_attention import LOG2_E
 from .ops import Paging
+from .overlap import after_predecessor, overlapping
 from .prefill_pages import attend_pages
 
 
@@ -90,6 +91,7 @@ def prefill_attention(
         TILE=tile.keys, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
         PAGES=tile.pages,
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
+        **overlapping(),
     )  # fmt: skip
 
 
@@ -112,8 +114,9 @@ def _prefill_kernel(
     out_row_stride, out_head_stride, q_row_stride, q_head_stride, table_stride, block_stride, layer_offset,
     QUERIES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAGES: tl.constexpr,
+    PAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor(PDL)
     kv_head, kv_heads = tl.program_id(0), tl.num_programs(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     sequence = _sequence_of(tile, query_starts, num_sequences, QUERIES)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .ops import HeadNorms
+from .overlap import after_predecessor, overlapping
 
 MAX_HEADS = 8                 # of a program
 
@@ -53,7 +54,7 @@ def _launch(
         0 if kv_pool is None else layer * kv_pool.stride(1), 0 if kv_pool is None else kv_pool.stride(0),
         num_heads, kv_heads, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         HEADS=heads, BLOCK_SIZE=1 if kv_pool is None else kv_pool.shape[4],
-        HEAD_DIM=head_dim, HALF_WIDTH=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        HEAD_DIM=head_dim, HALF_WIDTH=triton.next_power_of_2(head_dim // 2), num_warps=1, **overlapping(),
     )  # fmt: skip
 
 
@@ -61,9 +62,10 @@ def _launch(
 def _rope_kernel(
     q, k, v, q_norm, k_norm, eps, positions, cos_sin, kv_pool, slots, kv_scales, layer_offset, block_stride,
     num_heads, kv_heads, q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
-    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (token, chunk of heads): first the chunks of q, then those of k, then those of v."""
+    after_predecessor(PDL)
     token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q_chunks, kv_chunks = tl.cdiv(num_heads, HEADS), tl.cdiv(kv_heads, HEADS)
     if chunk < q_chunks:

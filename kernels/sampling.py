@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import after_predecessor, overlapping
+
 TILE = 8192
 NUM_WARPS = 16
 
@@ -45,14 +47,17 @@ def sample(logits: Tensor, draws: Draws, tile: int = TILE, refuse_infinite: bool
         _sample_kernel[(len(logits),)](
             token_ids, logits, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.fraction,
             logits.shape[1], logits.stride(0), REFUSE_INFINITE=refuse_infinite, TILE=tile, num_warps=NUM_WARPS,
+            **overlapping(),
         )  # fmt: skip
     return token_ids
 
 
 @triton.jit
 def _sample_kernel(
-    token_ids, logits, temperature, top_k, top_p, min_p, fraction, vocab, row_stride, REFUSE_INFINITE: tl.constexpr, TILE: tl.constexpr
+    token_ids, logits, temperature, top_k, top_p, min_p, fraction, vocab, row_stride,
+    REFUSE_INFINITE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor(PDL)
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     heat, k = tl.load(temperature + row), tl.load(top_k + row)

@@ -6,17 +6,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import after_predecessor, overlapping
+
 COLUMNS = 1024
 
 
 def silu_mul(out: Tensor, gate_up: Tensor) -> None:
     """out [rows, n], gate_up [rows, 2n]; the last dimension is contiguous."""
     num_rows, n = out.shape
-    _silu_mul_kernel[(num_rows, triton.cdiv(n, COLUMNS))](out, gate_up, n, out.stride(0), gate_up.stride(0), COLUMNS=COLUMNS, num_warps=4)
+    _silu_mul_kernel[(num_rows, triton.cdiv(n, COLUMNS))](
+        out, gate_up, n, out.stride(0), gate_up.stride(0), COLUMNS=COLUMNS, num_warps=4, **overlapping()
+    )
 
 
 @triton.jit
-def _silu_mul_kernel(out, gate_up, n, out_stride, gate_up_stride, COLUMNS: tl.constexpr):
+def _silu_mul_kernel(out, gate_up, n, out_stride, gate_up_stride, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+    after_predecessor(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = columns < n
