@@ -8,6 +8,7 @@ at its counter without a pause, has seen all pages. Paths take turns and never r
 
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,9 +17,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from msgspec import Struct
 from rich.console import Console
-from rich.table import Table
 
 from ...kvtransfer.selection import KINDS
 from ...kvtransfer.transport import IdArray
@@ -27,51 +26,16 @@ from . import transfer_nixl
 from .errors import TransferBenchError
 from .transfer_load import PREFILL_KV_BYTES
 from .transfer_peer import Path, Remote, remote
+from .transfer_rows import BURST, LoadRow, TransferReport, TransferRow, print_report
 
 CASES = [(4 << 10, 4096), (32 << 10, 2048), (64 << 10, 2048), (256 << 10, 1024)]        # page bytes, pages of a call
 QUICK_SHARE = 16
-BURST = 16
 ROUNDS, LATENCIES = 7, 200
 QUICK_ROUNDS, QUICK_LATENCIES = 3, 20
 LOAD_CASE = (64 << 10, 2048)
 LOAD_ROUNDS = 5
 PREFILL_LAYERS, DECODE_STEPS = 64, 60
-FLOODING_WRITES = 8             # of LOAD_CASE, which last longer than one piece of work beside them
-
-
-class TransferRow(Struct, frozen=True):
-    path: str
-    page_bytes: int
-    num_pages: int            # of a call
-    call_gbps: float          # one call at a time; this and the other figures are medians unless they say otherwise
-    burst_gbps: float         # BURST calls in a row
-    busy_gbps: float | None   # one call, over the time that the transport itself counts (nvlink: between events of its stream)
-    page_us: float            # one page, from the call until it is counted
-    page_p99_us: float
-    page_call_us: float       # of that: until `write_pages` returned
-    page_busy_us: float | None      # of that: moving, as the transport counts
-    call_us: float            # one whole call, until all is counted
-    call_call_us: float
-    burst_call_us: float      # until a call of a burst returned, mean: the host without pauses
-
-
-class LoadRow(Struct, frozen=True):
-    path: str
-    work: str
-    alone_ms: float           # one piece of work, median
-    beside_ms: float          # the same while pages flow
-
-    @property
-    def slow_down(self) -> float:
-        return self.beside_ms / self.alone_ms - 1
-
-
-class TransferReport(Struct, frozen=True):
-    machine: str
-    versions: str
-    rows: list[TransferRow]
-    loads: list[LoadRow]
-    skipped: dict[str, str]         # transport → why
+FLOODING_WRITES = 5             # of LOAD_CASE, which last longer than one piece of work beside them
 
 
 @dataclass(frozen=True)
@@ -104,7 +68,7 @@ def run_transfer_bench(bench: TransferBench, console: Console) -> TransferReport
                 loads += pair.loads()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report = TransferReport(", ".join(devices) or "CPU", _versions(), rows, loads, skipped)
-    _print(report, console)
+    print_report(report, console)
     return report
 
 
@@ -182,6 +146,7 @@ class Pair:
         )
 
     def _open(self, page_bytes: int, num_pages: int) -> None:
+        self._writer.call("close")                              # a pool is freed when nobody maps it any more
         self._receiver.tell("open", page_bytes, num_pages)
         self._writer.call("open", page_bytes, num_pages)
         self._writer.call("connect", self._receiver.answer())
@@ -204,26 +169,34 @@ class Pair:
         here, there = _shuffled(num_pages, 1), _shuffled(num_pages, 2)
         of_a_layer = PREFILL_KV_BYTES // page_bytes
         self._writer.call("prepare", here[:of_a_layer], there[:of_a_layer])
-        ours = self._beside_own("sender: prefill that sends its KV", 1, in_order=True)
+        ours = self._beside_own("sender: prefill that sends its KV", 1, PREFILL_KV_BYTES, in_order=True)
         self._writer.call("prepare", here, there)
-        flooded = self._beside_own("sender: prefill, pages without a pause", FLOODING_WRITES, in_order=False)
+        flooded = self._beside_own("sender: prefill, pages without a pause", FLOODING_WRITES, page_bytes * num_pages, in_order=False)
         return [ours, flooded, self._beside_arriving()]
 
-    def _beside_own(self, work: str, num_writes: int, in_order: bool) -> LoadRow:
-        alone, beside = [], []
+    def _beside_own(self, work: str, num_writes: int, num_bytes: int, in_order: bool) -> LoadRow:
+        alone, beside, speeds = [], [], []
         for _ in range(LOAD_ROUNDS):
-            alone.append(self._writer.call("compute", "prefill", PREFILL_LAYERS, 0, in_order))
-            beside.append(self._writer.call("compute", "prefill", PREFILL_LAYERS, num_writes, in_order))
-        return LoadRow(self._path.name, work, statistics.median(alone), statistics.median(beside))
+            alone.append(self._writer.call("compute", "prefill", PREFILL_LAYERS, 0, in_order).ms)
+            computed = self._writer.call("compute", "prefill", PREFILL_LAYERS, num_writes, in_order)
+            beside.append(computed.ms)
+            speeds.append(PREFILL_LAYERS * num_writes * num_bytes / computed.busy_s / 1e9)
+        return LoadRow(self._path.name, work, *map(statistics.median, (alone, beside, speeds)))
 
     def _beside_arriving(self) -> LoadRow:
-        alone, beside = [], []
+        """GB/s between two looks at the receiver's counter: they fall if the flood ends before the work does."""
+        alone, beside, speeds = [], [], []
         for _ in range(LOAD_ROUNDS):
-            alone.append(self._receiver.call("compute", "decode", DECODE_STEPS, 0, False))
-            self._writer.call("write", FLOODING_WRITES * DECODE_STEPS // 4)
-            beside.append(self._receiver.call("compute", "decode", DECODE_STEPS, 0, False))
+            alone.append(self._receiver.call("compute", "decode", DECODE_STEPS, 0, False).ms)
+            self._receiver.call("reset")
+            self._writer.call("write", FLOODING_WRITES * DECODE_STEPS)
+            before, started = self._receiver.call("num_counted"), time.monotonic()
+            beside.append(self._receiver.call("compute", "decode", DECODE_STEPS, 0, False).ms)
+            num_pages = self._receiver.call("num_counted") - before
+            speeds.append(num_pages * LOAD_CASE[0] / (time.monotonic() - started) / 1e9)
             self._writer.call("stop")
-        return LoadRow(self._path.name, "receiver: decode's copies while pages arrive", statistics.median(alone), statistics.median(beside))
+        work = "receiver: decode's copies while pages arrive"
+        return LoadRow(self._path.name, work, *map(statistics.median, (alone, beside, speeds)))
 
 
 @dataclass(frozen=True)
@@ -266,24 +239,3 @@ def _versions() -> str:
         with suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
     return ", ".join(found)
-
-
-def _print(report: TransferReport, console: Console) -> None:
-    console.print(f"{report.machine}, {report.versions}", highlight=False)
-    table = Table("path", "page", "pages", "one call", f"burst of {BURST}", "moving", "one page, µs", "p99", title="GB/s and latency")
-    columns = "one page: returned", "moving", "counted", "one call: returned", "counted", "burst: returned"
-    split = Table("path", "page", *columns, title="µs from the call on")
-    for row in report.rows:
-        page = f"{row.page_bytes >> 10} KiB"
-        busy = "" if row.busy_gbps is None else f"{row.busy_gbps:.2f}"
-        speeds = f"{row.call_gbps:.2f}", f"{row.burst_gbps:.2f}", busy
-        table.add_row(row.path, page, str(row.num_pages), *speeds, f"{row.page_us:.0f}", f"{row.page_p99_us:.0f}")
-        moving = "" if row.page_busy_us is None else f"{row.page_busy_us:.0f}"
-        whole = f"{row.call_call_us:.0f}", f"{row.call_us:.0f}", f"{row.burst_call_us:.0f}"
-        split.add_row(row.path, page, f"{row.page_call_us:.0f}", moving, f"{row.page_us:.0f}", *whole)
-    console.print(table, split)
-    if report.loads:
-        loads = Table("path", "work", "alone, ms", "beside pages, ms", "slower by")
-        for load in report.loads:
-            loads.add_row(load.path, load.work, f"{load.alone_ms:.3f}", f"{load.beside_ms:.3f}", f"{load.slow_down:.1%}")
-        console.print(loads)

@@ -34,6 +34,7 @@ class NixlEnd:
         self._module, self._name = module, name
         self._num_opened = 0
         self._agent: Any = None
+        self._pool: torch.Tensor | None = None
         self._requests: list[Any] = []
         self._prepared: list[Any] = []
 
@@ -41,9 +42,9 @@ class NixlEnd:
         self.close()
         self._num_opened += 1
         self._agent = self._module.nixl_agent(f"{self._name}-{self._num_opened}")
-        self._pool = torch.zeros(page_bytes * num_pages, dtype=torch.uint8, device=self._device)
-        self._registered = self._agent.register_memory(self._pool)
-        self._pages = [(self._pool.data_ptr() + i * page_bytes, page_bytes, 0) for i in range(num_pages)]
+        self._pool = pool = torch.zeros(page_bytes * num_pages, dtype=torch.uint8, device=self._device)
+        self._registered = self._agent.register_memory(pool)
+        self._pages = [(pool.data_ptr() + i * page_bytes, page_bytes, 0) for i in range(num_pages)]
         self._num_pages, self._num_counted = num_pages, 0
         return self._agent.get_agent_metadata(), self._pages
 

@@ -12,14 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from msgspec import Struct
 
 from ...kvtransfer.layout import KVLayout
 from ...kvtransfer.selection import KINDS, Owner
-from ...kvtransfer.transport import IdArray, Peer, Transport, connect_within
+from ...kvtransfer.transport import IdArray, KVPool, Peer, Transport, connect_within
 from ...messages.errors import DiptychError
 from ...messages.ids import Epoch, Imm, WorkerId
 from ...messages.membership import MemoryDescriptor
@@ -36,6 +36,11 @@ class Written(Struct, frozen=True):
 
     started_s: float
     returned_s: float
+
+
+class Computed(Struct, frozen=True):
+    ms: float                                   # of one piece of work
+    busy_s: float                               # of the writes beside it all
 
 
 class Path(Struct, frozen=True):
@@ -94,7 +99,8 @@ class TransportEnd:
         self._epoch += 1
         self._transport, self._busy_s = self._make(), 0.0
         layout = KVLayout("bytes", torch.uint8, num_layers=1, num_kv_heads=1, head_dim=page_bytes // 32, block_size=16)
-        return self._transport.register(self._transport.allocate(layout, num_pages))
+        self._pool: KVPool | None = self._transport.allocate(layout, num_pages)
+        return self._transport.register(self._pool)
 
     def _make(self) -> Transport:
         owner = Owner(self._cluster, self._name, Epoch(self._epoch), self._path.device)
@@ -104,7 +110,7 @@ class TransportEnd:
         from ...kvtransfer.nvlink.transport import NvlinkTransport
 
         shape = PushShape(self._path.programs or DEFAULT_SHAPE.num_programs)
-        engine = "copy" if self._path.copy_engines else "sm"
+        engine: Literal["copy", "sm"] = "copy" if self._path.copy_engines else "sm"
         return NvlinkTransport(owner.cluster, owner.worker_id, owner.epoch, torch.device("cuda"), engine, shape)
 
     def connect(self, descriptor: MemoryDescriptor) -> None:
@@ -142,19 +148,21 @@ class TransportEnd:
                 raise TransferBenchError(f"{landed} of {num_pages} pages over {self._path.name} after {COUNT_TIMEOUT_S} s")
         return time.monotonic()
 
-    def compute(self, kind: str, num_times: int, writes_each: int, in_order: bool) -> float:
-        """Milliseconds of one piece of work beside `writes_each` writes that it starts."""
+    def num_counted(self) -> int:
+        assert self._transport is not None
+        return self._transport.num_landed(IMM)
+
+    def compute(self, kind: str, num_times: int, writes_each: int, in_order: bool) -> Computed:
+        """`writes_each` writes are started by each piece of work."""
         from .transfer_load import compute_ms
 
         ms = compute_ms(kind, num_times, (lambda: self.write(writes_each)) if writes_each else None, in_order)
-        if writes_each:
-            self.stop()
-        return ms
+        return Computed(ms, self.stop() if writes_each else 0.0)
 
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
-            self._transport = self._peer = None
+            self._transport = self._peer = self._pool = None
 
 
 def _serve(pipe: "Connection[Any, Any]", path: Path, cluster: str, name: str, gpu: str | None) -> None:
