@@ -2,8 +2,8 @@
 
     command ──(method, arguments)──► process: an End ──► answer, or what it raised
 
-Processes are spawned, and each sees one GPU only, as under Ray. The command itself starts no CUDA. Instants are of the monotonic clock,
-which all processes of a host share.
+Processes are spawned, and each sees one GPU only, as under Ray; the command starts no CUDA while they run. Instants are of the monotonic
+clock, which all processes of a host share.
 """
 
 import multiprocessing as mp
