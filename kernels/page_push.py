@@ -1,36 +1,33 @@
 """Copies scattered pages of one KV pool into another pool, which may be a peer GPU's, and then counts them in the receiver's host memory.
 
-    tile 0, P, 2P …  ─► program 0 ─┐ each: stores; barrier; release on `arrived`
-    tile 1, P + 1 …  ─► program 1 ─┼─► the last one to arrive: count += number of pages
-    …                              ┘
+    tiles 0 … n     ─► program 0 ─┐ each: its page ids; its stores; barrier; release on `arrived`
+    tiles n + 1 …   ─► program 1 ─┼─► the last one to arrive: count += number of pages
+    …                             ┘
 
-P programs take all tiles in turn, so P bounds how many SMs the copy occupies. A tile is a part of one page, or several whole pages where
+P programs share all tiles, so P bounds how many SMs the copy occupies. A tile is a part of one page, or several whole pages where
 those are small: what a program has in flight, and so its share of the link's speed, does not depend on the page size. The next tile is read
-before the last one is stored. The count never runs ahead: the arrivals are acquire-release at system scope, and a barrier before each
-makes it stand for all of its program's stores. Programs of one launch share `arrived`: launches that share it must follow each other.
+before the last one is stored. The page ids may be in host memory: each program first fetches those of its own tiles, in one go, into device
+memory beside it, so that no copy of them has to come before the kernel.
+
+The count never runs ahead: the arrivals are acquire-release at system scope, and a barrier before each makes it stand for all of its
+program's stores. Programs of one launch share `arrived`: launches that share it must follow each other.
+
+A launch through Triton looks its kernel up by the arguments: most of the host's time for one page. `PagePush` has done that once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 WORD_BYTES = 8
 VECTOR_BYTES = 16              # of a thread's load or store
-
-
-class Addressable(Protocol):
-    """A tensor, or an address that is none of torch's."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def data_ptr(self) -> int: ...
+ALIGNMENT = 16                 # of addresses; Triton's name for it is "D"
+IDS_AT_ONCE = 512              # of each side
 
 
 @dataclass(frozen=True)
@@ -49,70 +46,118 @@ DEFAULT_SHAPE = PushShape()
 
 
 @dataclass(frozen=True)
+class IdBuffers:
+    """[2 × num_pages] int64 each: the pages here, then those there."""
+
+    ids: Tensor                        # in memory of the device or mapped for it
+    scratch: Tensor                    # of the device: where programs put them
+
+
+@dataclass(frozen=True)
 class Counting:
-    counters: Addressable              # int64, the receiver's, reachable from the device
+    counters: Tensor                   # int64, the receiver's, reachable from the device
     index: int                         # which of them
-    num_pages: int                     # to add
+    count: int                         # to add: of pages
     arrived: Tensor                    # [1] int32, 0 between launches
 
 
 def push_pages(
-    source: Tensor, target: Addressable, page_ids: Tensor, num_pages: int, page_words: int, counting: Counting, shape: PushShape
-) -> None:
-    """source, target: pools as int64 words; page_ids [2 × num_pages] int64: the pages here, then those there. On the current stream."""
+    source: Tensor, target: Tensor, page_ids: IdBuffers, num_pages: int, page_words: int, counting: Counting, shape: PushShape
+) -> Any:
+    """source, target: pools as int64 words. On the current stream. → the compiled kernel."""
     rows, words = shape.rows_and_words(page_words)
-    num_tiles = triton.cdiv(num_pages, rows) * triton.cdiv(page_words, words)
-    _push_kernel[(max(1, min(shape.num_programs, num_tiles)),)](
-        source, target, page_ids, num_pages, counting.counters, counting.index, counting.num_pages, counting.arrived,
-        PAGE_WORDS=page_words, ROWS=rows, WORDS=words, num_warps=shape.num_warps,
+    return _push_kernel[(_num_programs(shape, num_pages, page_words, rows, words),)](
+        source, target, page_ids.ids, page_ids.scratch, num_pages, counting.counters, counting.index, counting.count, counting.arrived,
+        PAGE_WORDS=page_words, ROWS=rows, WORDS=words, IDS=IDS_AT_ONCE, num_warps=shape.num_warps,
     )  # fmt: skip
+
+
+def _num_programs(shape: PushShape, num_pages: int, page_words: int, rows: int, words: int) -> int:
+    num_tiles = -(-num_pages // rows) * -(-page_words // words)
+    return max(1, min(shape.num_programs, num_tiles))
+
+
+class PagePush:
+    """Launches what `push_pages` has compiled, for one pool, page size and device. Addresses instead of tensors, all multiples of 16."""
+
+    def __init__(self, compiled: Any, source: Tensor, page_words: int, arrived: Tensor, shape: PushShape) -> None:
+        self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
+        self._source, self._arrived = source.data_ptr(), arrived.data_ptr()
+        self._shape, self._page_words = shape, page_words
+        self._rows, self._words = shape.rows_and_words(page_words)
+        assert self._source % ALIGNMENT == self._arrived % ALIGNMENT == 0
+
+    def __call__(self, target: int, ids: int, scratch: int, num_pages: int, counters: int, index: int, count: int, stream: int) -> None:
+        """On `stream`, a cudaStream_t, with its device current."""
+        assert (target | ids | scratch | counters) % ALIGNMENT == 0, "the kernel was compiled for aligned addresses"
+        self._run(
+            _num_programs(self._shape, num_pages, self._page_words, self._rows, self._words), 1, 1, stream,
+            self._function, self._metadata, None, None, None,
+            self._source, target, ids, scratch, num_pages, counters, index, count, self._arrived,
+            self._page_words, self._rows, self._words, IDS_AT_ONCE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_pages", "index", "count"])
 def _push_kernel(
-    source, target, page_ids, num_pages, counters, index, count, arrived,
-    PAGE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    source, target, ids, scratch, num_pages, counters, index, count, arrived,
+    PAGE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = (PAGE_WORDS + WORDS - 1) // WORDS
     num_tiles = tl.cdiv(num_pages, ROWS) * parts
-    step = tl.num_programs(0)
-    first = tl.program_id(0)
-    src, dst = _ids(page_ids, num_pages, first, parts, ROWS)
-    words = _load(source, src, num_pages, first, parts, PAGE_WORDS, ROWS, WORDS)
-    next_src, next_dst = _ids(page_ids, num_pages, first + step, parts, ROWS)
-    for tile in range(first, num_tiles, step):
-        next_words = _load(source, next_src, num_pages, tile + step, parts, PAGE_WORDS, ROWS, WORDS)
-        later_src, later_dst = _ids(page_ids, num_pages, tile + 2 * step, parts, ROWS)
-        places, there = _places(target, dst, num_pages, tile, parts, PAGE_WORDS, ROWS, WORDS)
+    share = tl.cdiv(num_tiles, tl.num_programs(0))
+    first = tl.program_id(0) * share
+    end = tl.minimum(first + share, num_tiles)
+    last = tl.minimum(tl.cdiv(end, parts) * ROWS, num_pages)           # its pages end here: it knows no ids beyond
+    _fetch_ids(ids, scratch, num_pages, first // parts * ROWS, last, IDS)
+    src, dst = _ids(scratch, num_pages, last, first, parts, ROWS)
+    words = _load(source, src, last, first, parts, PAGE_WORDS, ROWS, WORDS)
+    next_src, next_dst = _ids(scratch, num_pages, last, first + 1, parts, ROWS)
+    for tile in range(first, end):
+        next_words = _load(source, next_src, last, tile + 1, parts, PAGE_WORDS, ROWS, WORDS)
+        later_src, later_dst = _ids(scratch, num_pages, last, tile + 2, parts, ROWS)
+        places, there = _places(target, dst, last, tile, parts, PAGE_WORDS, ROWS, WORDS)
         tl.store(places, words, mask=there)
         words, dst = next_words, next_dst
         next_src, next_dst = later_src, later_dst
     tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="sys") == step - 1:
+    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
         tl.store(arrived, 0)
         counter = counters + index
         tl.store(counter, tl.load(counter, volatile=True) + count, cache_modifier=".wt")
 
 
 @triton.jit
-def _ids(page_ids, num_pages, tile, parts: tl.constexpr, ROWS: tl.constexpr):
-    """The pages of a tile, here and there: [ROWS] each."""
-    rows = (tile // parts) * ROWS + tl.arange(0, ROWS)
-    there = rows < num_pages
-    return tl.load(page_ids + rows, mask=there, other=0), tl.load(page_ids + num_pages + rows, mask=there, other=0)
+def _fetch_ids(ids, scratch, num_pages, begin, last, IDS: tl.constexpr):
+    """Both sides' ids of pages `begin` to `last`, from `ids` into `scratch`; the program's threads have them when it returns."""
+    for start in range(begin, last, IDS):
+        at = start + tl.arange(0, IDS)
+        here = tl.load(ids + at, mask=at < last)
+        there = tl.load(ids + num_pages + at, mask=at < last)
+        tl.store(scratch + at, here, mask=at < last)
+        tl.store(scratch + num_pages + at, there, mask=at < last)
+    tl.debug_barrier()
 
 
 @triton.jit
-def _places(pool, pages, num_pages, tile, parts: tl.constexpr, PAGE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+def _ids(scratch, num_pages, last, tile, parts: tl.constexpr, ROWS: tl.constexpr):
+    """The pages of a tile, here and there: [ROWS] each."""
+    rows = (tile // parts) * ROWS + tl.arange(0, ROWS)
+    there = rows < last
+    return tl.load(scratch + rows, mask=there, other=0), tl.load(scratch + num_pages + rows, mask=there, other=0)
+
+
+@triton.jit
+def _places(pool, pages, last, tile, parts: tl.constexpr, PAGE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """Where a tile's words lie in a pool, and which of them exist: [ROWS, WORDS]."""
     words = (tile % parts) * WORDS + tl.arange(0, WORDS)
-    there = ((tile // parts) * ROWS + tl.arange(0, ROWS) < num_pages)[:, None]
+    there = ((tile // parts) * ROWS + tl.arange(0, ROWS) < last)[:, None]
     if PAGE_WORDS % WORDS != 0:
         there = there & (words < PAGE_WORDS)[None, :]
     return pool + (pages * PAGE_WORDS)[:, None] + words[None, :], there
 
 
 @triton.jit
-def _load(pool, pages, num_pages, tile, parts: tl.constexpr, PAGE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    places, there = _places(pool, pages, num_pages, tile, parts, PAGE_WORDS, ROWS, WORDS)
+def _load(pool, pages, last, tile, parts: tl.constexpr, PAGE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    places, there = _places(pool, pages, last, tile, parts, PAGE_WORDS, ROWS, WORDS)
     return tl.load(places, mask=there, other=0)

@@ -12,7 +12,7 @@ from ..messages.errors import PeerGone, TransferError
 from ..messages.ids import Imm
 from ..messages.membership import MemoryDescriptor
 from .layout import KVLayout
-from .transport import KVPool, Peer, TransferStats, Transport
+from .transport import KVPool, PageIds, Peer, TransferStats, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class TransportBundle:
             if descriptor.transport in self._transports:
                 self._transports[descriptor.transport].disconnect(Peer(descriptor))
 
-    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+    def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
         """Raises PeerGone, TransferError."""
         self._of(peer).write_pages(peer, src_pages, dst_pages, imm)
 

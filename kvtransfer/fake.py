@@ -4,7 +4,6 @@ The fabric's owner decides when and in which order writes land. A killed writer'
 until the receiver fences that writer. Pages and their count land as one, as on the real ones.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +12,7 @@ from ..messages.errors import LayoutMismatch, PeerGone
 from ..messages.ids import Imm
 from ..messages.membership import MemoryDescriptor
 from .layout import KVLayout
-from .transport import NUM_IMMS, KVPool, Peer, TransferStats
+from .transport import NUM_IMMS, KVPool, PageIds, Peer, TransferStats
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,14 @@ class FakeTransport:
             self.fabric.lose(writer.location, self.location)
         return self.fences
 
-    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+    def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
         assert self.pool is not None
         if peer.descriptor.location not in self.fabric.pools:
             raise PeerGone(f"{peer.descriptor.location.decode()} is gone")
-        pages = as_pages(self.pool)[list(src_pages)].clone()
+        pages = as_pages(self.pool)[torch.tensor(src_pages)].clone()
         key = (peer.descriptor.location, imm)
         self.busy[key] = self.busy.get(key, 0.0) + len(dst_pages) * self.page_s
-        self.fabric.in_flight.append(Write(self.location, peer.descriptor.location, pages, tuple(dst_pages), imm))
+        self.fabric.in_flight.append(Write(self.location, peer.descriptor.location, pages, tuple(map(int, dst_pages)), imm))
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         """What is in flight cannot be called back: like a NIC, it must land first."""

@@ -1,6 +1,5 @@
 """A pool that no other process reaches: for one engine by itself, as a benchmark or a test runs it."""
 
-from collections.abc import Sequence
 
 import torch
 
@@ -8,7 +7,7 @@ from ..messages.errors import ClusterError, PeerGone
 from ..messages.ids import Imm
 from ..messages.membership import MemoryDescriptor
 from .layout import KVLayout
-from .transport import KVPool, Peer, TransferStats
+from .transport import KVPool, PageIds, Peer, TransferStats
 
 
 class LocalTransport:
@@ -39,7 +38,7 @@ class LocalTransport:
     def disconnect(self, peer: Peer) -> None:
         return None
 
-    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+    def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
         raise PeerGone("a local pool reaches no other")
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:

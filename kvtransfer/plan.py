@@ -4,18 +4,25 @@ A prompt is computed chunk by chunk and, inside a chunk, layer by layer. So in e
 run, and one number per layer says how many have been handed out already. A page is handed out exactly once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
 
 from ..messages.ids import BlockId
+from .transport import IdArray
 
 
 @dataclass(frozen=True)
 class PageWrites:
-    """Parallel lists: page `src[i]` here goes to page `dst[i]` there."""
+    """Page `src[i]` here goes to page `dst[i]` there."""
 
-    src: list[int]
-    dst: list[int]
+    src: IdArray
+    dst: IdArray
+
+    def __len__(self) -> int:
+        return len(self.src)
 
 
 @dataclass
@@ -25,11 +32,15 @@ class PagePlan:
     dst_blocks: Sequence[BlockId]              # the receiver's, for blocks from num_skipped on
     num_skipped: int                           # leading blocks that the receiver has
     _num_out: list[int] = field(init=False)    # per layer: leading blocks that are done with
+    _src_pages: IdArray = field(init=False)    # [blocks to write], in layer 0
+    _dst_pages: IdArray = field(init=False)
 
     def __post_init__(self) -> None:
         if self.num_skipped + len(self.dst_blocks) != len(self.src_blocks):
             raise ValueError(f"{self.num_skipped} skipped + {len(self.dst_blocks)} to write are not {len(self.src_blocks)} blocks")
         self._num_out = [self.num_skipped] * self.num_layers
+        self._src_pages = np.array(self.src_blocks[self.num_skipped :], dtype=np.int64) * self.num_layers
+        self._dst_pages = np.array(self.dst_blocks, dtype=np.int64) * self.num_layers
 
     @property
     def num_pages(self) -> int:
@@ -42,10 +53,18 @@ class PagePlan:
 
     def take(self, layers: range, num_ready: int) -> PageWrites:
         """The pages of `layers` that are due now that the first `num_ready` blocks are complete in them."""
-        writes = PageWrites([], [])
-        for layer in layers:
-            for index in range(self._num_out[layer], num_ready):
-                writes.src.append(self.src_blocks[index] * self.num_layers + layer)
-                writes.dst.append(self.dst_blocks[index - self.num_skipped] * self.num_layers + layer)
-            self._num_out[layer] = max(self._num_out[layer], num_ready)
-        return writes
+        runs = list(self._due(layers, num_ready))
+        return PageWrites(*(_pages(blocks, runs) for blocks in (self._src_pages, self._dst_pages)))
+
+    def _due(self, layers: range, num_ready: int) -> Iterator[tuple[slice, range]]:
+        """Blocks to write (by index) of neighbouring layers that stand alike, which are done with from now on."""
+        late = [layer for layer in layers if self._num_out[layer] < num_ready]
+        for (num_out, _), run in groupby(enumerate(late), key=lambda each: (self._num_out[each[1]], each[1] - each[0])):
+            alike = [layer for _, layer in run]
+            self._num_out[alike[0] : alike[-1] + 1] = [num_ready] * len(alike)
+            yield slice(num_out - self.num_skipped, num_ready - self.num_skipped), range(alike[0], alike[-1] + 1)
+
+
+def _pages(blocks: IdArray, runs: list[tuple[slice, range]]) -> IdArray:
+    pages = [np.add.outer(np.arange(layers.start, layers.stop), blocks[index]).ravel() for index, layers in runs]
+    return pages[0] if len(pages) == 1 else np.concatenate(pages or [blocks[:0]])

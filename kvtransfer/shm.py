@@ -27,7 +27,7 @@ from ..messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferEr
 from ..messages.ids import Epoch, Imm, WorkerId
 from ..messages.membership import MemoryDescriptor
 from .layout import KVLayout
-from .transport import NUM_IMMS, KVPool, Peer, TransferStats
+from .transport import NUM_IMMS, KVPool, PageIds, Peer, TransferStats
 
 SHM = Path("/dev/shm")
 HEADER_BYTES = NUM_IMMS * 8
@@ -216,18 +216,19 @@ class ShmTransport:
         if mapping is not None:
             mapping.close()
 
-    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+    def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
         assert self._own is not None
         location = peer.descriptor.location
         if location not in self._peers:
             raise PeerGone(f"{location.decode()} is not connected")
-        _check_pages(src_pages, len(self._own.pages), "here")
-        _check_pages(dst_pages, len(self._peers[location].pages), "there")
-        if len(src_pages) != len(dst_pages) or not 0 <= imm < NUM_IMMS:
-            raise TransferError(f"{len(src_pages)} pages to {len(dst_pages)} places, counter {imm} of {NUM_IMMS}")
+        src, dst = _indices(src_pages), _indices(dst_pages)
+        _check_pages(src, len(self._own.pages), "here")
+        _check_pages(dst, len(self._peers[location].pages), "there")
+        if len(src) != len(dst) or not 0 <= imm < NUM_IMMS:
+            raise TransferError(f"{len(src)} pages to {len(dst)} places, counter {imm} of {NUM_IMMS}")
         with self._queue.changed:
             self._queue.settled(lambda: True)
-            self._queue.jobs.append(_Job(location, src_pages, dst_pages, imm))
+            self._queue.jobs.append(_Job(location, src, dst, imm))
             self._queue.changed.notify_all()
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
@@ -294,6 +295,11 @@ class ShmTransport:
         with self._queue.changed:
             self._queue.busy_s[job.key] = self._queue.busy_s.get(job.key, 0.0) + seconds
             self._stats = self._stats.plus(num_pages, num_pages * self._peers[job.location].page_bytes, seconds)
+
+
+def _indices(pages: PageIds) -> Sequence[int]:
+    """Python's own integers index faster than numpy's."""
+    return pages.tolist() if isinstance(pages, np.ndarray) else pages
 
 
 def _check_pages(pages: Sequence[int], num_pages: int, where: str) -> None:

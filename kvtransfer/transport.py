@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..messages.errors import PeerGone
@@ -24,6 +26,10 @@ NUM_IMMS = 4096
 """Counters of one pool: how many handoffs into it can be in flight."""
 
 LOOK_S = 0.001
+
+IdArray = npt.NDArray[np.int64]
+PageIds = Sequence[int] | IdArray
+"""Of one pool. Arrays cost the host no object per page."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Transport(Protocol):
         """Of a writer whose process is gone: True once nothing of it can land here any more."""
         ...
 
-    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+    def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
         """Starts copying local pages to remote ones and counting them at the receiver. Returns at once; the sources must stay
         as they are until the receiver has confirmed, or `stop` has returned. Raises PeerGone."""
         ...

@@ -286,7 +286,7 @@ class KVWriter:
         if handoff.plan is None or handoff.peer is None or handoff.accept is None or not handoff.session.live:
             return
         writes = handoff.plan.take(layers, num_ready)
-        if not writes.src or handoff.broken is not None:
+        if not len(writes) or handoff.broken is not None:
             return
         if handoff.session.state is HandoffState.RESERVED:
             handoff.session.move(HandoffState.MOVING)

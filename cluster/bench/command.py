@@ -152,6 +152,41 @@ def engine(
         raise typer.Exit(EXIT_USAGE) from error
 
 
+@app.command()
+def transfer(
+    transports: Annotated[str, typer.Option(help="shm,ucx,nvlink,nixl; default: all that can be used here")] = "",
+    programs: Annotated[str, typer.Option(help="nvlink: of its kernel, several to compare: 8,16,32")] = "",
+    copy_engines: Annotated[bool, typer.Option("--copy-engines", help="nvlink: measure them too")] = False,
+    one_gpu: Annotated[bool, typer.Option("--one-gpu", help="both ends on the first GPU: no link, to see that it works")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="few pages and rounds, to see that it works")] = False,
+    json: Annotated[Path | None, report_option()] = None,
+) -> None:
+    """Move KV pages between two processes over each transport: GB/s, latency, and on GPUs the cost to work beside it."""
+    from ...messages.errors import DiptychError
+    from .transfer_bench import TransferBench, run_transfer_bench  # torch, as above
+
+    try:
+        plan = TransferBench(_names(transports), _numbers(programs), copy_engines, one_gpu, quick)
+        report = run_transfer_bench(plan, Console())
+        if json is not None:
+            json.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    except (DiptychError, OSError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(EXIT_USAGE) from error
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Raises WorkloadError."""
+    names = _names(text)
+    if not all(name.isdecimal() and int(name) for name in names):
+        raise WorkloadError(f"--programs {text!r}: numbers from 1 on with commas between are wanted, such as 8,16,32")
+    return tuple(map(int, names))
+
+
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
     try:

@@ -4,6 +4,7 @@ DiptychError
 └── BenchError
     ├── WorkloadError     a trace row, a length or a rate that cannot be used: exit code 2
     ├── PromptError       prompts of that length cannot be made: exit code 2
+    ├── TransferBenchError   `bench transfer`: a transport that cannot be used here, or that stopped working: exit code 2
     └── EndpointError     nobody answers at the URL, or not as an OpenAI server does: exit code 3
 
 Once the load runs nothing is raised: what goes wrong with a request is written in its record.
@@ -21,6 +22,10 @@ class WorkloadError(BenchError):
 
 
 class PromptError(BenchError):
+    pass
+
+
+class TransferBenchError(BenchError):
     pass
 
 

@@ -2,7 +2,6 @@
 
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -86,19 +85,8 @@ class DeviceMemory:
         return torch.as_tensor(self, device=device)
 
 
-@dataclass(frozen=True)
-class RemotePool:
-    """A peer's pool, mapped: what the kernel takes for a tensor of words."""
-
-    address: int
-    dtype: torch.dtype = torch.int64
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
 class PeerMemory:
-    """A peer's pool and counters in this process. Raises PeerGone, LayoutMismatch."""
+    """A peer's pool and counters in this process: their addresses on the device. Raises PeerGone, LayoutMismatch."""
 
     def __init__(self, location: Location, pool_bytes: int, device: int) -> None:
         if not 0 < pool_bytes <= location.num_bytes:
@@ -107,9 +95,9 @@ class PeerMemory:
         self._opened: int | None = None
         self._registered = False
         try:
-            counters = cudart.map_host(self._counters.address, HEADER_BYTES)
+            self.counters = cudart.map_host(self._counters.address, HEADER_BYTES)
             self._registered = True
-            self.pool, self.counters = RemotePool(self._open(location, device)), RemotePool(counters)
+            self.pool = self._open(location, device)
         except cudart.CudaError as error:
             self.close()
             raise PeerGone(f"cannot map {location.num_bytes} bytes of {location.counters}: {error}") from None

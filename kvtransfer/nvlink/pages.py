@@ -1,54 +1,56 @@
 """Page ids: what is wrong with them, which of them are neighbours, and their way to the GPU.
 
-They travel in pinned buffers, each with a twin on the device, which are used again once the write that read them has ended.
+They travel in pinned buffers, which the kernel itself reads and stores in a twin on the device; both are used again once the write that
+read them has ended.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ...messages.errors import TransferError
+from ..transport import IdArray, PageIds
 
 SMALLEST = 512                 # pages
 NUM_READY = 32                 # slots of that size made in advance: pinning takes long
 
-PageIds = npt.NDArray[np.int64]
 
-
-@dataclass(eq=False)
 class Slot:
-    capacity: int              # pages
-    pinned: torch.Tensor       # [2 × capacity] int64
-    on_device: torch.Tensor
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        """capacity: pages."""
+        self.capacity = capacity
+        self._pinned = torch.empty(2 * capacity, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._on_device = torch.empty(2 * capacity, dtype=torch.int64, device=device)
+        self.ids: IdArray = self._pinned.numpy()           # of the last write: all here, then all there
+        self.ids_address, self.scratch_address = self._pinned.data_ptr(), self._on_device.data_ptr()
 
-    def __post_init__(self) -> None:
-        self._view: PageIds = self.pinned.numpy()
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pinned and on the device: [2 × capacity] int64 each."""
+        return self._pinned, self._on_device
 
-    def fill(self, src_pages: Sequence[int], dst_pages: Sequence[int]) -> tuple[PageIds, PageIds]:
+    def fill(self, src_pages: PageIds, dst_pages: PageIds) -> tuple[IdArray, IdArray]:
         """Ids here, then ids there; views of both."""
         count = len(src_pages)
-        here, there = self._view[:count], self._view[count : 2 * count]
+        here, there = self.ids[:count], self.ids[count : 2 * count]
         here[:], there[:] = as_array(src_pages), as_array(dst_pages)
         return here, there
 
 
-def as_array(pages: Sequence[int]) -> PageIds:
+def as_array(pages: PageIds) -> IdArray:
     """Without a Python object per page where the sequence allows it: ranges, numpy arrays, array('q')."""
     if isinstance(pages, range):
         return np.arange(pages.start, pages.stop, pages.step, dtype=np.int64)
     return np.asarray(pages, dtype=np.int64)
 
 
-def check_pages(pages: PageIds, num_pages: int, where: str) -> None:
+def check_pages(pages: IdArray, num_pages: int, where: str) -> None:
     """Raises TransferError."""
-    if len(pages) and not 0 <= pages.min() <= pages.max() < num_pages:
+    if len(pages) and np.maximum.reduce(pages.view(np.uint64)) >= num_pages:         # what is negative is huge so
         raise TransferError(f"pages {pages.min()} to {pages.max()}: there are {num_pages} {where}")
 
 
-def runs_of(here: PageIds, there: PageIds) -> tuple[PageIds, PageIds, PageIds]:
+def runs_of(here: IdArray, there: IdArray) -> tuple[IdArray, IdArray, IdArray]:
     """(length, first page here, first page there) of each run of pages that are neighbours on both sides."""
     breaks = np.flatnonzero((np.diff(here) != 1) | (np.diff(there) != 1)) + 1
     starts = np.concatenate(([0], breaks))
@@ -58,16 +60,18 @@ def runs_of(here: PageIds, there: PageIds) -> tuple[PageIds, PageIds, PageIds]:
 class Slots:
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free: dict[int, list[Slot]] = {SMALLEST: [self._make(SMALLEST) for _ in range(NUM_READY)]}
+        self._free: dict[int, list[Slot]] = {SMALLEST: [Slot(SMALLEST, device) for _ in range(NUM_READY)]}
 
-    def _make(self, capacity: int) -> Slot:
-        pinned = torch.empty(2 * capacity, dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        return Slot(capacity, pinned, torch.empty(2 * capacity, dtype=torch.int64, device=self._device))
+    def take_free(self, num_pages: int) -> Slot | None:
+        free = self._free.get(_capacity(num_pages))
+        return free.pop() if free else None
 
     def take(self, num_pages: int) -> Slot:
-        capacity = max(SMALLEST, 1 << (num_pages - 1).bit_length())
-        free = self._free.setdefault(capacity, [])
-        return free.pop() if free else self._make(capacity)
+        return self.take_free(num_pages) or Slot(_capacity(num_pages), self._device)
 
     def give_back(self, slot: Slot) -> None:
-        self._free[slot.capacity].append(slot)
+        self._free.setdefault(slot.capacity, []).append(slot)
+
+
+def _capacity(num_pages: int) -> int:
+    return SMALLEST if num_pages <= SMALLEST else 1 << (num_pages - 1).bit_length()

@@ -2,7 +2,7 @@
 
     engine's stream   … layer group ──●── next layers …
                                       │ event
-    side stream                       └─► ids ─► pages ═══ NVLink ═══► pool;  then the count ─── PCIe ──► receiver's host memory
+    side stream                       └─► pages ═══ NVLink ═══► pool;  then the count ─── PCIe ──► receiver's host memory
 
 The receiver's GPU and CPU do nothing; it reads its counters, which are host memory. A count is raised by a load and a store of the
 writer's GPU: a counter has one writer at a time, and it stays right whenever the receiver resets it. What has been launched cannot be
@@ -14,19 +14,19 @@ valid for as long as a writer maps it: late writes land where nobody reads. A ne
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from ...kernels.page_push import DEFAULT_SHAPE, VECTOR_BYTES, WORD_BYTES, Addressable, Counting, PushShape, push_pages
+from ...kernels.page_push import DEFAULT_SHAPE, VECTOR_BYTES, WORD_BYTES, Counting, IdBuffers, PagePush, PushShape, push_pages
 from ...messages.errors import ClusterError, PeerGone, TransferError
 from ...messages.ids import Epoch, Imm, WorkerId
 from ...messages.membership import MemoryDescriptor
 from ..layout import KVLayout
 from ..shm import host_identity, sweep_orphans
-from ..transport import NUM_IMMS, KVPool, Peer, TransferStats
+from ..transport import NUM_IMMS, KVPool, PageIds, Peer, TransferStats
 from . import cudart
 from .counters import OwnCounters
 from .memory import THIS_PROCESS, VERSION, DeviceMemory, Location, PeerMemory, check_descriptor
@@ -41,8 +41,7 @@ programs of the kernel that is running, and pages would leave only between kerne
 Key = tuple[bytes, Imm]
 
 
-@dataclass(frozen=True)
-class _Write:
+class _Write(NamedTuple):
     """On the side stream; ended when its second event has happened."""
 
     key: Key
@@ -101,12 +100,15 @@ class NvlinkTransport:
         self._stream = torch.cuda.Stream(self._device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):           # whose allocations nobody else has used before
             self._slots = Slots(self._device)
-            self._arrived = torch.zeros(1, dtype=torch.int32, device=self._device)
-            nowhere = Counting(torch.zeros(1, dtype=torch.int64, device=self._device), 0, 0, self._arrived)
-            slot = self._slots.take(0)
-            self._launch(self._words, slot, 0, nowhere)
+            arrived = torch.zeros(1, dtype=torch.int32, device=self._device)
+            nowhere = Counting(torch.zeros(1, dtype=torch.int64, device=self._device), 0, 0, arrived)
+            slot, page_words = self._slots.take(0), self._page_bytes // WORD_BYTES
+            compiled = push_pages(self._words, self._words, IdBuffers(*slot.buffers), 0, page_words, nowhere, self._shape)
+            self._push = PagePush(compiled, self._words, page_words, arrived, self._shape)
             self._slots.give_back(slot)
+        self._arrived = arrived                         # the pusher has its address alone
         self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._current = torch.cuda.device(self._device)
         torch.cuda.synchronize(self._device)
 
     def adopt(self, pool: KVPool) -> None:
@@ -165,7 +167,7 @@ class NvlinkTransport:
         with torch.cuda.device(self._device):
             target.memory.close()
 
-    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+    def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
         target = self._targets.get(peer.descriptor.location)
         if target is None:
             raise PeerGone(f"the peer of {len(dst_pages)} pages for counter {imm} is not connected")
@@ -173,8 +175,10 @@ class NvlinkTransport:
             raise TransferError(f"{len(src_pages)} pages to {len(dst_pages)} places, counter {imm} of {NUM_IMMS}")
         if not len(src_pages):
             return
-        self._settle()
-        slot = self._slots.take(len(src_pages))
+        slot = self._slots.take_free(len(src_pages))
+        if slot is None:                                # otherwise what has ended is looked for after the launch
+            self._settle()
+            slot = self._slots.take(len(src_pages))
         try:
             here, there = slot.fill(src_pages, dst_pages)
             check_pages(here, self._num_pages, "here")
@@ -183,6 +187,7 @@ class NvlinkTransport:
             self._slots.give_back(slot)
             raise
         self._start(target, slot, len(src_pages), (peer.descriptor.location, imm))
+        self._settle()
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         key = (peer.descriptor.location, imm)
@@ -214,28 +219,24 @@ class NvlinkTransport:
     # the side stream
 
     def _start(self, target: _Target, slot: Slot, num_pages: int, key: Key) -> None:
-        write = _Write(key, num_pages, slot, self._event(), self._event())
-        self._ready.record(torch.cuda.current_stream(self._device))
-        self._stream.wait_event(self._ready)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            write.started.record(self._stream)
-            counting = Counting(target.memory.counters, key[1], num_pages, self._arrived)
+        """The host's part of a page's latency: nothing that can be done before or after is done here."""
+        started, ended = self._event(), self._event()
+        with self._current:
+            self._ready.record()
+            self._stream.wait_event(self._ready)
+            started.record(self._stream)
+            by_kernel = num_pages
             if self._engine == "copy":
-                self._copy(target.memory.pool.address, slot, num_pages)
-                self._launch(target.memory.pool, slot, 0, counting)
-            else:
-                cudart.copy(slot.on_device.data_ptr(), slot.pinned.data_ptr(), 2 * num_pages * 8, self._stream.cuda_stream)
-                self._launch(target.memory.pool, slot, num_pages, counting)
-            write.ended.record(self._stream)
-        self._writes.append(write)
+                self._copy(target.memory.pool, slot, num_pages)
+                by_kernel = 0
+            addresses = target.memory.pool, slot.ids_address, slot.scratch_address
+            self._push(*addresses, by_kernel, target.memory.counters, key[1], num_pages, self._stream.cuda_stream)
+            ended.record(self._stream)
+        self._writes.append(_Write(key, num_pages, slot, started, ended))
         self._num_pending[key] = self._num_pending.get(key, 0) + 1
 
-    def _launch(self, target: Addressable, slot: Slot, num_pages: int, counting: Counting) -> None:
-        push_pages(self._words, target, slot.on_device, num_pages, self._page_bytes // WORD_BYTES, counting, self._shape)
-
     def _copy(self, target: int, slot: Slot, num_pages: int) -> None:
-        ids = slot.pinned.numpy()
-        lengths, here, there = runs_of(ids[:num_pages], ids[num_pages : 2 * num_pages])
+        lengths, here, there = runs_of(slot.ids[:num_pages], slot.ids[num_pages : 2 * num_pages])
         sources = (self._words.data_ptr() + here * self._page_bytes).tolist()
         targets = (target + there * self._page_bytes).tolist()
         cudart.copy_all(targets, sources, (lengths * self._page_bytes).tolist(), self._stream.cuda_stream)

@@ -7,12 +7,11 @@ from enum import IntEnum
 from functools import cache
 from typing import NewType
 
-import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from ...messages.errors import ClusterError, DiptychError, PeerGone, TransferError
 from ...messages.ids import Imm
+from ..transport import IdArray
 from .build import build_shim
 from .provider import door_settings_text, find_libucp, quiet_loading, settings_text
 
@@ -21,8 +20,6 @@ UID_BYTES = 16
 
 Link = NewType("Link", int)
 """A pointer of the shim's; dead after `unlink`."""
-
-PageIds = npt.NDArray[np.int64]
 
 
 class MemoryType(IntEnum):
@@ -179,7 +176,7 @@ class Shim:
         """Lets writes under way end for so long, then ends them by force."""
         self._call("dx_unlink", link, patience_s)
 
-    def write(self, link: Link, source: PageIds, target: PageIds, imm: Imm) -> None:
+    def write(self, link: Link, source: IdArray, target: IdArray, imm: Imm) -> None:
         """Raises PeerGone, TransferError."""
         self._check("dx_write", link, source.ctypes.data_as(_PAGES), target.ctypes.data_as(_PAGES), len(source), imm)
 

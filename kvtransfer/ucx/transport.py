@@ -11,7 +11,6 @@ import ctypes
 import logging
 import secrets
 import weakref
-from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -23,7 +22,7 @@ from ...messages.ids import Imm
 from ...messages.membership import MemoryDescriptor
 from ..layout import KVLayout
 from ..shm import host_identity
-from ..transport import NUM_IMMS, KVPool, Peer, TransferStats
+from ..transport import NUM_IMMS, KVPool, PageIds, Peer, TransferStats
 from .shim import UID_BYTES, Link, Location, MemoryType, Shim
 
 PROTOCOL_VERSION = 2
@@ -139,7 +138,7 @@ class UcxTransport:
         if link is not None:
             self._shim.unlink(link, LEAVE_S)
 
-    def write_pages(self, peer: Peer, src_pages: Sequence[int], dst_pages: Sequence[int], imm: Imm) -> None:
+    def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
         link = self._links.get(peer.descriptor.location)
         if link is None:
             raise PeerGone(f"{_short(peer.descriptor)} is not connected")

@@ -1,4 +1,4 @@
-"""An `nvlink` transport in a process of its own, called over a pipe: what is killed and stopped in the tests and measured in the benchmark.
+"""An `nvlink` transport in a process of its own, called over a pipe: what is killed and stopped in the tests.
 
 The process that calls it needs no CUDA. `gpu` becomes the only GPU that the process sees, as Ray sets it up.
 """
@@ -128,47 +128,6 @@ class Served:
         """The engine's stream is busy for about that long: what is written next waits for it."""
         torch.cuda._sleep(int(seconds * 1.9e9))
 
-    # work beside the pages
-
-    def work(self, kind: str, num_times: int) -> float:
-        """Milliseconds of one 8192³ product, or of one device copy of 1 GiB, over so many in a row."""
-        once = self._work_of(kind)
-        for _ in range(3):
-            once()
-        return _elapsed_ms(once, num_times)
-
-    def work_and_write(self, kind: str, num_times: int, target: MemoryDescriptor, src: Any, dst: Any, num_writes: int) -> float:
-        """The same while pages leave: each product starts so many writes, which wait for nothing of it."""
-        once, beside = self._work_of(kind), torch.cuda.Stream()
-        for _ in range(3):
-            once()
-
-        def both() -> None:
-            with torch.cuda.stream(beside):
-                self.write(target, src, dst, 0, num_writes)
-            once()
-
-        elapsed = _elapsed_ms(both, num_times)
-        self.stop(target, 0, 30.0)
-        return elapsed
-
-    def _work_of(self, kind: str) -> Any:
-        if kind == "gemm":
-            a, b, c = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-            return lambda: torch.mm(a, b, out=c)
-        source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
-        return lambda: target.copy_(source)
-
-
-def _elapsed_ms(once: Any, num_times: int) -> float:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-    for _ in range(num_times):
-        once()
-    last.record()
-    last.synchronize()
-    return float(first.elapsed_time(last)) / num_times
-
 
 def serve(pipe: Connection, cluster: str, worker: str, epoch: int) -> None:
     served = Served(cluster, worker, epoch)
@@ -183,13 +142,19 @@ def serve(pipe: Connection, cluster: str, worker: str, epoch: int) -> None:
             pipe.send(error if isinstance(error, DiptychError | TimeoutError) else RuntimeError(f"{worker}: {error!r}"))
 
 
+def visible_gpu(index: int) -> str:
+    """What CUDA_VISIBLE_DEVICES must be for a process that sees only this one of those that are seen here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)
+
+
 class NvlinkPeer(PeerProcess):
     def __init__(self, cluster: str, worker: str, gpu: int, epoch: int = 1) -> None:
         context = mp.get_context("spawn")
         ours, theirs = context.Pipe()
         super().__init__(context.Process(target=serve, args=(theirs, cluster, worker, epoch), daemon=True), ours, last_word="end")
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = before.split(",")[gpu] if before else str(gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(gpu)
         try:
             self.process.start()
         finally:

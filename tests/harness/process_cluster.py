@@ -1,6 +1,7 @@
 """Real workers in processes of their own, on ZeroMQ and a real transport; the test is their controller and gateway, and kills them.
 
 The model is `FakeRunner`: each of its tokens depends on all KV that it reads, so a wrong page anywhere shows as a wrong token.
+Over `nvlink` the pools are in GPU memory: prefill workers see the first GPU alone, decode workers the second.
 """
 
 import multiprocessing as mp
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 import torch
+from harness.nvlink_peer import visible_gpu
 
 from diptych.decode_worker.worker import DecodeWorker
 from diptych.engine.config import EngineConfig, WorkerConfig
@@ -40,7 +42,10 @@ class Books(NamedTuple):
 
 
 def make_worker(config: WorkerConfig, role: Role, post: ZmqPost) -> Worker:
-    transport = make_transports(config.transports, Owner(config.cluster, config.worker_id, config.epoch, "cpu"))
+    device = "cuda" if "nvlink" in config.transports else "cpu"
+    if device == "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(list(Role).index(role))          # CUDA has not been started yet
+    transport = make_transports(config.transports, Owner(config.cluster, config.worker_id, config.epoch, device))
     pool = transport.allocate(fake_layout(BLOCK_SIZE), NUM_BLOCKS)
     limits = EngineLimits(BLOCK_SIZE, NUM_BLOCKS * BLOCK_SIZE, max_step_tokens=16, max_sequences=8)
     replica = Replica(Engine(FakeRunner(pool), NUM_BLOCKS, limits), pool, transport, layer_group=1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diptych.kernels.page_push import Counting, PushShape, push_pages
+from diptych.kernels.page_push import Counting, IdBuffers, PushShape, push_pages
 
 
 def check_push(page_words: int, num_pages: int, shape: PushShape, device: torch.device) -> None:
@@ -18,8 +18,10 @@ def check_push(page_words: int, num_pages: int, shape: PushShape, device: torch.
     expected = target.clone()
     expected[there] = source[here]
     for launch in range(2):                    # the second finds `arrived` as the first left it
-        page_ids = torch.cat((here, there))
-        push_pages(source.view(-1), target.view(-1), page_ids, num_pages, page_words, Counting(counters, 3, num_pages, arrived), shape)
+        ids = torch.cat((here, there))
+        page_ids = IdBuffers(ids, torch.full_like(ids, -(2**40)))             # ids that nobody has fetched lead nowhere
+        counting = Counting(counters, 3, num_pages, arrived)
+        push_pages(source.view(-1), target.view(-1), page_ids, num_pages, page_words, counting, shape)
         assert_same(target, expected)
         assert counters.tolist() == [0, 1, 2, 3 + (launch + 1) * num_pages, 4, 5, 6, 7]
     assert arrived.item() == 0

@@ -1,4 +1,4 @@
-"""A `ucx` transport in a process of its own, called over a pipe: what is killed and stopped in the tests and measured in the benchmark."""
+"""A `ucx` transport in a process of its own, called over a pipe: what is killed and stopped in the tests."""
 
 import multiprocessing as mp
 import os

@@ -1,4 +1,5 @@
-"""The failures of today's systems that the KV transfer can cause, each provoked between real processes on `shm` and `ucx`.
+"""The failures of today's systems that the KV transfer can cause, each provoked between real processes: on `shm`, on `ucx`, and between two
+GPUs on `nvlink`.
 
 Asserted each time: no wrong token (the harness checks every one), no leak (`assert_whole`: free + cached = total), no hang (every wait
 has a limit), the survivor is the same process as before, and recovery within 5 s. Those of routing and of the front end have their tests
@@ -26,7 +27,10 @@ LIMIT_S = 30.0
 PAIR = ("prefill-0", "decode-0")
 
 
-@pytest.fixture(params=["shm", pytest.param("ucx", marks=needs_ucx)])
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+
+@pytest.fixture(params=["shm", pytest.param("ucx", marks=needs_ucx), pytest.param("nvlink", marks=[pytest.mark.gpu2, TWO_GPUS])])
 def transport(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

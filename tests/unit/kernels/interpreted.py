@@ -159,7 +159,7 @@ def test_sampling(device: Device) -> None:
     check_sampling(300, device, tile=256, rows_of_each=1)
 
 
-@pytest.mark.parametrize(("page_words", "num_pages"), [(256, 9), (1024, 3), (96, 7), (2048, 1), (64, 0)])
+@pytest.mark.parametrize(("page_words", "num_pages"), [(256, 9), (1024, 3), (96, 7), (2048, 1), (64, 0), (32, 1700)])
 def test_page_push(page_words: int, num_pages: int) -> None:
-    """Several pages to a tile, several tiles to a page, pages that are no power of two, none."""
+    """Several pages to a tile, several tiles to a page, pages that are no power of two, none, more ids than are fetched at once."""
     check_push(page_words, num_pages, PushShape(num_programs=3, num_warps=4, tile_bytes=4096), torch.device("cpu"))

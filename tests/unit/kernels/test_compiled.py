@@ -1,5 +1,6 @@
 """The Triton kernels compile for sm_90, use its tensor cores and asynchronous copies, and keep everything in registers: no GPU needed."""
 
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,9 +154,25 @@ def test_page_push(page_bytes: int, num_warps: int) -> None:
     shape = page_push.PushShape(num_programs=24, num_warps=num_warps, tile_bytes=min(num_warps, 16) << 11)
     with captured(page_push, "_push_kernel") as launches:
         pool = meta(1 << 20, dtype=int64)
-        page_push.push_pages(pool, pool, meta(198, dtype=int64), 99, page_bytes // 8, counting, shape)
+        ids = page_push.IdBuffers(meta(198, dtype=int64), meta(198, dtype=int64))
+        page_push.push_pages(pool, pool, ids, 99, page_bytes // 8, counting, shape)
     found = compiled(launches[0])
     assert found.registers <= REGISTERS_OF_AN_SM // (32 * num_warps)
     assert "ld.global.v2.b64" in found.ptx
     assert "st.global.v2.b64" in found.ptx
     assert "acq_rel.sys" in found.ptx or "sys.acq_rel" in found.ptx, "the count could run ahead of its pages"
+
+
+def test_a_direct_launch_passes_what_a_launch_through_triton_passes() -> None:
+    int64 = torch.int64
+    source, target, ids, scratch, counters, arrived = (torch.zeros(64, dtype=dtype) for dtype in [int64] * 5 + [torch.int32])
+    shape, launched = page_push.PushShape(num_programs=5), []
+    with captured(page_push, "_push_kernel") as launches:
+        counting = page_push.Counting(counters, 3, 40, arrived)
+        page_push.push_pages(source, target, page_push.IdBuffers(ids, scratch), 32, 8192, counting, shape)
+    compiled = SimpleNamespace(run=lambda *arguments: launched.append(arguments), function="function", packed_metadata="metadata")
+    push = page_push.PagePush(compiled, source, 8192, arrived, shape)
+    push(*(tensor.data_ptr() for tensor in (target, ids, scratch)), 32, counters.data_ptr(), 3, 40, 77)
+    expected = [at.data_ptr() if isinstance(at, torch.Tensor) else at for at in launches[0].arguments.values()]
+    assert launched == [(5, 1, 1, 77, "function", "metadata", None, None, None, *expected)]
+    assert list(launches[0].arguments) == page_push._push_kernel.arg_names

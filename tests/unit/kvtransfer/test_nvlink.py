@@ -110,7 +110,7 @@ def test_a_name_that_is_none_of_ours_is_refused(name: str) -> None:
 def test_page_ids_of_any_sequence(pages: Sequence[int]) -> None:
     slot = Slots(torch.device("cpu")).take(3)
     here, there = slot.fill(pages, [7, 8, 9])
-    assert slot.pinned[:6].tolist() == [*pages, 7, 8, 9]
+    assert slot.ids[:6].tolist() == [*pages, 7, 8, 9]
     assert (here.tolist(), there.tolist()) == (list(pages), [7, 8, 9])
 
 
@@ -118,9 +118,10 @@ def test_slots_are_used_again_and_never_twice_at_once() -> None:
     slots = Slots(torch.device("cpu"))
     taken = [slots.take(count) for count in (1, SMALLEST, SMALLEST + 1, 5000)] + [slots.take(1) for _ in range(40)]
     assert [slot.capacity for slot in taken[:4]] == [SMALLEST, SMALLEST, 2 * SMALLEST, 8192]
-    assert len({slot.pinned.data_ptr() for slot in taken}) == len(taken)
+    assert len({address for slot in taken for address in (slot.ids_address, slot.scratch_address)}) == 2 * len(taken)
+    assert slots.take_free(4097) is None
     slots.give_back(taken[3])
-    assert slots.take(4097) is taken[3]
+    assert slots.take_free(4097) is taken[3]
 
 
 @pytest.mark.parametrize("pages", [[-1], [0, 10], [3, 2**40]])
