@@ -93,4 +93,4 @@ def _sequence(num_tokens: int, limits: EngineLimits) -> Sequence:
         timeout_s=math.inf,
     )
     blocks = [BlockId(i) for i in range(num_tokens // limits.block_size + 1)]
-    return Sequence(request, 0, math.inf, math.inf, hands_off=False, blocks=blocks)
+    return Sequence(request, 0, math.inf, math.inf, hands_off=False, max_len=limits.max_model_len, blocks=blocks)

@@ -171,7 +171,7 @@ class Engine:
             return
         if sequence.request.sampling.max_tokens > 0:
             sequence.token_ids.append(PENDING)
-        if sequence.hands_off or self._is_at_limit(sequence):
+        if sequence.hands_off or len(sequence.token_ids) >= sequence.max_len:
             self.scheduler.park(sequence)
 
     def _advance(self, chunk: Chunk, output: ChunkOutput) -> SequenceStep:
@@ -182,43 +182,37 @@ class Engine:
         if output.sampled is not None and sequence.request.sampling.max_tokens > 0:
             sequence.token_ids[chunk.end] = output.sampled.token_id
         self.scheduler.computed(chunk)
-        sequence.add_prompt_logprobs(chunk.start, [_logprobs(s) for s in output.prompt])
+        if output.prompt:
+            sequence.add_prompt_logprobs(chunk.start, [_logprobs(s) for s in output.prompt])
         if output.sampled is not None:
-            delta = self._delta(chunk, output.sampled)
+            delta = self._delta(sequence, chunk.end, output.sampled)
             if delta.finish:
                 self.finish(sequence)
         return SequenceStep(chunk, delta)
 
-    def _delta(self, chunk: Chunk, sampled: Sampled) -> TokenDelta:
-        sequence, request = chunk.sequence, chunk.sequence.request
-        is_first = chunk.end == len(request.token_ids)
+    def _delta(self, sequence: Sequence, end: int, sampled: Sampled) -> TokenDelta:
+        """`sampled` follows on `end` tokens."""
+        request, index = sequence.request, end - sequence.num_prompt_tokens
         wanted = request.sampling.max_tokens > 0
+        token_ids, finish = (sampled.token_id,) if wanted else (), self._finish_reason(sequence, end, sampled.token_id)
+        if end != len(request.token_ids) and sampled.logprob is None:
+            return TokenDelta(request.request_id, index, token_ids, finish)
+        is_first = end == len(request.token_ids)
         return TokenDelta(
             request_id=request.request_id,
-            index=chunk.end - request.num_prompt_tokens,
-            token_ids=(sampled.token_id,) if wanted else (),
-            finish=self._finish_reason(chunk, sampled.token_id),
+            index=index,
+            token_ids=token_ids,
+            finish=finish,
             logprobs=(_logprobs(sampled),) if wanted and sampled.logprob is not None else (),
             num_cached_tokens=sequence.num_cached if is_first else 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
         )
 
-    def _finish_reason(self, chunk: Chunk, token_id: int) -> FinishReason | None:
-        sampling = chunk.sequence.request.sampling
-        num_outputs = chunk.end + 1 - chunk.sequence.request.num_prompt_tokens
-        if sampling.max_tokens > 0 and token_id in sampling.stop_token_ids and num_outputs > sampling.min_tokens:
+    def _finish_reason(self, sequence: Sequence, end: int, token_id: int) -> FinishReason | None:
+        sampling = sequence.request.sampling
+        if token_id in sampling.stop_token_ids and sampling.max_tokens > 0 and end + 1 - sequence.num_prompt_tokens > sampling.min_tokens:
             return FinishReason.STOP
-        if chunk.end + 1 >= self._max_len(chunk.sequence):
-            return FinishReason.LENGTH
-        return None
-
-    def _is_at_limit(self, sequence: Sequence) -> bool:
-        return len(sequence.token_ids) >= self._max_len(sequence)
-
-    def _max_len(self, sequence: Sequence) -> int:
-        """Tokens, prompt included, at which it ends."""
-        request = sequence.request
-        return min(request.num_prompt_tokens + request.sampling.max_tokens, self.limits.max_model_len)
+        return FinishReason.LENGTH if end + 1 >= sequence.max_len else None
 
     def _admit_to_books(self, request: GenerateRequest, now: float, hands_off: bool) -> Sequence:
         num_tokens, limit = len(request.token_ids), self.limits.max_model_len
@@ -226,7 +220,8 @@ class Engine:
             raise ContextOverflow(f"{num_tokens} tokens; this worker takes 1 to {limit}")
         self._num_arrived += 1
         ttft = request.ttft_slo_s if request.ttft_slo_s is not None else float("inf")
-        sequence = Sequence(request, self._num_arrived, now + request.timeout_s, now + ttft, hands_off)
+        max_len = min(request.num_prompt_tokens + request.sampling.max_tokens, limit)
+        sequence = Sequence(request, self._num_arrived, now + request.timeout_s, now + ttft, hands_off, max_len)
         self._sequences[sequence.id] = sequence
         return sequence
 

@@ -37,8 +37,9 @@ class PrefillShare:
 
 def load_report(worker: WorkerRef, engine: "Engine", num_reserved: int, share: PrefillShare, model: StepModel, now: float) -> LoadReport:
     scheduler, pool, limits = engine.scheduler, engine.pool, engine.limits
-    unfinished = [s for s in (*scheduler.waiting, *scheduler.running) if not s.is_decoding]
-    decoding = [s for s in scheduler.running if s.is_decoding]
+    decoding, unfinished = list[Sequence](), scheduler.waiting[:]
+    for sequence in scheduler.running:
+        (decoding if sequence.is_decoding else unfinished).append(sequence)
     work = StepFeatures(
         prefill_tokens=sum(s.num_to_compute for s in unfinished),
         prefill_pairs=sum(attended_pairs(s.num_computed, s.num_to_compute) for s in unfinished),

@@ -103,10 +103,14 @@ class Scheduler:
 
     def computed(self, chunk: Chunk) -> None:
         """The chunk's KV is in its blocks; full blocks become matchable."""
-        sequence = chunk.sequence
-        sequence.num_computed = max(sequence.num_computed, chunk.end)      # a later step may have been launched
+        sequence, end = chunk.sequence, chunk.end
+        if sequence.num_computed < end:                                    # a later step may have been launched
+            sequence.num_computed = end
+        num_full = end // self._block_size
+        if num_full <= sequence.num_published:
+            return
         hashes = sequence.update_hashes(self._block_size)
-        for index in range(sequence.num_published, min(chunk.end // self._block_size, len(hashes))):
+        for index in range(sequence.num_published, min(num_full, len(hashes))):
             self._pool.publish(sequence.blocks[index], hashes[index])
             sequence.num_published = index + 1
 

@@ -32,6 +32,8 @@ class Sequence:
     deadline: float                              # engine clock: the attempt is given up then
     ttft_deadline: float                         # engine clock; infinite without an objective
     hands_off: bool                              # park after the first token
+    max_len: int                                 # tokens, prompt included, at which it ends
+    num_prompt_tokens: int = field(init=False)   # the request's; here, for it is asked for at every step
     token_ids: list[int] = field(init=False)     # request.token_ids, then what was sampled here, PENDING if a step under way will say
     due_at: float = field(init=False)            # engine clock: what urgency goes by
     num_computed: int = 0                        # leading tokens whose KV is in `blocks`
@@ -46,6 +48,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.token_ids)
+        self.num_prompt_tokens = self.request.num_prompt_tokens
+        self._num_given = len(self.token_ids)
         received_at = self.deadline - self.request.timeout_s
         slack_s = self.ttft_deadline - received_at
         self.due_at = received_at + due_in_s(self.request.service_class, slack_s, self.request.waited_s)
@@ -57,7 +61,7 @@ class Sequence:
     @property
     def num_outputs(self) -> int:
         """Over all attempts."""
-        return len(self.token_ids) - self.request.num_prompt_tokens
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_to_compute(self) -> int:
@@ -66,7 +70,8 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """All but the newest token are computed, and that one was sampled (here, or where the prompt was computed)."""
-        return self.num_to_compute == 1 and len(self.token_ids) > len(self.request.token_ids)
+        num_tokens = len(self.token_ids)
+        return num_tokens - self.num_computed == 1 and num_tokens > self._num_given
 
     @property
     def urgency(self) -> tuple[float, int]:

@@ -36,6 +36,9 @@ from .replica import Replica, build_replica
 from .scheduler import StepPlan
 
 
+EXPIRY_PERIOD_S = 0.01         # between looks at who has run out of time
+
+
 class WorkerStatus(Struct, frozen=True):
     """For people and metrics; a consistent snapshot as of the last heartbeat."""
 
@@ -74,7 +77,7 @@ class Worker(ABC):
         self._backlog: list[Message] = []                        # came while a step was being launched
         self._steps: deque[tuple[StepFeatures, float]] = deque() # under way: what they are, when they were launched
         self._collected_at = 0.0
-        self._next_beat = clock()
+        self._next_beat = self._next_expiry = clock()
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._predictor = StepPredictor(self.replica.step_model)
         self._prefill_share = PrefillShare()
@@ -228,6 +231,9 @@ class Worker(ABC):
         self._prefill_share.add(self._predictor.model.prefill_s(features.prefill_tokens, features.prefill_pairs), now)
 
     def _expire(self, now: float) -> None:
+        if now < self._next_expiry:
+            return
+        self._next_expiry = now + EXPIRY_PERIOD_S
         for sequence in [s for s in self.engine.sequences if now >= s.deadline]:
             self.abort(sequence.id)
             text = f"no end within {sequence.request.timeout_s:g} s on {self.ref.worker_id}"

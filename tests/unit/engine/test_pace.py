@@ -21,7 +21,7 @@ models = st.builds(StepModel, *[st.floats(0, 1e-2) for _ in range(5)])
 def decode(tpot: float | None, num_outputs: int = 1, context: int = 1000) -> Sequence:
     sampling = SamplingParams(max_tokens=4096, seed=0)
     request = GenerateRequest(RequestId("r"), Address("fake://g"), (1,) * context, sampling, HERE, timeout_s=1.0, tpot_slo_s=tpot)
-    sequence = Sequence(request, 0, 1.0, math.inf, hands_off=False, num_computed=context + num_outputs - 1)
+    sequence = Sequence(request, 0, 1.0, math.inf, hands_off=False, max_len=1 << 20, num_computed=context + num_outputs - 1)
     sequence.token_ids += [0] * num_outputs
     return sequence
 

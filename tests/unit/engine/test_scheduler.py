@@ -97,7 +97,7 @@ class Run:
             tpot_slo_s=job.tpot,
             service_class=job.tier,
         )
-        sequence = Sequence(request, number, deadline=self.now + 1.0, ttft_deadline=self.now + job.ttft, hands_off=False)
+        sequence = Sequence(request, number, deadline=self.now + 1.0, ttft_deadline=self.now + job.ttft, hands_off=False, max_len=1 << 20)
         if not job.adopted:
             self.scheduler.add(sequence)
         elif len(self.scheduler.running) < self.machine.max_sequences and (blocks := self.pool.take(-(-len(job.prompt) // BLOCK_SIZE))):
