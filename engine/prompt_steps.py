@@ -1,11 +1,10 @@
 """Which steps with prompts have a CUDA graph, and what its inputs look like: values only, so that a machine without a GPU can test it.
 
 There is a graph for some numbers of tokens and sequences, a `StepShape`; a step takes the smallest that holds it. What that has over is
-padding: tokens that are stored nowhere, sequences without rows. Products come in tiles of 128 rows, so little of a step is for nothing.
+padding: tokens that are stored nowhere, sequences without rows. Products come in tiles of rows, so little of a step is for nothing.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -22,6 +21,7 @@ from .staging import ALIGNMENT
 Array = TypeVar("Array")
 
 MOST_TOKENS = 2048              # a larger step keeps the GPU busy for longer than its launches take
+FINE = 64                       # tokens
 MOST_PROMPTS = 32               # of a shape without single rows
 BESIDE = (16, 64)               # sequences, in shapes with single rows: decodes' contexts are cut by how many there may be
 
@@ -36,13 +36,11 @@ class StepShape(Struct, frozen=True, order=True):
 
 
 def step_shapes(max_step_tokens: int, max_sequences: int) -> list[StepShape]:
-    """In order: tokens in steps of 64, from 256 on of 128; for each, prompts alone, then with few and many single rows beside."""
-    tokens = [*range(64, 256, 64), *range(256, MOST_TOKENS + 1, 128)]
-    tokens = [*tokens[: bisect_left(tokens, max_step_tokens)], *[t for t in tokens if t >= max_step_tokens][:1]]
-    shapes = set()
-    for most in tokens:
-        shapes.add(StepShape(most, False, min(MOST_PROMPTS, max_sequences, most - 1)))
-        shapes |= {StepShape(most, True, min(count, max_sequences, most - 1)) for count in (*BESIDE, max_sequences)}
+    """In order: prompts alone in steps of 64 tokens; with few and with many single rows beside in steps of 64, from 256 on of 128."""
+    largest = min(MOST_TOKENS, -(-max_step_tokens // FINE) * FINE)
+    shapes = {StepShape(most, False, min(MOST_PROMPTS, max_sequences, most - 1)) for most in range(FINE, largest + 1, FINE)}
+    for most in {*range(FINE, 256, FINE), *range(256, largest, 128), largest}:
+        shapes |= {StepShape(most, True, min(count, max_sequences, most - 1)) for count in (*BESIDE, max_sequences) if most <= largest}
     return sorted(shapes)
 
 

@@ -35,7 +35,6 @@ from .predictor import StepPredictor, features_of
 from .replica import Replica, build_replica
 from .scheduler import StepPlan
 
-
 EXPIRY_PERIOD_S = 0.01         # between looks at who has run out of time
 
 

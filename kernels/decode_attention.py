@@ -24,8 +24,9 @@ from torch import Tensor
 
 from .attention_tile import attend_tile
 from .ops import Paging
-from .overlap import after_predecessor, overlapping
+from .overlap import after_predecessor, overlapping, prefetch
 
+LINE = tl.constexpr(64)       # elements of 128 bytes, if they have 16 bits
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 128
 MIN_SPLIT_TOKENS = 256        # a shorter share does not pay for its part of the merge
@@ -97,13 +98,30 @@ def _decode_kernel(
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    after_predecessor(PDL)
     sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     row = tl.load(query_starts + sequence).to(tl.int64)
-    if tl.load(query_starts + sequence + 1) - row != 1:
-        return
+    num_rows = tl.load(query_starts + sequence + 1) - row
     context = tl.load(context_lens + sequence)
+    first_tile = 0
+    if WINDOW is not None:
+        first_tile = tl.maximum(context - WINDOW, 0) // TILE
+    share = tl.cdiv(tl.cdiv(context, TILE) - first_tile, splits) * TILE
+    start = first_tile * TILE + split * share
+    end = tl.minimum(start + share, context)
+    table = block_tables + sequence * table_stride
+    keys = kv_pool + layer_offset + kv_head * (BLOCK_SIZE * HEAD_DIM)
+    value_offset = kv_heads * (BLOCK_SIZE * HEAD_DIM)
+    if PDL:
+        # Inputs and earlier tokens' pages are older than the kernel before, which writes q and the newest token's page.
+        places = tl.minimum(start + tl.arange(0, TILE), tl.maximum(context - 1, 0))
+        blocks = tl.load(table + places // BLOCK_SIZE).to(tl.int64)
+        lines = keys + (blocks * block_stride + places % BLOCK_SIZE * HEAD_DIM)[:, None] + tl.arange(0, WIDTH // LINE)[None, :] * LINE
+        prefetch(lines)
+        prefetch(lines + value_offset)
+    after_predecessor(PDL)
+    if num_rows != 1:
+        return
 
     heads = kv_head * GROUP + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
@@ -114,22 +132,13 @@ def _decode_kernel(
         scale *= tl.load(kv_scales + kv_head)
         value_scale = tl.load(kv_scales + kv_heads + kv_head)
 
-    first_tile = 0
-    if WINDOW is not None:
-        first_tile = tl.maximum(context - WINDOW, 0) // TILE
-    share = tl.cdiv(tl.cdiv(context, TILE) - first_tile, splits) * TILE
-    start = first_tile * TILE + split * share
-    end = tl.minimum(start + share, context)
-
     accumulator = tl.zeros([ROWS, WIDTH], tl.float32)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     positions = tl.full([ROWS], context - 1, tl.int32)
-    keys = kv_pool + layer_offset + kv_head * (BLOCK_SIZE * HEAD_DIM)
     for at in range(start, end, TILE):
         accumulator, row_max, row_sum = attend_tile(
-            query, accumulator, row_max, row_sum, positions, at, end, block_tables + sequence * table_stride,
-            keys, kv_heads * (BLOCK_SIZE * HEAD_DIM), block_stride, scale,
+            query, accumulator, row_max, row_sum, positions, at, end, table, keys, value_offset, block_stride, scale,
             True, WINDOW, TILE, BLOCK_SIZE, HEAD_DIM, WIDTH,
         )  # fmt: skip
 
