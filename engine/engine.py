@@ -117,7 +117,7 @@ class Engine:
         return (
             self.runner.runs_ahead
             and len(self._under_way) == 1
-            and self.pool.num_available >= len(running)
+            and self.scheduler.can_grow_all
             and not self.scheduler.may_preempt
             and not any(s.is_pending and self.runner.needs_tokens(s) for s in running)
         )

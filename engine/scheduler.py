@@ -200,9 +200,19 @@ class Scheduler:
                 self._preempt(victim)
         return preempted
 
+    @property
+    def can_grow_all(self) -> bool:
+        """Nobody has to make room for the newest token of somebody who runs."""
+        available = self._pool.num_available
+        return available >= len(self.running) or available >= sum(map(self._num_missing, self.running))
+
+    def _num_missing(self, sequence: Sequence) -> int:
+        """Blocks, for all of its tokens."""
+        return max(0, self.blocks_for(len(sequence.token_ids)) - len(sequence.blocks))
+
     def _grow(self, sequence: Sequence) -> bool:
-        missing = self.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
-        if missing <= 0:
+        missing = self._num_missing(sequence)
+        if not missing:
             return True
         taken = self._pool.take(missing)
         if taken is not None:

@@ -24,13 +24,12 @@ from torch import Tensor
 
 from .attention_tile import attend_tile
 from .ops import Paging
-from .overlap import after_predecessor, overlapping, prefetch
+from .overlap import after_predecessor, overlapping
 
-LINE = tl.constexpr(64)       # elements of 128 bytes, if they have 16 bits
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 128
 MIN_SPLIT_TOKENS = 256        # a shorter share does not pay for its part of the merge
-PROGRAMS_PER_SM = 8           # about four waves of two resident programs: the last one's idle share stays small
+PROGRAMS_PER_SM = 4           # about two waves of two resident programs; 8 are up to 2 % slower from b64 on, 16 more
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,12 @@ def _decode_kernel(
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
+    after_predecessor(PDL)
     sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     row = tl.load(query_starts + sequence).to(tl.int64)
-    num_rows = tl.load(query_starts + sequence + 1) - row
+    if tl.load(query_starts + sequence + 1) - row != 1:
+        return
     context = tl.load(context_lens + sequence)
     first_tile = 0
     if WINDOW is not None:
@@ -112,17 +113,6 @@ def _decode_kernel(
     table = block_tables + sequence * table_stride
     keys = kv_pool + layer_offset + kv_head * (BLOCK_SIZE * HEAD_DIM)
     value_offset = kv_heads * (BLOCK_SIZE * HEAD_DIM)
-    if PDL:
-        # Inputs and earlier tokens' pages are older than the kernel before, which writes q and the newest token's page.
-        places = tl.minimum(start + tl.arange(0, TILE), tl.maximum(context - 1, 0))
-        blocks = tl.load(table + places // BLOCK_SIZE).to(tl.int64)
-        lines = keys + (blocks * block_stride + places % BLOCK_SIZE * HEAD_DIM)[:, None] + tl.arange(0, WIDTH // LINE)[None, :] * LINE
-        prefetch(lines)
-        prefetch(lines + value_offset)
-    after_predecessor(PDL)
-    if num_rows != 1:
-        return
-
     heads = kv_head * GROUP + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
     stored = (tl.arange(0, ROWS) < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]

@@ -4,8 +4,8 @@
     kernel n+1        wait ──┤█████████      instead of about a microsecond of nothing between them, some 280 times a decode step
 
 Every program of every kernel here begins with `after_predecessor`, before it reads or writes what another kernel reads or writes: it
-goes on when all of the kernel before has ended and its stores are visible. By induction, so have all kernels before that one. What
-nobody writes, such as weights, may be asked for earlier. Launches of others (cuBLAS, torch) neither begin early nor let others.
+goes on when all of the kernel before has ended and its stores are visible. By induction, so have all kernels before that one, as long
+as no program returns without it. Launches of others (cuBLAS, torch) neither begin early nor let others.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -36,9 +36,3 @@ def after_predecessor(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch(pointers):
-    """Asks for the lines of 128 bytes that hold these addresses, all of which must be valid, to come into L2."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)

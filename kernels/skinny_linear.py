@@ -9,8 +9,6 @@ With `gated`, x is [gate | up] and silu(gate) · up, rounded as `silu_mul.py` ro
 
 Splitting K gives every multiprocessor work where n is small. The parts are added in the order of the splits, and how many there are
 depends on shapes alone: the same inputs give the same bits, and a launch can be captured in a CUDA graph.
-
-Weights do not wait for the kernel before (`overlap.py`): the first of them are on their way into L2 while that one ends.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -22,13 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .overlap import after_predecessor, overlapping, prefetch
+from .overlap import after_predecessor, overlapping
 
 MAX_ROWS = 64            # what the kernel takes
 SERVED_ROWS = 16         # up to here it is used instead of cuBLAS
 SUM_COLUMNS = 1024
-LINE = tl.constexpr(64)     # elements of 128 bytes
-AHEAD = 512              # elements of each row of weights that are asked for before the kernel's input is there: four stages
 
 
 @dataclass(frozen=True)
@@ -94,20 +90,14 @@ def _multiply(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gated
     _linear_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(k, share))](
         out, x, weight, bias, m, n, k, share, GATED=gated,
         ROWS=max(16, triton.next_power_of_2(m)), COLUMNS=tile.columns, DEPTH=tile.depth, EVEN=k % share == 0 and n % tile.columns == 0,
-        AHEAD=_lines_ahead(min(share, k)), num_warps=tile.num_warps, num_stages=tile.num_stages, **overlapping(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **overlapping(),
     )  # fmt: skip
-
-
-def _lines_ahead(share: int) -> int:
-    """Of each row: a power of 2, or 0."""
-    lines = min(AHEAD, share) // LINE.value
-    return 1 << lines.bit_length() - 1 if lines else 0
 
 
 @triton.jit(do_not_specialize=["m"])
 def _linear_kernel(
     out, x, weight, bias, m, n, k, share, GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """EVEN: tiles of weights never reach past n or a share's end."""
     split = tl.program_id(1)
@@ -116,9 +106,6 @@ def _linear_kernel(
     start = split * share
     x_places = x + rows[:, None] * (2 * k if GATED else k) + depths[None, :]
     weight_places = weight + columns.to(tl.int64)[:, None] * k + depths[None, :]
-    if PDL and AHEAD > 0:
-        lines = tl.minimum(start + tl.arange(0, AHEAD) * LINE, k - LINE)
-        prefetch(weight + tl.minimum(columns, n - 1).to(tl.int64)[:, None] * k + lines[None, :])
     after_predecessor(PDL)
     accumulator = tl.zeros([COLUMNS, ROWS], tl.float32)
     for at in range(start, tl.minimum(start + share, k), DEPTH):
