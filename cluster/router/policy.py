@@ -1,7 +1,7 @@
 """Where does a request go? A pure question: (request, view of the cluster, clock) → Route, Queue or Refuse.
 
     policy.choose(request, view, now) ──► Route    send it there
-                                          Queue    nobody can take it now; ask again
+                                          Queue    nobody can take it now; ask again as workers tell their loads
                                           Refuse   the cluster is full; HTTP 429
     policy.decide(request, view, now) ──► the same, with the predictions it was taken on
 
@@ -9,6 +9,7 @@ A policy keeps at most what it chose before (a turn, a seed, an index of prefixe
 simulator runs it unchanged. A Route that it returns is taken.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -72,6 +73,8 @@ class ClusterView(Struct, frozen=True):
 
 class Queue(Struct, frozen=True):
     reason: str
+    useful_s: float = math.inf                # from now; then it is to be refused without being asked for again
+    retry_after_s: float = 1.0                # if it comes to that
 
 
 class Refuse(Struct, frozen=True):
