@@ -31,7 +31,8 @@ from .prefix_aware import PrefixIndex, chain
 ALL_UP_TO = 4
 SAMPLE = 2
 STEEPNESS = 50.0
-TTFT_SPARE = 1.3                              # TTFT is predicted to be kept with so much to spare: gateways see each other late
+WAIT_SPARE = 1.3                              # a prompt's turn is expected so much later than predicted: gateways see each other late
+OWN_ERRORS = 2.0                              # its own computing by so many errors of the step model: nobody interrupts that
 TPOT_SPARE = 1 / AIM                          # as workers pace themselves: it is a mean over the answer, in which surprises are too
 PATIENCE_S = 0.04                             # so long a request waits at its gateway for room: longer ones come to the workers in a hurry
 MAX_LOAD = 4.0                                # loads beyond are equally hopeless
@@ -124,7 +125,7 @@ class Goodput:
         gateways_per_worker = view.num_gateways / max(1, len(pool))
         return Inflow(
             tokens_per_s=self._flows[pool_name].per_s(now) * gateways_per_worker,
-            unseen_share=1 - 1 / view.num_gateways,
+            num_others=view.num_gateways - 1,
             num_joining=sum(worker.num_expected for worker in pool) * gateways_per_worker,
         )
 
@@ -181,7 +182,7 @@ def _predict(
         + _rise(estimate.before_s / tpot_scale_s, tpot_s / tpot_scale_s)
         + _rise(held / decode.num_blocks, (held + needed) / decode.num_blocks)
     )
-    ttft_margin, tpot_margin = TTFT_SPARE + _error(sender or decode), TPOT_SPARE + _error(decode)
+    ttft_s, tpot_margin = _cautious_ttft_s(prefill, _error(sender or decode)), TPOT_SPARE + _error(decode)
     return Prediction(
         route=Route(decode=decode.ref, prefill=None if sender is None else sender.ref),
         ttft_s=prefill.ttft_s,
@@ -189,7 +190,7 @@ def _predict(
         tpot_s=tpot_s,
         memory=(held + needed) / decode.num_blocks,
         cost=cost,
-        keeps_ttft=request.objectives.ttft_s is None or prefill.ttft_s * ttft_margin <= work.ttft_slack_s,
+        keeps_ttft=request.objectives.ttft_s is None or ttft_s <= work.ttft_slack_s,
         keeps_tpot=(request.objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s * tpot_margin <= request.objectives.tpot_s)
         and needed + decode.num_decoding <= decode.num_free_blocks,
     )
@@ -208,8 +209,12 @@ def _patience_s(request: RoutingRequest, work: Work, soonest: Prediction) -> flo
     if request.objectives.ttft_s is None:
         return math.inf
     waited_s = request.objectives.ttft_s - work.ttft_slack_s
-    left_s = min(PATIENCE_S - waited_s, work.ttft_slack_s - TTFT_SPARE * soonest.ttft_s)
+    left_s = min(PATIENCE_S - waited_s, work.ttft_slack_s - WAIT_SPARE * soonest.ttft_s)
     return left_s if left_s > CLOCK_TICK_S else 0.0
+
+
+def _cautious_ttft_s(prefill: PrefillEstimate, error: float) -> float:
+    return (prefill.ttft_s - prefill.own_s) * (WAIT_SPARE + error) + prefill.own_s * (1 + OWN_ERRORS * error)
 
 
 def _error(worker: WorkerLoad) -> float:

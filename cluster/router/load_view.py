@@ -12,6 +12,7 @@ A report is older than what was sent after it. So each request counts, on top of
 and nowhere once it ended. While its KV moves a request may count twice on its decode worker; it never counts nowhere.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from ...messages.ids import RequestId
@@ -66,6 +67,7 @@ class _Worker:
             decode_context=work.decode_context,
             queue=report.queue if report else (),
             max_step_tokens=report.max_step_tokens if report else 0,
+            num_sent_tokens=sum(each.num_tokens for each in self.sent.values() if each.at >= (self.reported_at or -math.inf)),
             num_expected=len(self.expected),
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,

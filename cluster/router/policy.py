@@ -52,6 +52,7 @@ class WorkerLoad(Struct, frozen=True):
     decode_context: int = 0                   # tokens that those attend to
     queue: tuple[tuple[float, int], ...] = () # (seconds from the report until it is due, prompt tokens) of what waits, soonest first
     max_step_tokens: int = 0                  # 0: not told
+    num_sent_tokens: int = 0                  # of num_waiting_tokens, what this gateway sent after the report
     num_expected: int = 0                     # of num_requests, what this gateway sent and others prefill
     prefill_share: float = 0.0                # of this worker's time, lately
     step_model: StepModel | None = None

@@ -207,7 +207,7 @@ class TestEstimates:
         assert estimate_prefill(worker, self.work, 0, 10.0).backlog_s == 0.0
 
     def test_what_other_gateways_sent_is_guessed(self):
-        inflow = Inflow(tokens_per_s=20_000, unseen_share=0.75, num_joining=10.0)
+        inflow = Inflow(tokens_per_s=20_000, num_others=3, num_joining=10.0)
         assert estimate_prefill(load("p0"), self.work, 0, 0.05, inflow).backlog_s == pytest.approx(20_000 * 0.75 * 0.05 * 22e-6)
         assert estimate_decode(load("d0"), self.work, 0.0, 0.0, inflow).tpot_s > estimate_decode(load("d0"), self.work, 0.0, 0.0).tpot_s
 
