@@ -61,7 +61,8 @@ class Scene:
         self.worker = WorkerRef(WorkerId("d0"), Epoch(1), network.post("d0").address)
         self.policy = Room(self.worker)
         loads = LoadView(silent_after_s=1e9)
-        self.dispatcher = Dispatcher(network.post("gateway"), self.policy, loads, Limits(max_live_choices=10_000), Nobody(), lambda: self.now)
+        limits = Limits(max_live_choices=10_000)
+        self.dispatcher = Dispatcher(network.post("gateway"), self.policy, loads, limits, Nobody(), lambda: self.now)
         self.dispatcher.wake_at = self._alarm
         self.dispatcher.update_membership(Membership(1, (Member(self.worker, Role.DECODE, "layout", 16, 100, 1000),), ()))
 
