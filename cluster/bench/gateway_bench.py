@@ -202,14 +202,15 @@ def _cpu_s(processes: list[psutil.Process]) -> float:
 
 def _table(bench: GatewayBench, phases: list[Phase]) -> Table:
     table = Table(title=f"{bench.gateways} gateway(s), {bench.connections} connections, steps of {bench.step_ms:g} ms")
-    for column in ("phase", "requests/s", "tokens/s", "gateway cores", "requests/s/core", "tokens/s/core", "TTFT p50/p99 ms", "E2E p50/p99 ms"):
+    per_core = ("requests/s/core", "tokens/s/core")
+    for column in ("phase", "requests/s", "tokens/s", "gateway cores", *per_core, "TTFT p50/p99 ms", "E2E p50/p99 ms"):
         table.add_column(column, justify="right")
     for each in phases:
         rates = (each.requests_per_s, each.tokens / each.seconds)
-        per_core = (each.requests_per_core, each.tokens_per_core)
+        of_cores = (each.requests_per_core, each.tokens_per_core)
         times = (f"{p50:.2f} / {p99:.2f}" for p50, p99 in (each.ttft_ms, each.e2e_ms))
         cores = f"{each.gateway_cpu_s / each.seconds:.2f}"
-        table.add_row(each.name, *(f"{rate:.0f}" for rate in rates), cores, *(f"{rate:.0f}" for rate in per_core), *times)
+        table.add_row(each.name, *(f"{rate:.0f}" for rate in rates), cores, *(f"{rate:.0f}" for rate in of_cores), *times)
     return table
 
 
