@@ -230,7 +230,7 @@ class Dispatcher:
             generation = self._running.get(delta.request_id)
             if generation is None or generation.attempt is None:
                 self._send_abort(message.worker, delta.request_id)            # an earlier one may have been lost
-            elif message.worker in (generation.attempt.route.prefill, generation.attempt.route.decode):
+            elif message.worker == (route := generation.attempt.route).decode or message.worker == route.prefill:
                 self._on_delta(generation, generation.attempt, delta, message.worker, now)
 
     def _on_delta(self, generation: Generation, attempt: Attempt, delta: TokenDelta, worker: WorkerRef, now: float) -> None:

@@ -44,6 +44,7 @@ TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
     _S.REFUSED: frozenset(),
     _S.FAILED: frozenset(),
 }
+ENDS = frozenset(state for state, after in TRANSITIONS.items() if not after)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Generation:
 
     @property
     def ended(self) -> bool:
-        return not TRANSITIONS[self.state]
+        return self.state in ENDS
 
     def move(self, to: GenerationState) -> None:
         assert to in TRANSITIONS[self.state], f"{self.prompt.name}: {self.state} → {to}"
