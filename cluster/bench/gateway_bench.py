@@ -15,12 +15,14 @@ import asyncio
 import json
 import multiprocessing
 import random
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 import uvloop
@@ -28,7 +30,7 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
-from ...messages.errors import ClusterError
+from ...messages.errors import ClusterError, DiptychError
 from ...messages.ids import Address, GatewayId
 from ...messages.membership import Membership
 from ...messages.zmq_post import Keyring, ZmqPost
@@ -172,17 +174,17 @@ async def _phases(caller: Caller, bench: GatewayBench, processes: list[psutil.Pr
     await caller.ready(len(processes))
     phases: list[Phase] = []
 
-    async def phase(name: str, load: Callable[[], "asyncio.Future[Tally] | object"]) -> None:
+    async def phase(name: str, load: Coroutine[None, None, Tally]) -> None:
         before, began = _cpu_s(processes), time.perf_counter()
-        tally = await load()  # type: ignore[misc]
+        tally = await load
         seconds = time.perf_counter() - began
         phases.append(_summary(name, tally, seconds, _cpu_s(processes) - before))
 
-    await phase("first", lambda: caller.closed(1, bench.seconds))
-    await phase("short", lambda: caller.closed(SHORT, bench.seconds))
+    await phase("first", caller.closed(1, bench.seconds))
+    await phase("short", caller.closed(SHORT, bench.seconds))
     rate = LOAD * phases[-1].requests_per_s
-    await phase("streams", lambda: caller.closed(bench.stream_tokens, bench.seconds))
-    await phase("latency", lambda: caller.open(SHORT, rate, bench.seconds))
+    await phase("streams", caller.closed(bench.stream_tokens, bench.seconds))
+    await phase("latency", caller.open(SHORT, rate, bench.seconds))
     return phases
 
 
@@ -231,15 +233,14 @@ def _plant(bench: GatewayBench) -> Iterator[tuple[int, list[psutil.Process]]]:
         return ours
 
     try:
-        port, addresses, pipes = 0, [], []
+        port, gateways = 0, {}
         for number in range(bench.gateways):
             pipe = start(_gateway_process, bench, number, port)
-            address, port = _hear(pipe)
-            addresses.append(address)
-            pipes.append(pipe)
-        engine = start(_engine_process, tuple(addresses), bench.step_ms / 1e3)
-        membership = Membership(1, (_hear(engine),), tuple(addresses))
-        for pipe in pipes:
+            gateways[pipe], port = _hear(pipe)
+        addresses = tuple(gateways.values())
+        engine = start(_engine_process, addresses, bench.step_ms / 1e3)
+        membership = Membership(1, (_hear(engine),), addresses)
+        for pipe in gateways:
             pipe.send(membership)
             _hear(pipe)
         yield port, [psutil.Process(process.pid) for process, _ in children[: bench.gateways]]
@@ -249,28 +250,32 @@ def _plant(bench: GatewayBench) -> Iterator[tuple[int, list[psutil.Process]]]:
             process.join()
 
 
-def _hear(pipe: Connection) -> "object":
+def _hear(pipe: Connection) -> Any:
+    """What the process at the other end says; raises what it failed with."""
     try:
-        if pipe.poll(READY_S):
-            return pipe.recv()
+        heard = pipe.recv() if pipe.poll(READY_S) else None
     except EOFError:
-        pass
-    raise ClusterError(f"a process of the bench has died, or has said nothing for {READY_S:g} s")
+        heard = None
+    if isinstance(heard, DiptychError):
+        raise heard
+    if heard is None:
+        raise ClusterError(f"a process of the bench has died, or has said nothing for {READY_S:g} s")
+    return heard
 
 
 def _gateway_process(pipe: Connection, keyring: Keyring, bench: GatewayBench, number: int, port: int) -> None:
-    import threading
-
-    post = ZmqPost(keyring)
-    config = GatewayConfig(
-        GatewayId(f"gateway-{number}"), "bench", str(bench.model), MODEL_NAME, policy=bench.policy, port=port, reuse_port=True
-    )
-    gateway = Gateway(config, post)
+    post, name = ZmqPost(keyring), GatewayId(f"gateway-{number}")
+    config = GatewayConfig(name, "bench", str(bench.model), MODEL_NAME, policy=bench.policy, port=port, reuse_port=True)
+    try:
+        gateway = Gateway(config, post)
+    except DiptychError as error:
+        pipe.send(error)
+        return
     pipe.send((post.address, gateway.port))
 
     def join() -> None:
         gateway.update_membership(pipe.recv())
-        pipe.send(None)
+        pipe.send(True)
 
     threading.Thread(target=join, daemon=True).start()
     gateway.run()
