@@ -94,12 +94,12 @@ class Simulation:
         self.timeline.after(self._plant.hop_s, lambda: self.workers[request.route.first].accept(request))
 
     def _heartbeats(self) -> None:
-        """Workers beat one after the other, gateways look after their queues in between."""
-        beat_s, draw = self._plant.report_every_s, random.Random(self._plant.seed)
+        """Workers beat one after the other, gateways look at what waits in between."""
+        beat_s, look_s, draw = self._plant.report_every_s, self._plant.look_every_s, random.Random(self._plant.seed)
         for worker in self.workers.values():
             self._repeat(draw.uniform(0, beat_s), beat_s, partial(self._report, worker))
         for gateway in self.gateways:
-            self._repeat(draw.uniform(0, beat_s), beat_s, gateway.watch)
+            self._repeat(draw.uniform(0, look_s), look_s, gateway.look)
 
     def _repeat(self, first_s: float, every_s: float, action: Callable[[], None]) -> None:
         def again() -> None:

@@ -1,9 +1,11 @@
 """A gateway on virtual time: the production load view and policy, and the dispatcher's way with their decisions.
 
     arrived ──► policy.choose ──Route──► sent to route.first
-                   │ Queue ──► again at each watch          │ Refuse ──► refused
+                   │ Queue ──► again at each look, and when it is useful no longer
+                   │ Refuse ──► refused
 """
 
+import math
 from collections.abc import Callable
 
 from ..cluster.router.load_view import LoadView
@@ -36,9 +38,14 @@ class SimGateway:
         self.outcomes[request_id] = Outcome(self._timeline.now, num_outputs)
         self._route(request_id, token_ids)
 
-    def watch(self) -> None:
+    def look(self) -> None:
+        """As news of the workers come."""
         for request_id, token_ids in list(self._queued.items()):
             self._route(request_id, token_ids)
+
+    def _look_again(self, request_id: RequestId) -> None:
+        if request_id in self._queued:
+            self._route(request_id, self._queued[request_id])
 
     def _route(self, request_id: RequestId, token_ids: tuple[int, ...]) -> None:
         outcome, now = self.outcomes[request_id], self._timeline.now
@@ -58,8 +65,10 @@ class SimGateway:
                 self._queued.pop(request_id, None)
                 outcome.decided_s, outcome.refused = now, True
                 self.num_refused += 1
-            case Queue():
+            case Queue(useful_s=useful_s):
                 self._queued[request_id] = token_ids
+                if math.isfinite(useful_s):
+                    self._timeline.after(useful_s, lambda: self._look_again(request_id))
 
     def _request(self, request_id: RequestId, token_ids: tuple[int, ...], outcome: Outcome, route: Route) -> GenerateRequest:
         return GenerateRequest(

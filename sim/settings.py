@@ -30,4 +30,5 @@ class Plant:
     handover_s: float = 1e-3                  # from the last page to the first decode step that may hold the sequence
     report_every_s: float = 0.05              # the heartbeat
     step_report_every_s: float = 0.01         # reports that come with tokens: at most so often (in production with every step)
+    look_every_s: float = 0.005               # gateways at what waits (in production with every report and token message)
     seed: int = 0

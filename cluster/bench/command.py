@@ -175,6 +175,34 @@ def transfer(
         raise typer.Exit(EXIT_USAGE) from error
 
 
+@app.command()
+def gateway(
+    model: Annotated[Path | None, typer.Argument(help="folder with a tokenizer; default: the model that comes with the package")] = None,
+    gateways: Annotated[int, typer.Option(min=1, help="processes on one port")] = 1,
+    connections: Annotated[int, typer.Option(min=1)] = 128,
+    seconds: Annotated[float, typer.Option(min=0.1, help="of each phase")] = 5.0,
+    stream_tokens: Annotated[int, typer.Option(min=2, help="of a long answer")] = 256,
+    step_ms: Annotated[float, typer.Option(min=0.1, help="of the stub engine")] = 2.0,
+    prompt_words: Annotated[int, typer.Option(min=1)] = 30,
+    policy: Annotated[str, typer.Option(help="of the router")] = "goodput",
+    json: Annotated[Path | None, report_option()] = None,
+) -> None:
+    """What gateways can do by themselves: HTTP, tokenizing, routing, ZeroMQ, detokenizing, against an engine that computes nothing."""
+    from ...messages.errors import DiptychError
+    from ...models.embedded.path import embedded_model_path
+    from .gateway_bench import GatewayBench, run_gateway_bench  # uvicorn: not for every command that only names `bench`
+
+    folder = model or embedded_model_path()
+    plan = GatewayBench(folder, gateways, connections, seconds, stream_tokens, step_ms, prompt_words, policy)
+    try:
+        phases = run_gateway_bench(plan, Console())
+        if json is not None:
+            json.write_bytes(msgspec.json.format(msgspec.json.encode(phases)) + b"\n")
+    except (DiptychError, OSError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(EXIT_USAGE) from error
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 

@@ -25,7 +25,8 @@ class Answer:
         self._job = job
         self._dispatcher = dispatcher
         self._woken: dict[int, None] = {}
-        self._event = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        self._aborted = False
         self._on_slow: Callable[[], None] | None = None
         self._choices = [Choice(job, job.prompt_of(index), vocabulary) for index in range(job.num_choices)]
         self._num_open = job.num_choices
@@ -61,7 +62,7 @@ class Answer:
 
     @property
     def aborted(self) -> bool:
-        return any(generation.state is GenerationState.ABORTED for generation in self._generations)
+        return self._aborted
 
     def on_slow(self, call: Callable[[], None]) -> None:
         """`call` is made when tokens pile up because the client does not read: a write may be waiting for it."""
@@ -69,8 +70,12 @@ class Answer:
 
     async def wait(self) -> None:
         """Until something is there to take. The dispatcher ends every generation by its deadline, so this returns."""
-        await self._event.wait()
-        self._event.clear()
+        if not self._woken:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     def take(self) -> list[tuple[int, Piece]]:
         """What is new, by choice. Raises the error of a choice that failed: then there is no answer."""
@@ -104,9 +109,13 @@ class Answer:
 
     def _wake(self, index: int) -> None:
         self._woken[index] = None
-        self._event.set()
-        if self._on_slow is not None and isinstance(self._generations[index].error, SlowClient):
-            self._on_slow()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        generation = self._generations[index]
+        if generation.ended:
+            self._aborted = self._aborted or generation.state is GenerationState.ABORTED
+            if self._on_slow is not None and isinstance(generation.error, SlowClient):
+                self._on_slow()
 
 
 def join(pieces: list[Piece]) -> Piece:

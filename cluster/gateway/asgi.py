@@ -18,6 +18,7 @@ class AsgiExchange:
         self._receive = receive
         self._send = send
         self._status: int | None = None
+        self._headers: dict[str, str] | None = None              # once somebody has asked
 
     @property
     def method(self) -> str:
@@ -32,8 +33,10 @@ class AsgiExchange:
         return self._status
 
     def header(self, name: str) -> str | None:
-        wanted = name.encode()
-        return next((value.decode("latin-1") for key, value in self._scope["headers"] if key.lower() == wanted), None)
+        if self._headers is None:             # of equal names the first counts
+            given = reversed(self._scope["headers"])
+            self._headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in given}
+        return self._headers.get(name)
 
     async def read(self, max_bytes: int) -> bytes:
         declared = self.header("content-length")

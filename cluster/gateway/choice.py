@@ -35,6 +35,7 @@ class Choice:
         self._min_tokens = job.sampling.min_tokens
         self._include_stop = job.include_stop
         self._echo = prompt if job.echo else None
+        self._is_plain = not (job.stops or job.echo or self._wants_tokens)
         self._utf8 = Utf8Stream()
         self._stops = StopMatcher(job.stops, include=job.include_stop)
         self._waiting: deque[TextToken] = deque()
@@ -45,12 +46,31 @@ class Choice:
 
     def push(self, deltas: list[TokenDelta]) -> Piece:
         """After the end, nothing more comes out."""
+        if self._is_plain:
+            return self._push_plain(deltas)
         text = "".join(self._push(delta) for delta in deltas)
         self._num_released += len(text)
         tokens = []
         while self._waiting and (self._waiting[0].offset < self._num_released or self._all_out()):
             tokens.append(self._waiting.popleft())
         return Piece(text, tuple(tokens), self.finish)
+
+    def _push_plain(self, deltas: list[TokenDelta]) -> Piece:
+        """The same, of a choice in which nothing can end the text but its last token: all bytes are decoded at once."""
+        if self.finish is not None:
+            return Piece("", (), self.finish)
+        token_bytes, chunk = self._vocabulary.token_bytes, b""
+        for delta in deltas:
+            token_ids = delta.token_ids
+            self.num_tokens += len(token_ids)
+            if delta.finish is FinishReason.STOP and not self._include_stop:
+                token_ids = token_ids[:-1]
+            for token_id in token_ids:
+                chunk += token_bytes(token_id)
+            if delta.finish is not None:
+                self.finish = delta.finish
+                return Piece(self._utf8.feed(chunk) + self._utf8.end(), (), delta.finish)
+        return Piece(self._utf8.feed(chunk), (), None)
 
     def _all_out(self) -> bool:
         return self.finish is not None and not self._stops.matched

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from ...messages.errors import UnsupportedModel
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
@@ -63,7 +64,7 @@ class Utf8Stream:
     """Bytes in, whole characters out."""
 
     def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder = _Utf8Decoder(errors="replace")
 
     def feed(self, chunk: bytes) -> str:
         return self._decoder.decode(chunk)

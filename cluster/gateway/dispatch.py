@@ -5,12 +5,15 @@ No I/O but the Post, no clock but `clock`.
     start ──► policy.decide ──Route──► GenerateRequest to route.first
                 │ Queue                   │ StepTokens   → in order, once, to the generation
                 ▼                         │ RequestFailed, worker dead or silent, no progress
-              tried again at each watch ◄─┘   → Abort to the old route, next attempt: prompt + outputs so far
+              line.py: asked for again ◄──┘   → Abort to the old route, next attempt: prompt + outputs so far
+              as news come, refused when no longer useful
 
-`handle` takes messages as they come; `watch` is called a few times a second and holds every deadline.
+`handle` takes messages as they come, and looks at who waits; `look` is to be called at each moment that `wake_at` was told;
+`watch` is called a few times a second and holds the deadlines of what runs.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -23,6 +26,7 @@ from ...messages.requests import (
     Abort,
     FailureKind,
     LinkMeasured,
+    LoadReport,
     LoadUpdate,
     RequestFailed,
     RequestSpan,
@@ -38,6 +42,7 @@ from .config import Limits
 from .decisions import DecisionLog
 from .errors import GenerationFailed, NoRoute, Overloaded, SlowClient
 from .generation import Attempt, Generation, GenerationState
+from .line import Line
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +79,9 @@ class Dispatcher:
         self._clock = clock
         self._log = DecisionLog() if log is None else log
         self._running: dict[RequestId, Generation] = {}
-        self._queued: dict[Generation, None] = {}             # in order of arrival
+        self._line: Line[Generation] = Line()
         self._peers: set[WorkerRef] = set()
+        self.wake_at: Callable[[float], None] = lambda at: None        # on `clock`; a later call may name a sooner moment
 
     @property
     def num_running(self) -> int:
@@ -83,7 +89,7 @@ class Dispatcher:
 
     @property
     def num_queued(self) -> int:
-        return len(self._queued)
+        return len(self._line)
 
     def start(self, generation: Generation) -> None:
         """It is refused at once, through its `error`, when the gateway is full."""
@@ -93,17 +99,20 @@ class Dispatcher:
             return
         self._enqueue(generation, not_before=self._clock())
         self._route(generation)
+        self._arm()
 
     def finish(self, generation: Generation) -> None:
         """The client has all it wanted before the workers think so: a stop string."""
         if not generation.ended:
             self._leave_workers(generation)
             self._end(generation, GenerationState.FINISHED)
+            self._arm()
 
     def abort(self, generation: Generation) -> None:
         if not generation.ended:
             self._leave_workers(generation)
             self._end(generation, GenerationState.ABORTED)
+            self._arm()
 
     def update_membership(self, membership: Membership) -> None:
         """What ran on a life that is gone is routed anew at once."""
@@ -112,6 +121,7 @@ class Dispatcher:
         known, self._peers = self._peers, {member.ref for member in membership.workers}
         for address in {ref.address for ref in known} - {ref.address for ref in self._peers}:
             self._post.forget(address)
+        self._line.news()
         self.watch()
 
     def handle(self, messages: Iterable[Message]) -> None:
@@ -120,7 +130,7 @@ class Dispatcher:
                 case StepTokens():
                     self._on_tokens(message)
                 case LoadUpdate():
-                    self._loads.heard(message.load.worker, message.load, self._clock())
+                    self._heard(message.load.worker, message.load)
                 case RequestSpan():
                     self._on_span(message)
                 case TransferFailed():
@@ -131,13 +141,31 @@ class Dispatcher:
                     self._on_failed(message)
                 case _:
                     pass                      # what workers say to each other is nothing to a gateway
+        self.look()
 
     def watch(self) -> None:
         now = self._clock()
         for generation in list(self._running.values()):
             self._watch_running(generation, now)
-        for generation in sorted(self._queued, key=lambda each: each.due_in_s(now)):       # among equals: in order of arrival
-            self._watch_queued(generation, now)
+        self.look()
+
+    def look(self) -> None:
+        """At who waits for a route, where there is a reason to."""
+        now = self._clock()
+        if now >= self._line.next_at():
+            for generation in self._line.turn(now):
+                self._look_at(generation, self._clock())
+            self._line.rest(self._clock())
+        self._arm()
+
+    def _arm(self) -> None:
+        if (at := self._line.next_at()) < math.inf:
+            self.wake_at(at)
+
+    def _heard(self, worker: WorkerRef, report: LoadReport | None) -> None:
+        self._loads.heard(worker, report, self._clock())
+        if report is not None:
+            self._line.news()
 
     def _watch_running(self, generation: Generation, now: float) -> None:
         attempt = generation.attempt
@@ -154,10 +182,13 @@ class Dispatcher:
             stalled = f"no token for {self._limits.stall_timeout_s:g} s"
             self._retry(generation, "stalled", FailureKind.TIMEOUT, stalled, backoff=False)
 
-    def _watch_queued(self, generation: Generation, now: float) -> None:
+    def _look_at(self, generation: Generation, now: float) -> None:
+        waits = generation.waits_for
         if now >= generation.prompt.deadline:
             self._fail(generation, FailureKind.TIMEOUT, self._deadline_text(generation))
-        elif now >= generation.not_before:
+        elif waits is not None and now >= generation.useful_until:
+            self._give_up(generation, Overloaded(waits.reason, waits.retry_after_s))       # the policy's word; it is not asked again
+        elif generation in self._line:
             self._route(generation)
 
     def _route(self, generation: Generation) -> None:
@@ -172,11 +203,18 @@ class Dispatcher:
                 self._give_up(generation, NoRoute(f"{decision.reason}; waited {self._limits.queue_timeout_s:g} s"))
             case Refuse() as decision if generation.num_attempts == 0:
                 self._give_up(generation, Overloaded(decision.reason, decision.retry_after_s))
-            case Queue() | Refuse():
-                pass                          # it stays queued until a deadline
+            case Queue() as decision:
+                generation.waits_for, generation.useful_until = decision, now + decision.useful_s
+                self._wait(generation)
+            case Refuse():
+                self._wait(generation)        # its client reads already: until a deadline
+
+    def _wait(self, generation: Generation) -> None:
+        given_up_at = min(generation.useful_until, generation.queued_at + self._limits.queue_timeout_s, generation.prompt.deadline)
+        self._line.wait(generation, given_up_at)
 
     def _send(self, generation: Generation, route: Route, now: float) -> None:
-        del self._queued[generation]
+        self._line.remove(generation)
         request = generation.start_attempt(route, self._post.address, now)
         self._running[request.request_id] = generation
         self._loads.sent(request.request_id, route, len(request.token_ids), now)
@@ -187,12 +225,12 @@ class Dispatcher:
 
     def _on_tokens(self, message: StepTokens) -> None:
         now = self._clock()
-        self._loads.heard(message.worker, message.load, now)
+        self._heard(message.worker, message.load)
         for delta in message.deltas:
             generation = self._running.get(delta.request_id)
             if generation is None or generation.attempt is None:
                 self._send_abort(message.worker, delta.request_id)            # an earlier one may have been lost
-            elif message.worker in (generation.attempt.route.prefill, generation.attempt.route.decode):
+            elif message.worker == (route := generation.attempt.route).decode or message.worker == route.prefill:
                 self._on_delta(generation, generation.attempt, delta, message.worker, now)
 
     def _on_delta(self, generation: Generation, attempt: Attempt, delta: TokenDelta, worker: WorkerRef, now: float) -> None:
@@ -257,9 +295,9 @@ class Dispatcher:
             self._route(generation)
 
     def _enqueue(self, generation: Generation, not_before: float) -> None:
-        generation.queued_at = self._clock()
-        generation.not_before = not_before
-        self._queued[generation] = None
+        now = generation.queued_at = self._clock()
+        generation.waits_for, generation.useful_until = None, math.inf
+        self._line.add(generation, now + generation.due_in_s(now), min(not_before, generation.prompt.deadline))
 
     def _give_up(self, generation: Generation, refusal: DiptychError) -> None:
         """No route. That is a refusal only if nothing was ever sent."""
@@ -290,10 +328,11 @@ class Dispatcher:
         if generation.attempt is not None:
             del self._running[generation.attempt.request_id]
             self._loads.ended(generation.attempt.request_id, generation.attempt.route, num_outputs)
+            self._line.news()
             generation.attempt = None
 
     def _end(self, generation: Generation, state: GenerationState, error: DiptychError | None = None) -> None:
-        self._queued.pop(generation, None)
+        self._line.remove(generation)
         generation.move(state)
         generation.error = error
         self._observer.ended(generation)

@@ -22,7 +22,7 @@ from ...engine.urgency import due_in_s
 from ...messages.errors import DiptychError
 from ...messages.ids import Address, RequestId
 from ...messages.requests import GenerateRequest, Route, SamplingParams, ServiceClass, TokenDelta, WorkerRef
-from ..router.policy import NO_OBJECTIVES, Objectives, Prediction, RoutingRequest
+from ..router.policy import NO_OBJECTIVES, Objectives, Prediction, Queue, RoutingRequest
 from .ordering import InOrder
 
 
@@ -44,6 +44,7 @@ TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
     _S.REFUSED: frozenset(),
     _S.FAILED: frozenset(),
 }
+ENDS = frozenset(state for state, after in TRANSITIONS.items() if not after)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Generation:
     attempt: Attempt | None = None
     num_attempts: int = 0
     queued_at: float = 0.0
-    not_before: float = 0.0                   # of the next attempt
+    waits_for: Queue | None = None            # the policy's last word, if that was to wait,
+    useful_until: float = math.inf            # which it is until then
     avoid: frozenset[WorkerRef] = frozenset()
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -99,7 +101,7 @@ class Generation:
 
     @property
     def ended(self) -> bool:
-        return not TRANSITIONS[self.state]
+        return self.state in ENDS
 
     def move(self, to: GenerationState) -> None:
         assert to in TRANSITIONS[self.state], f"{self.prompt.name}: {self.state} → {to}"

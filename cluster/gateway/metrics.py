@@ -4,6 +4,7 @@ import math
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -59,6 +60,12 @@ class Metrics:
         self._probe_gbps = Gauge("diptych_kv_transfer_probe_gbps", f"GB/s {probed}", PAIR, registry=registry)
         self._probe_latency = Gauge("diptych_kv_transfer_probe_latency_seconds", f"One page's write, {probed}", PAIR, registry=registry)
 
+        # `labels` validates and locks each time: what every request counts is looked up once.
+        self._of_outcome, self._of_class = cache(self._choices.labels), cache(self._requests.labels)
+        self._of_good, self._of_path, self._of_response = (
+            cache(counter.labels) for counter in (self._goodput, self._paths, self._responses)
+        )
+
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Read when scraped."""
         Gauge(f"diptych_{name}", text, registry=self._registry).set_function(read)
@@ -71,7 +78,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def responded(self, path: str, status: int) -> None:
-        self._responses.labels(path, status).inc()
+        self._of_response(path, status).inc()
 
     def retried(self, reason: str) -> None:
         self.num_retries += 1
@@ -103,12 +110,12 @@ class Metrics:
 
     def ended(self, generation: Generation) -> None:
         self.outcomes[generation.state] += 1
-        self._choices.labels(generation.state).inc()
+        self._of_outcome(generation.state).inc()
         self._count_by_class(generation)
         if generation.state is GenerationState.REFUSED:
             self._refusals.labels("no_route" if isinstance(generation.error, NoRoute) else "overloaded").inc()
         if generation.path is not None:
-            self._paths.labels(generation.path).inc()
+            self._of_path(generation.path).inc()
         first, last = generation.first_token_at, generation.last_token_at
         if first is None or last is None:
             return
@@ -131,12 +138,12 @@ class Metrics:
 
     def _count_by_class(self, generation: Generation) -> None:
         name = generation.prompt.service_class
-        self._requests.labels(name, generation.state).inc()
+        self._of_class(name, generation.state).inc()
         if generation.state is not GenerationState.ABORTED:
             self.by_class[name] += 1
         if generation.kept_objectives:
             self.good_by_class[name] += 1
-            self._goodput.labels(name).inc()
+            self._of_good(name).inc()
 
     def _finished(self, generation: Generation, first: float, last: float) -> None:
         num_prompt, num_output = len(generation.prompt.token_ids), len(generation.outputs)

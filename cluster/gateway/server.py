@@ -1,7 +1,8 @@
 """A gateway process: one thread, one uvloop, one HTTP server, one Post.
 
     run() ──► bind ──► loop: ┌ Post readable ──► core.pump      (and every POLL_S, as its edge may be missed)
-                             ├ every WATCH_S ──► core.watch     all deadlines
+                             ├ core.wake_at ───► core.look      at who waits for a route, at the moment that it named
+                             ├ every WATCH_S ──► core.watch     deadlines of what runs
                              └ uvicorn ──► App
     stop() from any thread ──► no new connections ──► open answers end, within grace_s ──► run() returns
 """
@@ -48,6 +49,8 @@ class Gateway:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None   # while it runs
         self._failure: BaseException | None = None            # of a background task
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = math.inf             # core's clock
 
     @property
     def port(self) -> int:
@@ -92,15 +95,31 @@ class Gateway:
         with self._lock:
             self._loop, self._loop_thread = loop, threading.get_ident()
         loop.add_reader(self._post.fileno(), self._core.pump)
+        self._core.dispatcher.wake_at = self._wake_at
         beats = [asyncio.create_task(self._beat(POLL_S, self._core.pump)), asyncio.create_task(self._beat(WATCH_S, self._core.watch))]
         try:
             await self._server.serve(sockets=[self._socket])
         finally:
             for beat in beats:
                 beat.cancel()
+            self._core.dispatcher.wake_at = lambda at: None
+            if self._alarm is not None:
+                self._alarm.cancel()
             loop.remove_reader(self._post.fileno())
             with self._lock:
                 self._loop = None
+
+    def _wake_at(self, at: float) -> None:
+        if at >= self._alarm_at:
+            return
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = at
+        self._alarm = asyncio.get_running_loop().call_later(max(0.0, at - self._core.clock()), self._look)
+
+    def _look(self) -> None:
+        self._alarm, self._alarm_at = None, math.inf
+        self._core.dispatcher.look()
 
     async def _beat(self, period_s: float, call: Callable[[], None]) -> None:
         """A gateway that has lost its heartbeat would hang its clients: it stops, and says why."""
@@ -146,6 +165,7 @@ def _uvicorn_config(app: App, grace_s: float) -> uvicorn.Config:
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,                  # nobody here asks who the client is
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(grace_s),

@@ -33,11 +33,12 @@ class Inflow:
     """What all gateways send to one worker of a pool: guessed from what this one sends, for they are alike."""
 
     tokens_per_s: float = 0.0                 # prompt tokens
-    unseen_share: float = 0.0                 # of those, sent by others: a report must come to show them
+    num_others: int = 0                       # gateways, of whose share a report must come to show it
     num_joining: float = 0.0                  # sequences on their way to a decode worker
 
 
 NOTHING = Inflow()
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillEstimate:
@@ -55,7 +56,7 @@ class DecodeEstimate:
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
     model = model_of(worker)
     age_s = 0.0 if worker.reported_at is None else now - worker.reported_at
-    unseen = inflow.tokens_per_s * inflow.unseen_share * age_s
+    unseen = _unseen_tokens(worker, inflow, age_s)
     uncached = work.num_tokens - num_cached
     pairs = attended_pairs(num_cached, uncached)
     own_s = model.prefill_s(uncached, pairs)
@@ -92,6 +93,12 @@ def blocks_at_end(worker: WorkerLoad, work: Work) -> int:
 
 def model_of(worker: WorkerLoad) -> StepModel:
     return worker.step_model or PRIOR
+
+
+def _unseen_tokens(worker: WorkerLoad, inflow: Inflow, age_s: float) -> float:
+    """Sent by others since the report: as always, or as this gateway did if that is more. Room that one sees, all see."""
+    as_always = inflow.tokens_per_s * age_s * inflow.num_others / (inflow.num_others + 1)
+    return max(as_always, inflow.num_others * worker.num_sent_tokens)
 
 
 def _tokens_behind(worker: WorkerLoad, work: Work, now: float) -> int:

@@ -4,8 +4,8 @@
         │ estimate.py: TTFT, KV arrival, TPOT, memory
         ▼
     some keep both promises ──► Route: of those, the one that uses least capacity
-    none, but TTFT could still be kept ──► Queue: somebody may end in time
-    none can keep TTFT any more ──► Refuse at once, with the time until one could; or, if it may be late, Route: the least late
+    none, but TTFT could still be kept ──► Queue: somebody may end within PATIENCE_S
+    nobody did, or none can keep TTFT ──► Refuse, with the time until one could; or, if it may be late, Route: the least late
 
 *Capacity used* is the rise of a potential: each resource touched (a prefill queue against TTFT, a decode step against TPOT, KV memory)
 is priced STEEPNESS**load, so a worker near its limit is dear and an idle one nearly free. (Exponential prices on loads are what makes
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from ...engine.pace import AIM
 from ...messages.requests import Route, WorkerRef
 from .estimate import Inflow, PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill
 from .policy import ClusterView, Decision, Explanation, Prediction, Queue, Refuse, RoutingRequest, WorkerLoad
@@ -30,7 +31,10 @@ from .prefix_aware import PrefixIndex, chain
 ALL_UP_TO = 4
 SAMPLE = 2
 STEEPNESS = 50.0
-SAFETY = 1.3                                  # a promise is predicted to be kept with so much to spare: gateways see each other late
+WAIT_SPARE = 1.3                              # a prompt's turn is expected so much later than predicted: gateways see each other late
+OWN_ERRORS = 2.0                              # its own computing by so many errors of the step model: nobody interrupts that
+TPOT_SPARE = 1 / AIM                          # as workers pace themselves: it is a mean over the answer, in which surprises are too
+PATIENCE_S = 0.04                             # so long a request waits at its gateway for room: longer ones come to the workers in a hurry
 MAX_LOAD = 4.0                                # loads beyond are equally hopeless
 FIRST_OUTPUTS_GUESS = 128.0                   # tokens, until an answer has ended
 NO_TTFT_SCALE_S = 1.0                         # what queues are measured against without an objective
@@ -38,6 +42,7 @@ NO_TPOT_SCALE_S = 0.05
 MIN_RETRY_AFTER_S = 0.1
 FULL_RETRY_AFTER_S = 1.0
 FLOW_HORIZON_S = 1.0
+CLOCK_TICK_S = 1e-6                           # what is nearer than that is now
 
 
 class GoodputOptions(Struct, frozen=True):
@@ -120,7 +125,7 @@ class Goodput:
         gateways_per_worker = view.num_gateways / max(1, len(pool))
         return Inflow(
             tokens_per_s=self._flows[pool_name].per_s(now) * gateways_per_worker,
-            unseen_share=1 - 1 / view.num_gateways,
+            num_others=view.num_gateways - 1,
             num_joining=sum(worker.num_expected for worker in pool) * gateways_per_worker,
         )
 
@@ -146,12 +151,15 @@ class Goodput:
         if request.may_be_late or self._options.serves_late or (request.objectives.ttft_s is None and request.objectives.tpot_s is None):
             return min(predictions, key=lambda each: _lateness(request, work, each)).route
         soonest = min(predictions, key=lambda each: each.ttft_s)
-        if any(each.keeps_ttft for each in predictions):
-            best_s = min(each.tpot_s for each in predictions)
-            return Queue(f"nobody has room and keeps {_ms(request.objectives.tpot_s)} a token; the best is {_ms(best_s)}")
-        late_s = soonest.ttft_s - work.ttft_slack_s
-        text = f"the first token is due in {_ms(work.ttft_slack_s)} and would come in {_ms(soonest.ttft_s)} at the soonest"
-        return Refuse(text, max(MIN_RETRY_AFTER_S, late_s))
+        if not any(each.keeps_ttft for each in predictions):
+            late_s = soonest.ttft_s - work.ttft_slack_s
+            text = f"the first token is due in {_ms(work.ttft_slack_s)} and would come in {_ms(soonest.ttft_s)} at the soonest"
+            return Refuse(text, max(MIN_RETRY_AFTER_S, late_s))
+        best_s = min(each.tpot_s for each in predictions)
+        retry_after_s = _room_in_s(request, work, best_s)
+        text = f"nobody has room and keeps {_ms(request.objectives.tpot_s)} a token; the best is {_ms(best_s)}"
+        useful_s = _patience_s(request, work, soonest)
+        return Queue(text, useful_s, retry_after_s) if useful_s > 0 else Refuse(text, retry_after_s)
 
 
 def _predict(
@@ -174,7 +182,7 @@ def _predict(
         + _rise(estimate.before_s / tpot_scale_s, tpot_s / tpot_scale_s)
         + _rise(held / decode.num_blocks, (held + needed) / decode.num_blocks)
     )
-    ttft_margin, tpot_margin = SAFETY + _error(sender or decode), SAFETY + _error(decode)
+    ttft_s, tpot_margin = _cautious_ttft_s(prefill, _error(sender or decode)), TPOT_SPARE + _error(decode)
     return Prediction(
         route=Route(decode=decode.ref, prefill=None if sender is None else sender.ref),
         ttft_s=prefill.ttft_s,
@@ -182,10 +190,31 @@ def _predict(
         tpot_s=tpot_s,
         memory=(held + needed) / decode.num_blocks,
         cost=cost,
-        keeps_ttft=request.objectives.ttft_s is None or prefill.ttft_s * ttft_margin <= work.ttft_slack_s,
+        keeps_ttft=request.objectives.ttft_s is None or ttft_s <= work.ttft_slack_s,
         keeps_tpot=(request.objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s * tpot_margin <= request.objectives.tpot_s)
         and needed + decode.num_decoding <= decode.num_free_blocks,
     )
+
+
+def _room_in_s(request: RoutingRequest, work: Work, best_s: float) -> float:
+    """Until so many sequences have ended that steps are short enough: they end evenly over the life of an answer."""
+    if request.objectives.tpot_s is None:
+        return FULL_RETRY_AFTER_S
+    excess = 1 - request.objectives.tpot_s / (best_s * TPOT_SPARE)
+    return max(MIN_RETRY_AFTER_S, excess * work.num_outputs * best_s)
+
+
+def _patience_s(request: RoutingRequest, work: Work, soonest: Prediction) -> float:
+    """How much longer it may wait for room; zero or less: no longer. Who was promised no first token has time."""
+    if request.objectives.ttft_s is None:
+        return math.inf
+    waited_s = request.objectives.ttft_s - work.ttft_slack_s
+    left_s = min(PATIENCE_S - waited_s, work.ttft_slack_s - WAIT_SPARE * soonest.ttft_s)
+    return left_s if left_s > CLOCK_TICK_S else 0.0
+
+
+def _cautious_ttft_s(prefill: PrefillEstimate, error: float) -> float:
+    return (prefill.ttft_s - prefill.own_s) * (WAIT_SPARE + error) + prefill.own_s * (1 + OWN_ERRORS * error)
 
 
 def _error(worker: WorkerLoad) -> float:

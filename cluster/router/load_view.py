@@ -30,6 +30,11 @@ class _Sent:
     at: float
     num_tokens: int
     num_blocks: int
+    num_pairs: int
+
+
+def _sent(now: float, num_tokens: int, block_size: int) -> _Sent:
+    return _Sent(now, num_tokens, -(-num_tokens // block_size), attended_pairs(0, num_tokens))
 
 
 @dataclass
@@ -51,22 +56,34 @@ class _Worker:
         return self._load
 
     def _compute_load(self) -> WorkerLoad:
-        report, pending = self.report, [*self.sent.values(), *self.expected.values()]
+        report, sent, expected = self.report, self.sent.values(), self.expected.values()
         free = report.num_free_blocks if report else self.member.num_blocks
         work = report.work if report and report.work else StepFeatures()
+        num_waiting_tokens, pairs = report.num_waiting_tokens if report else 0, work.prefill_pairs
+        num_sent_tokens = 0
+        for each in sent:
+            num_waiting_tokens += each.num_tokens
+            pairs += each.num_pairs
+            free -= each.num_blocks
+            if self.reported_at is None or each.at >= self.reported_at:
+                num_sent_tokens += each.num_tokens
+        for each in expected:
+            free -= each.num_blocks
+        num_reported = report.num_waiting + report.num_running + report.num_reserved if report else 0
         return WorkerLoad(
             ref=self.member.ref,
-            num_requests=(report.num_waiting + report.num_running + report.num_reserved if report else 0) + len(pending),
-            num_waiting_tokens=(report.num_waiting_tokens if report else 0) + sum(each.num_tokens for each in self.sent.values()),
+            num_requests=num_reported + len(sent) + len(expected),
+            num_waiting_tokens=num_waiting_tokens,
             num_blocks=self.member.num_blocks,
-            num_free_blocks=free - sum(each.num_blocks for each in pending),
+            num_free_blocks=free,
             block_size=self.member.block_size,
-            prefill_pairs=work.prefill_pairs + sum(attended_pairs(0, each.num_tokens) for each in self.sent.values()),
+            prefill_pairs=pairs,
             num_decoding=work.num_decoding,
             decode_context=work.decode_context,
             queue=report.queue if report else (),
             max_step_tokens=report.max_step_tokens if report else 0,
-            num_expected=len(self.expected),
+            num_sent_tokens=num_sent_tokens,
+            num_expected=len(expected),
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,
             reported_at=self.reported_at,
@@ -112,11 +129,11 @@ class LoadView:
     def sent(self, request_id: RequestId, route: Route, num_tokens: int, now: float) -> None:
         """A request with `num_tokens` to prefill has left for `route`."""
         if first := self._workers.get(route.first):
-            first.sent[request_id] = _Sent(now, num_tokens, -(-num_tokens // first.member.block_size))
+            first.sent[request_id] = _sent(now, num_tokens, first.member.block_size)
             first.changed()
         decode = self._workers.get(route.decode)
         if route.prefill is not None and decode is not None:
-            decode.expected[request_id] = _Sent(now, num_tokens, -(-num_tokens // decode.member.block_size))
+            decode.expected[request_id] = _sent(now, num_tokens, decode.member.block_size)
             decode.changed()
 
     def arrived(self, request_id: RequestId, route: Route) -> None:

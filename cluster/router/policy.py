@@ -1,7 +1,7 @@
 """Where does a request go? A pure question: (request, view of the cluster, clock) → Route, Queue or Refuse.
 
     policy.choose(request, view, now) ──► Route    send it there
-                                          Queue    nobody can take it now; ask again
+                                          Queue    nobody can take it now; ask again as workers tell their loads
                                           Refuse   the cluster is full; HTTP 429
     policy.decide(request, view, now) ──► the same, with the predictions it was taken on
 
@@ -9,6 +9,7 @@ A policy keeps at most what it chose before (a turn, a seed, an index of prefixe
 simulator runs it unchanged. A Route that it returns is taken.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -51,6 +52,7 @@ class WorkerLoad(Struct, frozen=True):
     decode_context: int = 0                   # tokens that those attend to
     queue: tuple[tuple[float, int], ...] = () # (seconds from the report until it is due, prompt tokens) of what waits, soonest first
     max_step_tokens: int = 0                  # 0: not told
+    num_sent_tokens: int = 0                  # of num_waiting_tokens, what this gateway sent after the report
     num_expected: int = 0                     # of num_requests, what this gateway sent and others prefill
     prefill_share: float = 0.0                # of this worker's time, lately
     step_model: StepModel | None = None
@@ -72,6 +74,8 @@ class ClusterView(Struct, frozen=True):
 
 class Queue(Struct, frozen=True):
     reason: str
+    useful_s: float = math.inf                # from now; then it is to be refused without being asked for again
+    retry_after_s: float = 1.0                # if it comes to that
 
 
 class Refuse(Struct, frozen=True):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.cluster.router.estimate import Inflow, Work, estimate_decode, estimate_prefill
-from diptych.cluster.router.goodput import Goodput, GoodputOptions
+from diptych.cluster.router.goodput import PATIENCE_S, Goodput, GoodputOptions
 from diptych.cluster.router.load_view import LoadView
 from diptych.cluster.router.policy import ClusterView, Objectives, Queue, Refuse, RoutingRequest, WorkerLoad
 from diptych.cluster.router.registry import PolicyOptions, make_policy
@@ -26,7 +26,9 @@ def ref(name: str) -> WorkerRef:
     return WorkerRef(WorkerId(name), Epoch(1), Address(f"fake://{name}"))
 
 
-def load(name: str, *, waiting: int = 0, decoding: int = 0, free: int = 1000, share: float = 0.0, queue: tuple = ()) -> WorkerLoad:
+def load(
+    name: str, *, waiting: int = 0, decoding: int = 0, free: int = 1000, share: float = 0.0, queue: tuple = (), sent: int = 0
+) -> WorkerLoad:
     return WorkerLoad(
         ref=ref(name),
         num_requests=decoding + -(-waiting // 1000),
@@ -40,6 +42,7 @@ def load(name: str, *, waiting: int = 0, decoding: int = 0, free: int = 1000, sh
         max_step_tokens=2048,
         prefill_share=share,
         step_model=MODEL,
+        num_sent_tokens=sent,
         reported_at=0.0,
         queue=queue,
     )
@@ -207,9 +210,17 @@ class TestEstimates:
         assert estimate_prefill(worker, self.work, 0, 10.0).backlog_s == 0.0
 
     def test_what_other_gateways_sent_is_guessed(self):
-        inflow = Inflow(tokens_per_s=20_000, unseen_share=0.75, num_joining=10.0)
+        inflow = Inflow(tokens_per_s=20_000, num_others=3, num_joining=10.0)
         assert estimate_prefill(load("p0"), self.work, 0, 0.05, inflow).backlog_s == pytest.approx(20_000 * 0.75 * 0.05 * 22e-6)
         assert estimate_decode(load("d0"), self.work, 0.0, 0.0, inflow).tpot_s > estimate_decode(load("d0"), self.work, 0.0, 0.0).tpot_s
+
+    @given(st.integers(0, 20_000), st.integers(0, 20_000), st.integers(0, 7))
+    def test_room_that_one_sees_all_see(self, sent, more, num_others):
+        """What this gateway sent on the same report, the others are taken to have sent as well."""
+        inflow = Inflow(num_others=num_others)
+        some, much = (load("p0", waiting=40_000, sent=tokens) for tokens in (sent, sent + more))
+        less_s, more_s = (estimate_prefill(worker, self.work, 0, 0.0, inflow).backlog_s for worker in (some, much))
+        assert more_s - less_s == pytest.approx(MODEL.prefill_s(num_others * more, 0))
 
     def test_by_the_join_some_have_ended(self):
         full = load("d0", decoding=200)
@@ -217,6 +228,51 @@ class TestEstimates:
         assert later == now, "the load of a cluster that is in use is not believed to shrink"
         joined = msgspec.structs.replace(full, num_requests=260)
         assert estimate_decode(joined, self.work, 1.0, 0.0).tpot_s < estimate_decode(joined, self.work, 0.0, 0.0).tpot_s
+
+
+class TestPatience:
+    """Decode workers that are full by TPOT, prefill workers that are idle."""
+
+    full = view([load("p0")], [load("d0", decoding=300, free=900)])
+
+    @given(waited_s=st.floats(0, 1), ttft_s=st.floats(0.01, 10), decoding=st.integers(0, 300), waiting=st.integers(0, 20_000))
+    def test_nobody_waits_longer_than_that_to_be_refused(self, waited_s, ttft_s, decoding, waiting):
+        objectives = Objectives(ttft_s, 0.02)
+        request = msgspec.structs.replace(REQUEST, objectives=objectives, arrived_at=0.0)
+        cluster = view([load("p0", waiting=waiting)], [load("d0", decoding=decoding, free=900)])
+        decision = policy().choose(request, cluster, waited_s)
+        if isinstance(decision, Queue):
+            assert 0 < decision.useful_s <= PATIENCE_S - waited_s + 1e-9
+            assert waited_s + decision.useful_s < ttft_s
+
+    def test_after_its_patience_it_is_refused_with_the_numbers(self):
+        request = msgspec.structs.replace(REQUEST, arrived_at=0.0)
+        assert isinstance(policy().choose(request, self.full, 0.0), Queue)
+        decision = policy().choose(request, self.full, PATIENCE_S)
+        assert isinstance(decision, Refuse)
+        assert "20 ms a token" in decision.reason
+        assert decision.retry_after_s > 0
+
+    def test_who_was_promised_no_first_token_has_time(self):
+        decision = policy().choose(msgspec.structs.replace(REQUEST, objectives=Objectives(None, 0.02), arrived_at=0.0), self.full, 50.0)
+        assert isinstance(decision, Queue)
+        assert decision.useful_s == math.inf
+
+    @given(st.integers(200, 300), st.integers(1, 50))
+    def test_the_fuller_the_later_to_try_again(self, decoding, more):
+        request = msgspec.structs.replace(REQUEST, arrived_at=-PATIENCE_S)
+        some, many = (policy().choose(request, view([], [load("d0", decoding=n, free=900)]), 0.0) for n in (decoding, decoding + more))
+        if isinstance(some, Refuse):
+            assert many.retry_after_s >= some.retry_after_s
+
+    def test_a_long_prompt_alone_is_not_taken_with_a_third_to_spare(self):
+        """Nobody interrupts its computing: only the wait for its turn is uncertain."""
+        prompt = msgspec.structs.replace(REQUEST, token_ids=tuple(range(40_000)), objectives=Objectives(2.0, 0.02))
+        own_s = MODEL.prefill_s(40_000, 40_000 * 20_000)
+        assert 1.54 < own_s < 1.9
+        assert isinstance(policy().choose(prompt, view([load("p0")], [load("d0")]), 0.0), Route)
+        busy = view([load("p0", waiting=15_000)], [load("d0", waiting=15_000)])
+        assert isinstance(policy().choose(prompt, busy, 0.0), Refuse)
 
 
 class TestCluster:
