@@ -337,7 +337,7 @@ def test_a_handoff_that_finds_no_room_claims_it_from_batch() -> None:
 
 def test_the_newest_claim_is_the_one_that_counts() -> None:
     """A worker's loop claims at every turn of a step that takes long, and for whoever is the most urgent by then."""
-    jobs = [Job((1,) * 12, 9, tier=BATCH), Job((2,) * 12, 9, tier=BATCH)]
+    jobs = [Job((1,) * 10, 9, tier=BATCH), Job((2,) * 10, 9, tier=BATCH)]
     run = started(replace(ROOMY, num_blocks=7, max_step_tokens=64), *jobs)
     run.compute(run.scheduler.schedule())
     run.scheduler.claim(7, due_at=0.5)
