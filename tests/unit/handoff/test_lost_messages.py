@@ -146,5 +146,5 @@ def test_a_request_that_comes_twice_does_not_end_its_handoff_twice() -> None:
         cluster.turn()
         cluster.now += TIMEOUT_S / 20
     assert decode.engine.pool.num_held == 5, "reused although pages of the first are still on their way"
-    cluster.settle(2000)
+    cluster.settle(20.0)
     cluster.assert_nothing_leaked()

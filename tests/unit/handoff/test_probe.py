@@ -26,10 +26,7 @@ PROMPT = list(range(20))
 def run(cluster: FakeCluster, seconds: float = 0.5) -> None:
     end = cluster.now + seconds
     while cluster.now < end:
-        cluster.network.deliver_all()
-        cluster.fabric.land_all()
-        cluster.turn()
-        cluster.now += 0.01
+        cluster.step()
 
 
 def gbps(cluster: FakeCluster) -> float:
