@@ -19,7 +19,6 @@ from ...messages.requests import Route
 from ..router.policy import Decision, Explanation, Prediction, Queue
 from .generation import Generation, GenerationState
 
-
 MAX_CHOICES = 16
 
 
