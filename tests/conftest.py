@@ -1,13 +1,16 @@
 """With pytest-xdist (`make test`: two processes) the tests of Ray stay in one of them, on their one head, and a file in one of them too."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-RAY = Path(__file__).parent / "ray"
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        group = "ray" if RAY in item.path.parents else str(item.path.relative_to(RAY.parent))
-        item.add_marker(pytest.mark.xdist_group(group))
+    class RayTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/ray" if nodeid.startswith("tests/ray/") else nodeid.partition("::")[0]
+
+    return RayTogether(config, log)
