@@ -12,6 +12,8 @@ VENV        ?= .venv
 TORCH_INDEX ?=
 KEEP        ?=
 PYTEST_ARGS ?=
+# The tests of Ray are one process's, all others the other's: while one waits the other computes. 0: one process for all.
+TEST_PROCESSES ?= 2
 
 HAS_GPU     := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 ifeq ($(HAS_GPU),1)
@@ -35,7 +37,7 @@ demo: $(VENV)/.installed
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-check
 	$(BIN)/ruff check .

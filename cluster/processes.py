@@ -1,5 +1,7 @@
 """Is that process still there? Asked of the process table, since everything else may be late or wrong."""
 
+import contextlib
+
 import psutil
 
 
@@ -17,3 +19,9 @@ def is_dead(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def kill(process: psutil.Process) -> None:
+    """Without effect on one that went by itself meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()

@@ -6,7 +6,6 @@
 No import of Ray: it is started as anybody would start it.
 """
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -20,7 +19,7 @@ import psutil
 from msgspec import Struct
 
 from ..messages.errors import ClusterError
-from .processes import find_process, is_dead
+from .processes import find_process, is_dead, kill
 
 START_TIMEOUT_S = 60.0
 TERM_GRACE_S = 1.0                            # Ray's own way down may take longer; there is nothing in it to be saved
@@ -85,8 +84,7 @@ def stop_head(head: Head) -> None:
             process.terminate()                               # Ray's own way down
     alive = _wait_until_gone(members, TERM_GRACE_S)
     for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):       # it went by itself meanwhile
-            process.kill()
+        kill(process)
     alive = _wait_until_gone(alive, KILL_TIMEOUT_S)
     if alive:
         raise ClusterError(f"processes of Ray's head {head.address} survive SIGKILL: {[process.pid for process in alive]}")

@@ -26,7 +26,7 @@ from ..messages.zmq_post import Keyring
 from .controller import Action, Adopted, Answered, Died, Drain, Event, Kill, Publish, Start, StartFailed
 from .gateway_shell import GatewayShell
 from .places import PlaceKind, PlaceName, worker_config
-from .processes import find_process, is_dead
+from .processes import find_process, is_dead, kill
 from .pulse import Pulse, ShellState
 from .spec import Device, Spec
 from .worker_shell import WorkerShell
@@ -199,5 +199,5 @@ class RayRuntime:
         if running is None or is_dead(running):
             return True
         if process.lost and now_s >= process.kill_at_s:
-            running.kill()
+            kill(running)
         return False

@@ -97,6 +97,9 @@ class KVReceiver:
     def __len__(self) -> int:
         return len(self._handoffs)
 
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._handoffs
+
     @property
     def is_waiting(self) -> bool:
         """Announced pages are still to be counted."""
@@ -148,8 +151,8 @@ class KVReceiver:
             return RefuseReason.MALFORMED, f"{ticket.request_id} is here already, under another ticket"
         if offer.layout_hash != self._layout.hash:
             return RefuseReason.LAYOUT, f"pages of layout {offer.layout_hash}, this pool has {self._layout.hash}"
-        if not 0 < num_tokens <= self._engine.limits.max_model_len:
-            return RefuseReason.TOO_LARGE, f"{num_tokens} tokens; this worker takes 1 to {self._engine.limits.max_model_len}"
+        if not 0 < num_tokens < self._engine.limits.max_model_len:         # one more is to be decoded
+            return RefuseReason.TOO_LARGE, f"{num_tokens} tokens and the next; this worker takes up to {self._engine.limits.max_model_len}"
         if offer.num_blocks != -(-num_tokens // block_size) or len(offer.block_hashes) != num_tokens // block_size:
             text = f"{num_tokens} tokens with {offer.num_blocks} blocks, {len(offer.block_hashes)} hashes"
             return RefuseReason.MALFORMED, text

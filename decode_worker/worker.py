@@ -43,6 +43,9 @@ class DecodeWorker(Worker):
     def requests(self) -> list[GenerateRequest]:
         return [*super().requests(), *self._receiver.requests]
 
+    def knows(self, request_id: RequestId) -> bool:
+        return super().knows(request_id) or request_id in self._receiver
+
     def num_handoffs(self) -> int:
         return len(self._receiver)
 

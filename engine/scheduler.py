@@ -55,7 +55,7 @@ class Scheduler:
         self.pacer = pacer                     # None: only tokens are budgeted
         self.waiting: list[Sequence] = []      # by urgency
         self.running: list[Sequence] = []      # by arrival
-        self._claims: list[tuple[int, float]] = []             # (blocks, due_at) of handoffs, for the next step
+        self._claim: tuple[int, float] | None = None           # (blocks, due_at) of the most urgent handoff, for the next step
 
     def add(self, sequence: Sequence) -> None:
         """To be admitted when there is room."""
@@ -118,13 +118,14 @@ class Scheduler:
         return -(-num_tokens // self._block_size)
 
     def claim(self, num_blocks: int, due_at: float) -> None:
-        """A handoff that is due then waits for a place and so many blocks: the next step's batch work makes room, if that is enough."""
-        self._claims.append((num_blocks, due_at))
+        """A handoff that is due then waits for a place and so many blocks: the next step's batch work makes room, if that is enough.
+        In place of what was claimed before."""
+        self._claim = num_blocks, due_at
 
     @property
     def may_preempt(self) -> bool:
         """Whether the next plan may take places and memory away from batch work, for want of neither."""
-        wanted = bool(self._claims) or bool(self.waiting and not self.waiting[0].fills_in)
+        wanted = self._claim is not None or bool(self.waiting and not self.waiting[0].fills_in)
         return wanted and any(sequence.fills_in for sequence in self.running)
 
     def owes_memory(self, due_at: float) -> bool:
@@ -168,11 +169,12 @@ class Scheduler:
         return self.blocks_for(len(sequence.token_ids)) - len(prefix), prefix
 
     def _yield_to_waiting(self) -> list[Sequence]:
-        """Batch work makes room for handoffs that claim it and for the first in line."""
-        claims, self._claims = self._claims, []
+        """Batch work makes room for the handoff that claims it and for the first in line."""
+        claim, self._claim = self._claim, None
         yielded: list[Sequence] = []
         head = self.waiting[0] if self.waiting else None
-        for num_blocks, due_at in claims:
+        if claim is not None:
+            num_blocks, due_at = claim
             yielded += self._yield_to(num_blocks, [], due_at)
         if head is not None and not head.fills_in:
             yielded += self._yield_to(*self._missing(head), head.due_at)

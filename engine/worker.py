@@ -158,7 +158,7 @@ class Worker(ABC):
                 self.receive_handoff(message)
 
     def _accept(self, request: GenerateRequest) -> None:
-        if self.engine.find(request.request_id) is not None:
+        if self.knows(request.request_id):
             return                                            # doubled on the way
         first = request.route.first
         if (first.worker_id, first.epoch) != (self.ref.worker_id, self.ref.epoch):
@@ -301,6 +301,10 @@ class Worker(ABC):
     def requests(self) -> list[GenerateRequest]:
         """All that are under way here."""
         return [sequence.request for sequence in self.engine.sequences]
+
+    def knows(self, request_id: RequestId) -> bool:
+        """It is under way here, or something of it is still to be cleared away."""
+        return self.engine.find(request_id) is not None
 
     def before_step(self, plan: StepPlan) -> None:
         return None

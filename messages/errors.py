@@ -14,9 +14,7 @@ DiptychError
 │   ├── Malformed
 │   └── TooLarge
 ├── HandoffError
-│   ├── TicketRefused
-│   ├── IllegalTransition
-│   └── HandoffTimeout
+│   └── IllegalTransition
 ├── TransferError
 │   ├── LayoutMismatch
 │   ├── LinkTooSlow
@@ -81,15 +79,7 @@ class HandoffError(DiptychError):
     pass
 
 
-class TicketRefused(HandoffError):
-    pass
-
-
 class IllegalTransition(HandoffError):
-    pass
-
-
-class HandoffTimeout(HandoffError):
     pass
 
 

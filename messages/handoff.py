@@ -14,7 +14,8 @@ A probe borrows blocks that no sequence uses, so that a link can be measured bef
 
     writer ── KVProbe ──► KVProbeAccept ──► pages ══► KVProbeSent ──► KVProbeCounted, several rounds ──► KVDrained: the blocks go back
 
-Every message carries the ticket. One that is stale, unknown, consumed or forged changes nothing and is answered with KVRefuse.
+Every message carries the ticket. One that is stale, unknown, consumed or forged changes nothing: a question (KVOffer, KVProbe) or an
+announcement (KVLanded) is answered with KVRefuse, anything else is passed over.
 """
 
 from enum import StrEnum
@@ -40,12 +41,12 @@ class RefuseReason(StrEnum):
     UNKNOWN_TICKET = "unknown_ticket"
     CONSUMED_TICKET = "consumed_ticket"
     LAYOUT = "layout"
-    TOO_LARGE = "too_large"                   # would not fit into an empty pool
+    TOO_LARGE = "too_large"                   # longer than this worker's contexts
     DRAINING = "draining"
     TIMEOUT = "timeout"
     ABORTED = "aborted"
     BUSY = "busy"                             # a probe may ask again later
-    PAGE_COUNT = "page_count"                 # more pages counted than announced
+    PAGE_COUNT = "page_count"                 # announced is not what was reserved, or less than was counted
     MALFORMED = "malformed"                   # block ids, counts or tokens that cannot be
 
 

@@ -16,7 +16,7 @@ class Role(StrEnum):
 class MemoryDescriptor(Struct, frozen=True):
     """How a peer reaches a worker's KV pool over one transport."""
 
-    transport: str                            # "shm", "ucx", "fake"
+    transport: str                            # "shm", "nvlink", "ucx", "fake"
     host: str                                 # machine identity: shared memory needs an equal one
     location: bytes                           # the transport's own: a segment's name, a handle, a remote key
     num_blocks: int

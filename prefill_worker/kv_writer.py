@@ -17,7 +17,7 @@ from ..engine.sequence import Sequence
 from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.plan import PagePlan
 from ..kvtransfer.session import HandoffState, Session
-from ..kvtransfer.transport import KVPool, Peer
+from ..kvtransfer.transport import NUM_IMMS, KVPool, Peer
 from ..messages.errors import PeerGone, TransferError
 from ..messages.handoff import (
     KVAccept,
@@ -96,6 +96,10 @@ class KVWriter:
 
     def __len__(self) -> int:
         return len(self._handoffs)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        """Also one that was given up and is still to be drained."""
+        return request_id in self._handoffs
 
     @property
     def is_waiting(self) -> bool:
@@ -335,4 +339,6 @@ def _what_is_wrong(accept: KVAccept, handoff: Outgoing) -> str | None:
         return f"{accept.num_cached_blocks} cached + {len(accept.block_ids)} blocks for {num_blocks}"
     if len(set(accept.block_ids)) != len(accept.block_ids) or min(accept.block_ids, default=0) < 0:
         return "repeated or negative block ids"
+    if not 0 <= accept.imm < NUM_IMMS:
+        return f"counter {accept.imm} of {NUM_IMMS}"
     return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.session import HandoffState, Session
-from ..kvtransfer.transport import KVPool, Peer
+from ..kvtransfer.transport import NUM_IMMS, KVPool, Peer
 from ..messages.errors import LinkTooSlow, PeerGone, TransferError
 from ..messages.handoff import KVCancel, KVDrained, KVProbe, KVProbeAccept, KVProbeCounted, KVProbeSent, KVRefuse, Ticket
 from ..messages.ids import Address, RequestId, new_nonce
@@ -52,7 +52,7 @@ class Probe:
     rounds: list[int] = field(default_factory=list)    # pages of each round that is still to come; the first is under way
     num_sent: int = 0                                  # pages, of all rounds
     num_counted: int = 0
-    busy_s: float = 0.0                                # of the rounds that have ended
+    busy_s: float = 0.0                                # the transport's, as of the last round's end
     times_s: list[tuple[int, float]] = field(default_factory=list)     # (pages, seconds) of each
 
     @property
@@ -151,8 +151,9 @@ class LinkProber:
     # doing
 
     def _begin(self, now: float) -> None:
-        ref = min(self._due_at, key=self._due_at.__getitem__, default=None)
-        if ref is None or now < self._due_at[ref] or self._targets[ref].draining:
+        due_at = {ref: at for ref, at in self._due_at.items() if not self._targets[ref].draining}
+        ref = min(due_at, key=due_at.__getitem__, default=None)
+        if ref is None or now < due_at[ref]:
             return
         name = RequestId(f"probe of {self._me.worker_id}")
         ticket = Ticket(ref.worker_id, ref.epoch, name, new_nonce())
@@ -166,6 +167,9 @@ class LinkProber:
         dst = [block * num_layers + layer for block in accept.block_ids for layer in range(num_layers)]
         if not dst or min(dst) < 0 or max(dst) >= probe.target.num_blocks * num_layers:
             self._put_off(probe, f"accepted with blocks {accept.block_ids}", now)
+            return
+        if not 0 <= accept.imm < NUM_IMMS:
+            self._put_off(probe, f"accepted with counter {accept.imm} of {NUM_IMMS}", now)
             return
         probe.dst = dst[: self._num_own_pages]
         probe.src = list(range(len(probe.dst)))
@@ -184,6 +188,7 @@ class LinkProber:
             self._put_off(probe, str(error), now)
             return
         if probe.peer is not None:
+            probe.busy_s = self._transport.busy_s(probe.peer, accept.imm)      # what an earlier use has left
             probe.session.move(HandoffState.MOVING)
             self._write_round(probe, probe.peer, accept, now)
 

@@ -47,6 +47,9 @@ class PrefillWorker(Worker):
     def links(self) -> tuple[LinkMeasured, ...]:
         return self._prober.links
 
+    def knows(self, request_id: RequestId) -> bool:
+        return super().knows(request_id) or request_id in self._writer
+
     def num_handoffs(self) -> int:
         return len(self._writer)
 

@@ -3,7 +3,8 @@
     begin(response id) ──► decided … retried … decided ──► ended        per choice; of a request's ids, both find it
     capacity requests, the oldest goes first                            no prompt and no answer is kept, only numbers
 
-An attempt keeps its last decision and how often it waited before: a choice takes no more room however long it is queued.
+An attempt keeps its last decision and how often it waited before: a choice takes no more room however long it is queued. Of a request with
+many choices the first MAX_CHOICES are kept: a client says how many there are, and the log's size is not for clients to choose.
 """
 
 import math
@@ -17,6 +18,8 @@ from msgspec.structs import replace
 from ...messages.requests import Route
 from ..router.policy import Decision, Explanation, Prediction, Queue
 from .generation import Generation, GenerationState
+
+MAX_CHOICES = 16
 
 
 class DecisionKind(StrEnum):
@@ -138,11 +141,12 @@ class DecisionLog:
         return RequestExplanation(response_id, request.request_id, tuple(choices[index] for index in sorted(choices)))
 
     def _find(self, generation: Generation) -> tuple[_Request | None, int]:
-        """The name of a choice is RESPONSE_ID-INDEX."""
+        """None: not kept. The name of a choice is RESPONSE_ID-INDEX."""
         if not self._requests:
             return None, 0
-        response_id, _, index = generation.prompt.name.rpartition("-")
-        return self._requests.get(response_id), int(index)
+        response_id, _, text = generation.prompt.name.rpartition("-")
+        index = int(text)
+        return self._requests.get(response_id) if index < MAX_CHOICES else None, index
 
 
 def _attempt(explanation: Explanation, decided_after_s: float, num_waits: int) -> AttemptExplanation:

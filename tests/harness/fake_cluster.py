@@ -36,6 +36,7 @@ from diptych.prefill_worker.worker import PrefillWorker
 BLOCK_SIZE = 4
 TIMEOUT_S = 10.0
 PAGE_S = 1e-6
+STEP_S, WAIT_S = 0.01, 0.1
 
 
 @dataclass
@@ -196,15 +197,26 @@ class FakeCluster:
             worker.turn(0.0)
         self.read_gateway()
 
-    def settle(self, num_rounds: int = 400) -> None:
-        """No more faults: everything is delivered and time goes on until nothing is left to do."""
-        for _ in range(num_rounds):
-            self.network.deliver_all()
-            self.fabric.land_all()
-            self.turn()
-            self.now += 0.01
-            if not self.network.in_flight and not self.fabric.in_flight and self.idle:
+    def settle(self, seconds: float = 4.0) -> None:
+        """No more faults: everything is delivered and time goes on until nothing is left to do, or for so long."""
+        end = self.now + seconds
+        while self.now < end:
+            self.step()
+            if self.is_quiet and self.idle:
                 return
+
+    def step(self) -> None:
+        """Everything is delivered, all take a turn, and time goes on: by more when there is only a deadline to wait for."""
+        self.network.deliver_all()
+        self.fabric.land_all()
+        self.turn()
+        self.now += WAIT_S if self.is_quiet else STEP_S
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing is on its way and nothing is computed."""
+        computing = any(worker.engine.scheduler.running for worker in self.workers.values())
+        return not self.network.in_flight and not self.fabric.in_flight and not computing
 
     @property
     def idle(self) -> bool:

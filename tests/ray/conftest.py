@@ -1,4 +1,7 @@
-"""One Ray head for the whole run, and deployments on it: `cluster(pools={…})` starts one and returns once it serves."""
+"""One Ray head for the whole run, and deployments on it: `cluster(pools={…})` starts one and returns once it serves.
+
+`colocated`, a decode worker alone, is started once for all tests: whoever takes one of its processes away waits until it is back.
+"""
 
 import os
 import signal
@@ -92,6 +95,31 @@ class Cluster:
 
 
 StartCluster = Callable[..., Cluster]
+
+
+def serve(name: str, folder: Path, **sections: Any) -> Iterator[Cluster]:
+    """For a fixture; at the end no block is held by anybody."""
+    tree = {"name": f"{name}-{os.getpid()}", "model": {"path": "embedded"}, "router": {"port": 0}, **sections}
+    deployment = ray_session.launch(parse_spec(tree, folder))
+    try:
+        status = deployment.wait_until_ready(START_TIMEOUT_S)
+        assert status.endpoint is not None
+        cluster = Cluster(deployment, status.endpoint, status.model)
+        yield cluster
+        cluster.wait_for(nothing_is_held, 20)
+    finally:
+        deployment.stop()
+
+
+def nothing_is_held(status: DeploymentStatus) -> bool:
+    """free + cached = total on every worker."""
+    return all(place.load is None or place.load.num_free_blocks == place.load.num_blocks for place in status.places)
+
+
+@pytest.fixture(scope="session")
+def colocated(ray_head: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    pools = {"decode": {"workers": 1, "kv_memory": "32MiB", "max_step_tokens": 64}}
+    yield from serve("colocated", tmp_path_factory.mktemp("colocated"), pools=pools)
 
 
 @pytest.fixture

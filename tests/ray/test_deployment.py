@@ -16,7 +16,7 @@ from diptych.cluster.ray_session import is_serving
 from diptych.messages.errors import ClusterError, SpecError
 from diptych.models.embedded.path import embedded_model_path
 
-from .conftest import StartCluster
+from .conftest import Cluster, StartCluster
 
 SMALL = {"workers": 1, "kv_memory": "32MiB"}
 SHM = Path("/dev/shm")
@@ -49,8 +49,8 @@ def test_stopped_worker_is_replaced_after_the_answer_timeout(cluster: StartClust
     served.complete()
 
 
-def test_a_new_controller_adopts_what_lives(cluster: StartCluster) -> None:
-    served = cluster(pools={"decode": SMALL})
+def test_a_new_controller_adopts_what_lives(colocated: Cluster) -> None:
+    served = colocated
     pids, controller_pid = served.pids, served.status.pid
     psutil.Process(controller_pid).kill()
     served.complete()                                         # nobody needs it for that
@@ -115,8 +115,7 @@ def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(cluster
     second.complete()
 
 
-def test_a_name_is_used_once(cluster: StartCluster) -> None:
-    served = cluster(pools={"decode": SMALL})
-    assert served.status.phase is Phase.READY
+def test_a_name_is_used_once(colocated: Cluster, cluster: StartCluster) -> None:
+    assert colocated.status.phase is Phase.READY
     with pytest.raises(SpecError, match="is running already"):
-        cluster(name=served.status.name, pools={"decode": SMALL})
+        cluster(name=colocated.status.name, pools={"decode": SMALL})

@@ -13,45 +13,25 @@ import pytest
 import torch
 import transformers
 
-from diptych.cluster import ray_session
-from diptych.cluster.pulse import DeploymentStatus
+from diptych.cluster.links import pairs_of
 from diptych.cluster.ray_session import is_serving
-from diptych.cluster.spec import parse_spec
 from diptych.models.embedded.path import embedded_model_path
 
-from .conftest import START_TIMEOUT_S, Cluster
+from .conftest import Cluster, nothing_is_held, serve
 
 SMALL = {"workers": 1, "kv_memory": "32MiB", "max_step_tokens": 64}
-POOLS = {"split": {"prefill": SMALL, "decode": SMALL}, "colocated": {"decode": SMALL}}
 PROMPTS = ["The for statement", "A list is a sequence of", "def f(x):\n    return", "import os\n" * 30, "x"]
 TRACES = Path(__file__).parents[3] / "shared" / "traces"
 KEY = "a-key-of-this-test"
 
 
-def start(name: str, folder: Path, **sections: object) -> Iterator[Cluster]:
-    tree = {"name": f"{name}-{os.getpid()}", "model": {"path": "embedded"}, "router": {"port": 0}, **sections}
-    deployment = ray_session.launch(parse_spec(tree, folder))
-    try:
-        status = deployment.wait_until_ready(START_TIMEOUT_S)
-        assert status.endpoint is not None
-        cluster = Cluster(deployment, status.endpoint, status.model)
-        yield cluster
-        cluster.wait_for(nothing_is_held, 20)
-    finally:
-        deployment.stop()
-
-
-def nothing_is_held(status: DeploymentStatus) -> bool:
-    """free + cached = total on every worker."""
-    return all(place.load is None or place.load.num_free_blocks == place.load.num_blocks for place in status.places)
-
-
 @pytest.fixture(scope="module")
 def served(ray_head: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Prefill and decode apart, with API keys."""
+    """Prefill and decode apart, with API keys, and a floor for links that none reaches and nobody is refused for."""
     folder = tmp_path_factory.mktemp("spec")
     (folder / "keys.txt").write_text(KEY + "\n")
-    yield from start("serving", folder, pools=POOLS["split"], security={"api_keys_file": "keys.txt"})
+    floor = {"min_gbps": 1e6, "below_floor": "warn"}
+    yield from serve("serving", folder, pools={"prefill": SMALL, "decode": SMALL}, transfer=floor, security={"api_keys_file": "keys.txt"})
 
 
 def client_of(cluster: Cluster) -> openai.AsyncOpenAI:
@@ -94,6 +74,14 @@ def test_the_official_client(served: Cluster) -> None:
     asyncio.run(talk())
 
 
+def test_links_are_measured_when_workers_meet(served: Cluster) -> None:
+    status = served.wait_for(lambda status: all(pair.link is not None for pair in pairs_of(status)), 20)
+    (pair,) = pairs_of(status)
+    assert pair.link is not None
+    assert (pair.prefill, pair.decode, pair.link.transport, pair.link.refused) == ("prefill-0", "decode-0", "shm", False)
+    assert pair.link.below_floor
+
+
 def test_concurrent_streams_and_aborts(served: Cluster) -> None:
     """Half of the clients go away in mid-stream; the other half gets what each would get alone, and the blocks come back."""
 
@@ -132,16 +120,14 @@ def test_greedy_equals_transformers_on_the_running_cluster(served: Cluster) -> N
             assert answer.usage.completion_tokens == 24
 
 
-def test_colocated_gives_the_same_tokens_and_logprobs(served: Cluster, ray_head: str, tmp_path: Path) -> None:
+def test_colocated_gives_the_same_tokens_and_logprobs(served: Cluster, colocated: Cluster) -> None:
     def sample(cluster: Cluster) -> list[tuple[list[str], list[float]]]:
         with openai.OpenAI(base_url=f"{cluster.endpoint}/v1", api_key=KEY) as client:
             sampling = {"seed": 9, "max_tokens": 20, "temperature": 0.8, "top_p": 0.95, "logprobs": 0}
             choices = [client.completions.create(model=cluster.model, prompt=prompt, **sampling) for prompt in PROMPTS]
         return [(c.choices[0].logprobs.tokens, c.choices[0].logprobs.token_logprobs) for c in choices]
 
-    apart = sample(served)
-    for colocated in start("colocated", tmp_path, pools=POOLS["colocated"]):
-        together = sample(colocated)
+    apart, together = sample(served), sample(colocated)
     for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(apart, together, strict=True):
         assert tokens == expected_tokens
         assert logprobs == pytest.approx(expected_logprobs, abs=1e-5)

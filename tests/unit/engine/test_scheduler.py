@@ -335,6 +335,17 @@ def test_a_handoff_that_finds_no_room_claims_it_from_batch() -> None:
     assert run.scheduler.owes_memory(due_at=BATCH_PATIENCE_S)
 
 
+def test_the_newest_claim_is_the_one_that_counts() -> None:
+    """A worker's loop claims at every turn of a step that takes long, and for whoever is the most urgent by then."""
+    jobs = [Job((1,) * 10, 9, tier=BATCH), Job((2,) * 10, 9, tier=BATCH)]
+    run = started(replace(ROOMY, num_blocks=7, max_step_tokens=64), *jobs)
+    run.compute(run.scheduler.schedule())
+    run.scheduler.claim(7, due_at=0.5)
+    for _ in range(1000):
+        run.scheduler.claim(2, due_at=1.0)
+    assert [s.id for s in run.scheduler.schedule().preempted] == ["r1"]
+
+
 def test_a_batch_prompt_under_way_lets_others_pass() -> None:
     run = started(replace(ROOMY, max_step_tokens=4), Job((1,) * 20, 1, tier=BATCH), Job((2,) * 4, 1, arrives=1))
     run.compute(run.scheduler.schedule())

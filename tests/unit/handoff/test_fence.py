@@ -45,7 +45,7 @@ def test_a_writer_that_was_never_listed_is_fenced_too() -> None:
     killed_in_mid_transfer(cluster)
     in_flight = list(cluster.fabric.in_flight)
     cluster.publish()
-    cluster.settle(2000)
+    cluster.settle(20.0)
     assert in_flight
     assert not cluster.fabric.in_flight
     cluster.assert_nothing_leaked()

@@ -1,15 +1,20 @@
 """One message of a handoff is lost each time it is sent, for long: nothing is reused too early, and nothing stays reserved for ever."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
+import msgspec
 import pytest
-from harness.fake_cluster import TIMEOUT_S, FakeCluster
+from harness.fake_cluster import BLOCK_SIZE, TIMEOUT_S, FakeCluster
 
+from diptych.kvtransfer.fake import FakeTransport
+from diptych.kvtransfer.transport import NUM_IMMS
 from diptych.messages.codec import Message
 from diptych.messages.handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, KVOffer, KVRefuse, RefuseReason, Ticket
-from diptych.messages.ids import RequestId
+from diptych.messages.ids import BlockHash, Imm, RequestId, WorkerId
 
 PROMPT = list(range(20))
+T = TypeVar("T")
 
 
 def lose(cluster: FakeCluster, lost: Callable[[Message], bool], num_rounds: int, pause_s: float = 0.01) -> None:
@@ -47,6 +52,16 @@ def test_blocks_stay_reserved_until_the_writer_has_said_so_however_late(also: tu
     cluster.assert_nothing_leaked()
 
 
+def wait_for(cluster: FakeCluster, kind: type[T]) -> T:
+    """The first such message on its way, which is where it stays; all others are delivered."""
+    while True:
+        for letter in cluster.network.in_flight:
+            if isinstance(message := letter.message, kind):
+                return message
+        cluster.network.deliver_all()
+        cluster.turn()
+
+
 def test_a_ticket_of_another_request_is_refused() -> None:
     """Or its sequence would take another one's place in the books, and that one's blocks would leak."""
     cluster = FakeCluster()
@@ -66,4 +81,70 @@ def test_a_ticket_of_another_request_is_refused() -> None:
     assert [(refusal.ticket, refusal.reason) for refusal in refusals] == [(ticket, RefuseReason.MALFORMED)]
     cluster.settle()
     assert answer.complete
+    cluster.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("imm", [-1, NUM_IMMS])
+def test_a_counter_that_cannot_be_never_reaches_the_transport(imm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transports keep books by counter, the one of ucx in C: that is no place to find out."""
+    cluster = FakeCluster()
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    accept = wait_for(cluster, KVAccept)
+    cluster.network.in_flight.clear()
+    cluster.gateway.send(answer.request.route.first.address, msgspec.structs.replace(accept, imm=Imm(imm)))
+    asked: list[int] = []
+    for name in ("write_pages", "stop", "busy_s"):
+        monkeypatch.setattr(FakeTransport, name, lambda *arguments: asked.append(imm) or True)
+    cluster.network.deliver_all()
+    cluster.turn()
+    monkeypatch.undo()
+    cluster.settle()
+    assert asked == []
+    assert answer.failure is not None
+    assert f"counter {imm} of {NUM_IMMS}" in answer.failure.message
+    cluster.assert_nothing_leaked()
+
+
+def test_a_prompt_that_leaves_no_token_to_decode_is_refused() -> None:
+    """A prefill worker may take longer contexts than this one, whose block tables end at its own."""
+    cluster = FakeCluster(num_blocks=8)
+    decode = cluster.workers[WorkerId("decode-0")]
+    cluster.submit(PROMPT, max_tokens=3)
+    offer = wait_for(cluster, KVOffer)
+    cluster.network.in_flight.clear()
+    for num_tokens, fits in ((32, False), (31, True)):
+        request = msgspec.structs.replace(offer.request, token_ids=tuple(range(num_tokens)), request_id=RequestId(f"of {num_tokens}"))
+        ticket = msgspec.structs.replace(offer.ticket, request_id=request.request_id)
+        hashes = (BlockHash(b"no such block"),) * (num_tokens // BLOCK_SIZE)
+        longer = msgspec.structs.replace(offer, ticket=ticket, request=request, block_hashes=hashes, num_blocks=8)
+        cluster.gateway.send(decode.post.address, longer)
+        cluster.network.deliver_all()
+        cluster.turn(WorkerId("decode-0"))
+        answers = [letter.message for letter in cluster.network.in_flight if isinstance(letter.message, KVAccept | KVRefuse)]
+        assert [isinstance(each, KVAccept) for each in answers] == [fits]
+        if not fits:
+            assert answers[0].reason is RefuseReason.TOO_LARGE
+            assert "32 tokens" in answers[0].message
+        cluster.network.in_flight.clear()
+
+
+def test_a_request_that_comes_twice_does_not_end_its_handoff_twice() -> None:
+    """Or the second would take the first one's place in the writer's books while pages of the first are still on their way."""
+    cluster = FakeCluster()
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    while not cluster.fabric.in_flight:
+        cluster.network.deliver_all()
+        cluster.turn()
+    cluster.abort(answer)
+    cluster.network.deliver_all()
+    cluster.turn()
+    prefill, decode = (cluster.workers[WorkerId(name)] for name in ("prefill-0", "decode-0"))
+    assert (prefill.num_handoffs(), decode.engine.pool.num_held) == (1, 5)
+    cluster.gateway.send(prefill.post.address, answer.request)
+    for _ in range(300):                                     # the pages do not land, and every deadline passes
+        cluster.network.deliver_all()
+        cluster.turn()
+        cluster.now += TIMEOUT_S / 20
+    assert decode.engine.pool.num_held == 5, "reused although pages of the first are still on their way"
+    cluster.settle(20.0)
     cluster.assert_nothing_leaked()

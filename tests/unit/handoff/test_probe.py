@@ -3,6 +3,7 @@
 import logging
 import random
 
+import msgspec
 import pytest
 from harness.fake_cluster import PAGE_S, TIMEOUT_S, FakeCluster
 from harness.process_cluster import process_cluster
@@ -10,8 +11,10 @@ from harness.ucx import needs_ucx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.kvtransfer.fake import FakeTransport
+from diptych.kvtransfer.transport import NUM_IMMS, Peer
 from diptych.messages.handoff import KVProbe, KVProbeAccept, KVRefuse, RefuseReason
-from diptych.messages.ids import WorkerId
+from diptych.messages.ids import Imm, WorkerId
 from diptych.messages.requests import FailureKind
 from diptych.prefill_worker.link_prober import REPEAT_S, RETRY_S, Floor
 
@@ -23,10 +26,7 @@ PROMPT = list(range(20))
 def run(cluster: FakeCluster, seconds: float = 0.5) -> None:
     end = cluster.now + seconds
     while cluster.now < end:
-        cluster.network.deliver_all()
-        cluster.fabric.land_all()
-        cluster.turn()
-        cluster.now += 0.01
+        cluster.step()
 
 
 def gbps(cluster: FakeCluster) -> float:
@@ -257,3 +257,42 @@ def test_a_living_writer_that_is_silent_keeps_what_it_was_lent() -> None:
     run(cluster, 2 * TIMEOUT_S)
     cluster.assert_nothing_leaked()
     assert len(cluster.workers[PREFILL].links()) == 1
+
+
+def test_a_worker_that_drains_does_not_hold_up_the_others() -> None:
+    cluster = FakeCluster(num_decode=2, floor=NO_FLOOR)
+    cluster.workers[DECODE].drain()
+    cluster.publish()
+    run(cluster, 2 * RETRY_S)
+    assert [link.decode_id for link in cluster.links] == ["decode-1"]
+
+
+def test_what_a_counter_was_busy_with_before_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last handoff that used it may have been confirmed before its writer put the time down; so may a round of the probe."""
+    cluster, busy_s, asked = FakeCluster(floor=NO_FLOOR), FakeTransport.busy_s, []
+
+    def late(self: FakeTransport, peer: Peer, imm: Imm) -> float:
+        asked.append(imm)
+        return PAGE_S / 100 + (busy_s(self, peer, imm) if len(asked) > 2 else 0.0)
+
+    monkeypatch.setattr(FakeTransport, "busy_s", late)
+    run(cluster)
+    assert cluster.links[0].latency_s == pytest.approx(PAGE_S)
+
+
+def test_a_loan_under_a_counter_that_cannot_be_is_given_back_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, asked = FakeCluster(floor=NO_FLOOR), []
+    while not (accepts := [letter.message for letter in cluster.network.in_flight if isinstance(letter.message, KVProbeAccept)]):
+        cluster.network.deliver_all()
+        cluster.turn()
+    cluster.network.in_flight.clear()
+    cluster.gateway.send(cluster.workers[PREFILL].post.address, msgspec.structs.replace(accepts[0], imm=Imm(NUM_IMMS)))
+    for name in ("write_pages", "stop", "busy_s"):
+        monkeypatch.setattr(FakeTransport, name, lambda *arguments: asked.append(arguments) or True)
+    cluster.network.deliver_all()
+    cluster.turn()
+    monkeypatch.undo()
+    assert asked == []
+    run(cluster, 2 * RETRY_S)
+    assert len(cluster.links) == 1
+    cluster.assert_nothing_leaked()

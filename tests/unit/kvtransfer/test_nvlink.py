@@ -48,6 +48,7 @@ def test_a_location_survives_the_wire() -> None:
         msgspec.structs.replace(LOCATION, version=2).pack(),
         msgspec.structs.replace(LOCATION, handle=b"short").pack(),
     ],
+    ids=["empty", "a byte", "cut", "version", "handle"],     # THIS_PROCESS is in it, and another in each process that collects
 )
 def test_a_location_that_is_none_is_refused(packed: bytes) -> None:
     with pytest.raises(PeerGone):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.cluster.gateway.decisions import DecisionKind, DecisionLog, RequestExplanation
+from diptych.cluster.gateway.decisions import MAX_CHOICES, DecisionKind, DecisionLog, RequestExplanation
 from diptych.cluster.gateway.errors import Overloaded
 from diptych.cluster.gateway.generation import Generation, GenerationState, Prompt
 from diptych.cluster.router.policy import Explanation, Objectives, Prediction, Queue, Refuse
@@ -96,6 +96,20 @@ def test_all_choices_are_there_in_order():
     for index in (2, 0, 1):
         log.decided(generation(f"cmpl-a-{index}"), Explanation(LOCAL), 100.0)
     assert [each.index for each in log.find("cmpl-a").choices] == [0, 1, 2]
+
+
+def test_of_a_request_with_very_many_choices_the_first_are_kept():
+    """A client chooses how many; the log's size is the deployment's to choose."""
+    log = log_of("cmpl-a")
+    for index in range(1024):
+        one = generation(f"cmpl-a-{index}")
+        log.decided(one, Explanation(LOCAL, (prediction(LOCAL),)), 100.0)
+        if index % 2:
+            one.start_attempt(LOCAL, GATEWAY, 100.0)
+            log.retried(one, "d0 died")
+            one.move(GenerationState.ABORTED)
+            log.ended(one)
+    assert [each.index for each in log.find("cmpl-a").choices] == list(range(MAX_CHOICES))
 
 
 def test_off_keeps_nothing():
