@@ -86,7 +86,7 @@ def _config(bench: EngineBench, model: ModelConfig) -> WorkerConfig:
         dtype=bench.dtype,
         device=bench.device,
         block_size=bench.block_size,
-        num_blocks=blocks + 1,
+        num_blocks=blocks + max(count for count, _ in bench.decodes),      # or the next step could not be planned ahead
         max_model_len=min(max(c for _, c in bench.decodes + bench.prefills) + steps, model.max_position_embeddings),
         max_step_tokens=most,
         max_sequences=max(count for count, _ in bench.decodes),

@@ -153,7 +153,8 @@ class Goodput:
         soonest = min(predictions, key=lambda each: each.ttft_s)
         if not any(each.keeps_ttft for each in predictions):
             late_s = soonest.ttft_s - work.ttft_slack_s
-            text = f"the first token is due in {_ms(work.ttft_slack_s)} and would come in {_ms(soonest.ttft_s)} at the soonest"
+            due, soonest_at = _ms(work.ttft_slack_s), _ms(soonest.ttft_s)
+            text = f"the first token is due in {due} and expected in {soonest_at} at the soonest, which leaves too little to spare"
             return Refuse(text, max(MIN_RETRY_AFTER_S, late_s))
         best_s = min(each.tpot_s for each in predictions)
         retry_after_s = _room_in_s(request, work, best_s)
