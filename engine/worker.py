@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from ..kvtransfer.transport import TransferStats
 from ..messages.codec import Message
-from ..messages.errors import ContextOverflow, LinkTooSlow
+from ..messages.errors import ContextOverflow, LinkTooSlow, StepStuck
 from ..messages.ids import Address, RequestId
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
@@ -35,6 +35,7 @@ from .predictor import StepPredictor, features_of
 from .replica import Replica, build_replica
 from .scheduler import StepPlan
 
+STEP_LIMIT_S = 60.0            # some hundred times the longest step
 EXPIRY_PERIOD_S = 0.01         # between looks at who has run out of time
 
 
@@ -126,7 +127,7 @@ class Worker(ABC):
     # the loop's thread
 
     def turn(self, timeout_s: float) -> bool:
-        """One pass; True if anything was computed."""
+        """One pass; True if anything was computed. Raises StepStuck."""
         backlog, self._backlog = self._backlog, []
         for message in [*backlog, *self.post.receive(0.0 if backlog else timeout_s)]:
             self._receive(message)
@@ -139,6 +140,8 @@ class Worker(ABC):
         if self.engine.is_ready:
             self._collect()
             progressed = True
+        elif self.engine.is_computing:
+            self._require_progress(now)
         self._beat(self.clock())
         return progressed
 
@@ -201,6 +204,14 @@ class Worker(ABC):
         for step in [step for step in steps if step.broke_down]:
             self.abort(step.sequence.id)
             self.fail(step.sequence.request, FailureKind.INTERNAL, "the model's logits are not finite", retryable=False)
+
+    def _require_progress(self, now: float) -> None:
+        """As of `now`, which was before the next step was launched: that may have compiled something."""
+        features, launched_at = self._steps[0]
+        under_way_s = now - max(launched_at, self._collected_at)
+        if under_way_s > STEP_LIMIT_S:
+            what = f"{features.prefill_tokens} prompt tokens and {features.num_decoding} decodes"
+            raise StepStuck(f"a step of {what} has not ended for {under_way_s:.0f} s")
 
     def _each_layer(self, plan: StepPlan) -> Callable[[int], None]:
         """A step may last longer than gateways bear silence, and pages can leave from the layer on at which they were accepted."""

@@ -6,7 +6,8 @@ A handoff uses one transport from its first page to its last, so the pages that 
 """
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from ..messages.errors import PeerGone, TransferError
 from ..messages.ids import Imm
@@ -17,13 +18,20 @@ from .transport import KVPool, PageIds, Peer, TransferStats, Transport
 logger = logging.getLogger(__name__)
 
 
+DIAL_S = 1.0                   # so long a peer may be dialled before the next transport is taken; less than a handoff waits for it
+
+
 class TransportBundle:
-    def __init__(self, transports: Sequence[Transport], owner: str | None = None) -> None:
+    def __init__(
+        self, transports: Sequence[Transport], owner: str | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`owner` names the one that allocates; None: the first."""
         assert transports
         self._transports = {transport.name: transport for transport in transports}
         self._owner = self._transports[owner or transports[0].name]
-        self._reported: set[tuple[MemoryDescriptor, ...]] = set()
+        self._clock = clock
+        self._reported: dict[tuple[MemoryDescriptor, ...], str] = {}          # over which transport
+        self._dialled_at: dict[MemoryDescriptor, float] = {}
         self.descriptors: tuple[MemoryDescriptor, ...] = ()          # once registered
 
     @property
@@ -64,6 +72,7 @@ class TransportBundle:
         if not common:
             raise TransferError(f"no transport in common: {', '.join(self._transports)} here, {', '.join(theirs) or 'none'} there")
         refusals: list[str] = []
+        is_dialling = False
         for name in common:
             try:
                 peer = self._transports[name].connect(theirs[name])
@@ -71,20 +80,29 @@ class TransportBundle:
                 refusals.append(f"{name}: {error}")
                 continue
             if peer is not None:
+                self._dialled_at.pop(theirs[name], None)
                 self._report(tuple(target), name, refusals)
-            return peer
+                return peer
+            is_dialling = True
+            dialled_s = self._clock() - self._dialled_at.setdefault(theirs[name], self._clock())
+            if dialled_s < DIAL_S:
+                return None
+            refusals.append(f"{name}: not reached after {dialled_s:.1f} s")
+        if is_dialling:
+            return None
         raise PeerGone("; ".join(refusals))
 
     def _report(self, target: tuple[MemoryDescriptor, ...], name: str, refusals: list[str]) -> None:
         """A fall-back is never silent."""
-        if target not in self._reported:
-            self._reported.add(target)
+        if self._reported.get(target) != name:
+            self._reported[target] = name
             reasons = f", since {'; '.join(refusals)}" if refusals else ""
             logger.log(logging.WARNING if refusals else logging.INFO, "KV to %s goes over %s%s", target[0].host, name, reasons)
 
     def disconnect(self, target: Sequence[MemoryDescriptor]) -> None:
-        self._reported.discard(tuple(target))
+        self._reported.pop(tuple(target), None)
         for descriptor in target:
+            self._dialled_at.pop(descriptor, None)
             if descriptor.transport in self._transports:
                 self._transports[descriptor.transport].disconnect(Peer(descriptor))
 

@@ -19,6 +19,7 @@ DiptychError
 │   ├── LayoutMismatch
 │   ├── LinkTooSlow
 │   └── PeerGone
+├── StepStuck                 the device does not end what it was given
 └── ClusterError              Ray, ports, disks, processes
 """
 
@@ -97,6 +98,10 @@ class LinkTooSlow(TransferError):
 
 class PeerGone(TransferError):
     pass
+
+
+class StepStuck(DiptychError):
+    """Raised in the worker's loop: its process ends, and with it whatever may still write."""
 
 
 class ClusterError(DiptychError):

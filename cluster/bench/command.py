@@ -23,6 +23,7 @@ import uvloop
 from rich.console import Console
 from typer.core import TyperGroup
 
+from ...messages.errors import DiptychError
 from .client import Address, HttpClient
 from .display import ProgressWatcher, print_result
 from .errors import BenchError, EndpointError, WorkloadError
@@ -135,21 +136,17 @@ def engine(
     png: Annotated[Path | None, report_option(help="milliseconds and roofline share of each row")] = None,
 ) -> None:
     """Time one engine by itself, without a cluster: prefill, decode, kernels, each beside its roofline."""
-    from ...messages.errors import DiptychError
     from .engine_bench import EngineBench, run_engine_bench  # torch: not for every command that only names `bench`
 
     plan = EngineBench(model, load_format, dtype, device, block_size, repeats, quick)
-    try:
+    with _exit_codes():
         result = run_engine_bench(plan, Console())
         if json is not None:
-            json.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+            _save(json, result)
         if png is not None:
             from .plot import plot_rows
 
             plot_rows(png, result)
-    except (DiptychError, OSError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(EXIT_USAGE) from error
 
 
 @app.command()
@@ -162,17 +159,13 @@ def transfer(
     json: Annotated[Path | None, report_option()] = None,
 ) -> None:
     """Move KV pages between two processes over each transport: GB/s, latency, and on GPUs the cost to work beside it."""
-    from ...messages.errors import DiptychError
     from .transfer_bench import TransferBench, run_transfer_bench  # torch, as above
 
-    try:
+    with _exit_codes():
         plan = TransferBench(_names(transports), _numbers(programs), copy_engines, one_gpu, quick)
         report = run_transfer_bench(plan, Console())
         if json is not None:
-            json.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-    except (DiptychError, OSError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(EXIT_USAGE) from error
+            _save(json, report)
 
 
 @app.command()
@@ -188,19 +181,15 @@ def gateway(
     json: Annotated[Path | None, report_option()] = None,
 ) -> None:
     """What gateways can do by themselves: HTTP, tokenizing, routing, ZeroMQ, detokenizing, against an engine that computes nothing."""
-    from ...messages.errors import DiptychError
     from ...models.embedded.path import embedded_model_path
     from .gateway_bench import GatewayBench, run_gateway_bench  # uvicorn: not for every command that only names `bench`
 
     folder = model or embedded_model_path()
     plan = GatewayBench(folder, gateways, connections, seconds, stream_tokens, step_ms, prompt_words, policy)
-    try:
+    with _exit_codes():
         phases = run_gateway_bench(plan, Console())
         if json is not None:
-            json.write_bytes(msgspec.json.format(msgspec.json.encode(phases)) + b"\n")
-    except (DiptychError, OSError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(EXIT_USAGE) from error
+            _save(json, phases)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -215,12 +204,16 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, names))
 
 
+def _save(path: Path, report: object) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+
+
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
     try:
         yield
-    except BenchError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+    except (DiptychError, OSError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_UNREACHABLE if isinstance(error, EndpointError) else EXIT_USAGE) from error
 
 

@@ -8,8 +8,9 @@ import pytest
 from harness.fake_cluster import TIMEOUT_S, FakeCluster
 
 from diptych.engine.fake_runner import next_token
-from diptych.engine.worker import Worker
+from diptych.engine.worker import STEP_LIMIT_S, Worker
 from diptych.messages.codec import Message
+from diptych.messages.errors import StepStuck
 from diptych.messages.handoff import KVAccept, KVLanded
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Membership, Role
@@ -370,3 +371,22 @@ def test_what_a_turn_raises_ends_the_loop(worker: Worker, monkeypatch: pytest.Mo
     monkeypatch.setattr(worker, "tick", fail)
     with pytest.raises(AssertionError, match="in doubt"):
         worker.run()
+
+
+class NeverReady:
+    def is_ready(self) -> bool:
+        return False
+
+
+def test_a_step_that_the_device_does_not_end_ends_the_worker(
+    cluster: FakeCluster, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.engine.runner, "launch", lambda plan, on_layer: NeverReady())
+    ask(cluster, route_to(cluster, worker))
+    cluster.step()
+    for _ in range(3):
+        cluster.now += STEP_LIMIT_S / 4
+        worker.turn(0.0)
+    cluster.now += STEP_LIMIT_S / 3
+    with pytest.raises(StepStuck, match=r"8 prompt tokens and 0 decodes has not ended for \d+ s"):
+        worker.turn(0.0)
