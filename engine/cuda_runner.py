@@ -58,7 +58,7 @@ class CudaRunner:
     runs_ahead = True
 
     def __init__(self, model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device, layer_group: int) -> None:
-        self._model, self._pool, self._device = model, pool, device
+        self._model, self.pool, self._device = model, pool, device
         self._num_layers = pool.layout.num_layers
         self._sampled = torch.zeros(limits.max_sequences, dtype=torch.int64, device=device)
         self._row_of: dict[Seq, int] = {}            # in `sampled`, of the step that was launched last
@@ -133,7 +133,7 @@ class CudaRunner:
         return self._kernel_by_kernel(step, on_layer, sampled_here), [0, *accumulate(len(span) for span in spans)]
 
     def _prompt_step(self, chunks: Sequence[Chunk], spans: Sequence[range]) -> PromptStep:
-        packed = pack(chunks, spans, self._pool.layout.block_size)
+        packed = pack(chunks, spans, self.pool.layout.block_size)
         pending = [i for i, chunk in enumerate(chunks) if chunk.samples and chunk.sequence.is_pending]
         rows = packed.query_starts[1:][pending].astype(np.int64) - 1          # a pending token is its chunk's last
         sources = np.array([self._row_of[chunks[i].sequence] for i in pending], dtype=np.int64)
@@ -148,7 +148,7 @@ class CudaRunner:
         batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, step.has_single_rows)
         if len(sources):
             batch.token_ids[pending_rows] = self._sampled[sources].clamp_min(0)
-        logits = self._model.forward(batch, self._pool.tensor, on_layer)
+        logits = self._model.forward(batch, self.pool.tensor, on_layer)
         if sampled_here and len(logits):
             temperature, top_p, min_p, fraction = real
             tokens = sample(logits, Draws(temperature, top_k, top_p, min_p, fraction), refuse_infinite=True)

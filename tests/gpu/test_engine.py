@@ -15,7 +15,9 @@ pytest.importorskip("transformers")
 import transformers
 from harness.families import Case, save_random_model
 
+from diptych.engine import prompt_steps
 from diptych.engine.config import EngineConfig, WorkerConfig
+from diptych.engine.cuda_runner import CudaRunner
 from diptych.engine.engine import Engine
 from diptych.engine.replica import build_replica
 from diptych.kernels.selection import ops_for
@@ -101,6 +103,27 @@ def test_greedy_tokens_are_those_of_the_cpu(family: str, budget: int, folders: d
     wanted = [(prompt, GREEDY) for prompt in prompts(12)]
     ours = serve(engine_on("cuda", folders[family], max_step_tokens=budget), wanted)
     assert ours == serve(engine_on("cpu", folders[family]), wanted)
+
+
+def test_steps_too_large_for_a_graph_give_the_same_tokens(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [(prompt, GREEDY if i % 2 else DRAWN) for i, prompt in enumerate(prompts(12))]
+    in_graphs = serve(engine_on("cuda", folders["llama"], max_step_tokens=512), wanted)
+    monkeypatch.setattr(prompt_steps, "MOST_TOKENS", 64)
+    assert serve(engine_on("cuda", folders["llama"], max_step_tokens=512), wanted) == in_graphs
+
+
+def test_a_layer_is_told_of_when_its_keys_and_values_are_in_the_pool(folders: dict[str, Path]) -> None:
+    engine = engine_on("cuda", folders["llama"], layer_group=1)
+    assert isinstance(engine.runner, CudaRunner)
+    pool, as_told = engine.runner.pool.tensor, dict[int, torch.Tensor]()
+    engine.add(GenerateRequest(RequestId("r"), Address(""), tuple(prompts(6)[5]), GREEDY, Route(decode=NOBODY), 1e9), 0.0)
+    plan = engine.plan()
+    blocks = plan.chunks[0].sequence.blocks[: plan.chunks[0].end // 16]
+    engine.execute(plan, lambda layer: as_told.update({layer: pool[blocks, layer].clone()}))
+    assert sorted(as_told) == list(range(pool.shape[1]))
+    for layer, told in as_told.items():
+        assert told.abs().sum() > 0
+        assert torch.equal(told, pool[blocks, layer])
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])
