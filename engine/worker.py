@@ -20,22 +20,21 @@ from msgspec import Struct
 
 from ..kvtransfer.transport import TransferStats
 from ..messages.codec import Message
-from ..messages.errors import ContextOverflow, LinkTooSlow, StepStuck
+from ..messages.errors import ContextOverflow, LinkTooSlow
 from ..messages.ids import Address, RequestId
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
 from ..messages.requests import Abort, FailureKind, GenerateRequest, LinkMeasured, LoadReport, LoadUpdate, RequestFailed, WorkerRef
-from ..messages.steps import StepFeatures
 from .config import WorkerConfig
 from .engine import SequenceStep
-from .load import PrefillShare, load_report
+from .load import load_report
 from .outbox import TokenOutbox
 from .pace import Pacer
-from .predictor import StepPredictor, features_of
+from .predictor import features_of
 from .replica import Replica, build_replica
 from .scheduler import StepPlan
+from .step_watch import StepWatch
 
-STEP_LIMIT_S = 60.0            # some hundred times the longest step
 EXPIRY_PERIOD_S = 0.01         # between looks at who has run out of time
 
 
@@ -75,14 +74,11 @@ class Worker(ABC):
         self._stopping = threading.Event()
         self._draining = False
         self._backlog: list[Message] = []                        # came while a step was being launched
-        self._steps: deque[tuple[StepFeatures, float]] = deque() # under way: what they are, when they were launched
-        self._collected_at = 0.0
         self._next_beat = self._next_expiry = clock()
         self._num_steps = self.num_preempted = self._num_tokens = 0
-        self._predictor = StepPredictor(self.replica.step_model)
-        self._prefill_share = PrefillShare()
+        self._steps = StepWatch(self.replica.step_model)
         self._descriptors = self.replica.transport.register(self.replica.pool)
-        self.engine.scheduler.pacer = Pacer(clock, lambda: self._predictor.model)
+        self.engine.scheduler.pacer = Pacer(clock, lambda: self._steps.model)
         self.setup()
         self._status = self._snapshot()
 
@@ -141,7 +137,7 @@ class Worker(ABC):
             self._collect()
             progressed = True
         elif self.engine.is_computing:
-            self._require_progress(now)
+            self._steps.require_progress(now)      # as of before the next was launched: that may have compiled something
         self._beat(self.clock())
         return progressed
 
@@ -149,7 +145,7 @@ class Worker(ABC):
         self.post.send(request.gateway, RequestFailed(request.request_id, kind, message, retryable, self.ref))
 
     def load(self) -> LoadReport:
-        return load_report(self.ref, self.engine, self.num_handoffs(), self._prefill_share, self._predictor.model, self.clock())
+        return load_report(self.ref, self.engine, self.num_handoffs(), self._steps.prefill_share, self._steps.model, self.clock())
 
     def _receive(self, message: Message) -> None:
         match message:
@@ -187,14 +183,14 @@ class Worker(ABC):
         if not plan.chunks:
             return False
         self.before_step(plan)
-        self._steps.append((features_of(plan), self.clock()))
+        self._steps.launched(features_of(plan), self.clock())
         self.engine.launch(plan, self._each_layer(plan))
         self._num_tokens += sum(chunk.count for chunk in plan.chunks)
         return True
 
     def _collect(self) -> None:
         steps = self.engine.collect()
-        self._learn(*self._steps.popleft())
+        self._steps.collected(self.clock())
         self._num_steps += 1
         for step in steps:
             if step.delta is not None:
@@ -204,14 +200,6 @@ class Worker(ABC):
         for step in [step for step in steps if step.broke_down]:
             self.abort(step.sequence.id)
             self.fail(step.sequence.request, FailureKind.INTERNAL, "the model's logits are not finite", retryable=False)
-
-    def _require_progress(self, now: float) -> None:
-        """As of `now`, which was before the next step was launched: that may have compiled something."""
-        features, launched_at = self._steps[0]
-        under_way_s = now - max(launched_at, self._collected_at)
-        if under_way_s > STEP_LIMIT_S:
-            what = f"{features.prefill_tokens} prompt tokens and {features.num_decoding} decodes"
-            raise StepStuck(f"a step of {what} has not ended for {under_way_s:.0f} s")
 
     def _each_layer(self, plan: StepPlan) -> Callable[[int], None]:
         """A step may last longer than gateways bear silence, and pages can leave from the layer on at which they were accepted."""
@@ -232,13 +220,6 @@ class Worker(ABC):
                 self._backlog.append(message)
             else:
                 self.receive_handoff(message)
-
-    def _learn(self, features: StepFeatures, launched_at: float) -> None:
-        """A step that was launched ahead began when the one before it ended."""
-        now = self.clock()
-        self._predictor.observe(features, now - max(launched_at, self._collected_at))
-        self._collected_at = now
-        self._prefill_share.add(self._predictor.model.prefill_s(features.prefill_tokens, features.prefill_pairs), now)
 
     def _expire(self, now: float) -> None:
         if now < self._next_expiry:

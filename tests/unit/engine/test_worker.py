@@ -8,7 +8,8 @@ import pytest
 from harness.fake_cluster import TIMEOUT_S, FakeCluster
 
 from diptych.engine.fake_runner import next_token
-from diptych.engine.worker import STEP_LIMIT_S, Worker
+from diptych.engine.step_watch import STEP_LIMIT_S
+from diptych.engine.worker import Worker
 from diptych.messages.codec import Message
 from diptych.messages.errors import StepStuck
 from diptych.messages.handoff import KVAccept, KVLanded

@@ -1,0 +1,45 @@
+"""The steps that a worker has under way, and what their ends teach: pure, told what time it is.
+
+    launched(features) ─► … ─► collected ──► seconds of that step alone ──► StepPredictor, PrefillShare
+                          └─ never ──► require_progress raises
+"""
+
+from collections import deque
+
+from ..messages.errors import StepStuck
+from ..messages.steps import StepFeatures, StepModel
+from .load import PrefillShare
+from .predictor import StepPredictor
+
+STEP_LIMIT_S = 60.0            # some hundred times the longest step
+
+
+class StepWatch:
+    def __init__(self, model: StepModel) -> None:
+        """`model`: what is known of steps before any was seen."""
+        self.prefill_share = PrefillShare()
+        self._predictor = StepPredictor(model)
+        self._under_way: deque[tuple[StepFeatures, float]] = deque()      # and when it was launched
+        self._collected_at = 0.0
+
+    @property
+    def model(self) -> StepModel:
+        return self._predictor.model
+
+    def launched(self, features: StepFeatures, now: float) -> None:
+        self._under_way.append((features, now))
+
+    def collected(self, now: float) -> None:
+        """The oldest has ended. One that was launched ahead began when the one before it ended."""
+        features, launched_at = self._under_way.popleft()
+        self._predictor.observe(features, now - max(launched_at, self._collected_at))
+        self._collected_at = now
+        self.prefill_share.add(self.model.prefill_s(features.prefill_tokens, features.prefill_pairs), now)
+
+    def require_progress(self, now: float) -> None:
+        """Raises StepStuck if the oldest has been under way for too long."""
+        features, launched_at = self._under_way[0]
+        under_way_s = now - max(launched_at, self._collected_at)
+        if under_way_s > STEP_LIMIT_S:
+            what = f"{features.prefill_tokens} prompt tokens and {features.num_decoding} decodes"
+            raise StepStuck(f"a step of {what} has not ended for {under_way_s:.0f} s")
