@@ -1,4 +1,7 @@
-"""A network namespace joined to this one by a veth pair: two hosts and the cable between them, which can be cut."""
+"""Two network namespaces joined by a veth pair: two hosts and the cable between them, which can be cut.
+
+Both are apart from this machine's own network: a UCX that starts meanwhile would take an interface there for one of its ways, and lose it.
+"""
 
 import ctypes
 import os
@@ -11,8 +14,7 @@ MS_REC, MS_SLAVE = 0x4000, 0x80000
 
 class Cable:
     def __init__(self) -> None:
-        self.name = f"dx{os.getpid()}"
-        self.device = f"{self.name}a"                   # this side's
+        self.near, self.far = f"dx{os.getpid()}a", f"dx{os.getpid()}b"       # the namespaces, and the interface in each
 
     def _ip(self, *words: str) -> None:
         try:
@@ -22,28 +24,28 @@ class Cable:
 
     def lay(self) -> None:
         """Raises OSError: no `ip`, or namespaces are not allowed."""
-        far = f"{self.name}b"
-        self._ip("netns", "add", self.name)
-        self._ip("link", "add", self.device, "type", "veth", "peer", "name", far, "netns", self.name)
-        self._ip("addr", "add", "198.18.77.1/24", "dev", self.device)
-        self._ip("-n", self.name, "addr", "add", "198.18.77.2/24", "dev", far)
-        self._ip("-n", self.name, "link", "set", far, "up")
-        self.join()
+        for name in (self.near, self.far):
+            self._ip("netns", "add", name)
+        self._ip("link", "add", self.near, "netns", self.near, "type", "veth", "peer", "name", self.far, "netns", self.far)
+        for name, address in ((self.near, "198.18.77.1/24"), (self.far, "198.18.77.2/24")):
+            self._ip("-n", name, "addr", "add", address, "dev", name)
+            self._ip("-n", name, "link", "set", name, "up")
 
     def cut(self) -> None:
-        self._ip("link", "set", self.device, "down")
+        self._ip("-n", self.near, "link", "set", self.near, "down")
 
     def join(self) -> None:
-        self._ip("link", "set", self.device, "up")
+        self._ip("-n", self.near, "link", "set", self.near, "up")
 
     def remove(self) -> None:
-        """The veth pair goes with its namespace."""
-        if Path("/run/netns", self.name).exists():
-            self._ip("netns", "del", self.name)
+        """The veth pair goes with a namespace."""
+        for name in (self.near, self.far):
+            if Path("/run/netns", name).exists():
+                self._ip("netns", "del", name)
 
 
 def enter_network(name: str) -> None:
-    """This process goes into a named network namespace, with a /sys of its own: UCX looks there for its devices."""
+    """This thread and those that it starts go into a cable's namespace, with a /sys of their own: UCX looks there for its devices."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/run/netns", name).open() as namespace:
         calls = [
@@ -54,4 +56,4 @@ def enter_network(name: str) -> None:
         ]
     if any(calls):
         raise OSError(ctypes.get_errno(), f"network namespace {name}: {calls}")
-    os.environ["UCX_NET_DEVICES"] = f"{name}b"
+    os.environ["UCX_NET_DEVICES"] = name
