@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..kernels.sampling import Draws, sample
 from ..kvtransfer.transport import KVPool
+from ..messages.errors import PoolTooSmall
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from .decode_graphs import DecodeGraphs, DecodeRow
@@ -55,6 +56,8 @@ class Queued:
 
 
 class CudaRunner:
+    """Raises PoolTooSmall: its CUDA graphs do not fit into what the KV pool leaves."""
+
     runs_ahead = True
 
     def __init__(self, model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device, layer_group: int) -> None:
@@ -67,9 +70,12 @@ class CudaRunner:
         self._turn = 0
         self._graphs = DecodeGraphs(model, pool, self._sampled, limits.max_sequences, limits.max_model_len)
         self._prompt_graphs = PromptGraphs(model, pool, self._sampled, limits, layer_group)
-        with torch.cuda.device(device):
-            self._graphs.capture()
-            self._prompt_graphs.capture()
+        try:
+            with torch.cuda.device(device):
+                self._graphs.capture()
+                self._prompt_graphs.capture()
+        except torch.OutOfMemoryError as error:
+            raise PoolTooSmall(f"no room for CUDA graphs beside weights and KV; give gpu_memory a smaller share: {error}") from None
 
     def needs_tokens(self, sequence: Seq) -> bool:
         sampling = sequence.request.sampling
