@@ -195,9 +195,9 @@ class Engine:
         request, index = sequence.request, end - sequence.num_prompt_tokens
         wanted = request.sampling.max_tokens > 0
         token_ids, finish = (sampled.token_id,) if wanted else (), self._finish_reason(sequence, end, sampled.token_id)
-        if end != len(request.token_ids) and sampled.logprob is None:
-            return TokenDelta(request.request_id, index, token_ids, finish)
         is_first = end == len(request.token_ids)
+        if not is_first and sampled.logprob is None:
+            return TokenDelta(request.request_id, index, token_ids, finish)
         return TokenDelta(
             request_id=request.request_id,
             index=index,
