@@ -151,7 +151,8 @@ class CudaRunner:
         uploaded = self._staging.upload([*arrays, packed.logit_rows, step.pending_rows, step.sources, step.real, step.top_k])
         pending_rows, sources, real, top_k = uploaded[7:]
         token_ids, positions, slots, starts, contexts, tables, logit_rows = uploaded[:7]
-        batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, step.has_single_rows)
+        shape = step.has_single_rows, step.is_whole_prompt
+        batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, *shape)
         if len(sources):
             batch.token_ids[pending_rows] = self._sampled[sources].clamp_min(0)
         logits = self._model.forward(batch, self.pool.tensor, on_layer)

@@ -63,6 +63,11 @@ class PromptStep:
     def has_single_rows(self) -> bool:
         return bool((np.diff(self.packed.query_starts) == 1).any())
 
+    @property
+    def is_whole_prompt(self) -> bool:
+        contexts, rows = self.packed.context_lens, len(self.packed.token_ids)
+        return len(contexts) == 1 and rows > 1 and int(contexts[0]) == rows
+
 
 @dataclass(frozen=True)
 class StepInputs(Generic[Array]):

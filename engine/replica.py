@@ -70,6 +70,7 @@ def build_replica(config: WorkerConfig, transport: TransportBundle | None = None
     limits = _limits(engine, model_config, num_blocks)
     transport = transport or make_transports(config.transports, Owner(config.cluster, config.worker_id, config.epoch, engine.device))
     pool = transport.allocate(layout, num_blocks)
+    ops.prepare(model_config.num_heads, pool.tensor, min(limits.max_step_tokens, limits.max_model_len))
     layer_group = engine.layer_group or (1 if device.type == "cpu" else math.ceil(layout.num_layers / GPU_LAYER_GROUPS))
     runner, budget_s = _runner(model, pool, limits, device, layer_group), CALIBRATION_S
     if device.type == "cuda":

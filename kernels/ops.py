@@ -7,6 +7,7 @@ A slot is `block_id * block_size + offset`: one token's place in the pool, the s
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +19,7 @@ class Paging:
     context_lens: Tensor      # [B] int32: tokens in the KV cache, those of this step included
     block_tables: Tensor      # [B, max_blocks] int32: padding is 0 and is never used
     has_single_rows: bool = True      # False: no sequence has exactly one query row, so that nothing is launched for such
+    is_whole_prompt: bool = False     # one sequence, more than one row, and its rows are all of its context
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,24 @@ class HeadNorms:
     eps: float
 
 
+def split_heads(qkv: Tensor, kv_pool: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., (heads + 2 kv_heads) head_dim] → views of q [..., heads, head_dim] and of k and v [..., kv_heads, head_dim]."""
+    kv_heads, head_dim = kv_pool.shape[3], kv_pool.shape[5]
+    heads = qkv.view(*qkv.shape[:-1], -1, head_dim)
+    q, k, v = torch.split(heads, [heads.shape[-2] - 2 * kv_heads, kv_heads, kv_heads], dim=-2)
+    return q, k, v
+
+
 class UnsupportedByKernels(ValueError):
     """This device's kernels cannot take a model's shape or type; the text names it and what they take."""
 
 
 class Ops(Protocol):
     """Results have the input's dtype. Arguments are left as they were, except where an operation says that it may overwrite them."""
+
+    def prepare(self, num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
+        """Whatever takes long when it is done first: to be called before steps of up to `max_rows` rows are served."""
+        ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x weightᵀ + bias`, sums in fp32. x [T, k], weight [n, k], bias [n] → [T, n]."""
@@ -60,12 +74,14 @@ class Ops(Protocol):
         """`silu(gate) * up` with gate_up = [gate | up]: [T, 2n] → [T, n]."""
         ...
 
+    def linear_silu_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What begins the MLP, as one operation: silu_mul(linear(x)). x [T, k], weight [2n, k], bias [2n] → [T, n]."""
+        ...
+
     def linear_add_rms_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float, gated: bool = False
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """What ends attention and, `gated`, the MLP, as one operation: add_rms_norm of linear(x), or of linear(silu_mul(x)), and the
-        residual. May overwrite x and residual.
-        """
+        """What ends attention and the MLP, as one operation: add_rms_norm of linear(x) and the residual. May overwrite the residual."""
         ...
 
     def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -79,6 +95,13 @@ class Ops(Protocol):
         """What happens between the projection and attention, as one operation: q and k are normed, if the model has `norms`, and rotated;
         k and v are stored → q. May overwrite q, k and v.
         """
+        ...
+
+    def linear_rope_write_kv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, norms: HeadNorms | None, positions: Tensor, cos_sin: Tensor,
+        kv_pool: Tensor, layer: int, slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """What begins attention, as one operation: rope_write_kv of [q | k | v] = linear(x) → q [T, heads, head_dim]."""
         ...
 
     def paged_attention(self, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None) -> Tensor:

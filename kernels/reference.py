@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import HeadNorms, Paging
+from .ops import HeadNorms, Paging, split_heads
 
 
 class ReferenceOps:
     """The `Ops` protocol over torch; works on any device, is meant for CPUs."""
+
+    def prepare(self, num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
+        pass
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -36,10 +39,13 @@ class ReferenceOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def linear_silu_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.silu_mul(self.linear(x, weight, bias))
+
     def linear_add_rms_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float, gated: bool = False
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        return self.add_rms_norm(self.linear(self.silu_mul(x) if gated else x, weight, bias), residual, norm_weight, eps)
+        return self.add_rms_norm(self.linear(x, weight, bias), residual, norm_weight, eps)
 
     def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         block_size = kv_pool.shape[4]
@@ -56,6 +62,13 @@ class ReferenceOps:
         q, k = self.rope(q, k, positions, cos_sin)
         self.write_kv(kv_pool, layer, k, v, slots)
         return q
+
+    def linear_rope_write_kv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, norms: HeadNorms | None, positions: Tensor, cos_sin: Tensor,
+        kv_pool: Tensor, layer: int, slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = split_heads(self.linear(x, weight, bias), kv_pool)
+        return self.rope_write_kv(q, k, v, norms, positions, cos_sin, kv_pool, layer, slots)
 
     def paged_attention(self, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None) -> Tensor:
         contexts, out = paging.context_lens.tolist(), torch.empty_like(q)

@@ -7,8 +7,9 @@
        └─ draw: the first token, in vocabulary order, whose cumulative weight exceeds `fraction` of all that is kept
 
 A key is a logit's bits as an unsigned number of the same order. The search fixes two bits of it in a pass over the row (a radix select),
-so 16 passes find it whatever the values are; a row is read from L2 after the first. Among tokens of the cut's own key the lower ids are
-kept, as many as the filter has room for. A program takes a row; weights are relative to the likeliest token's and fp32.
+so 16 passes, or 8 of logits of 16 bits, find it whatever the values are; a row is read from L2 after the first. Among tokens of the cut's
+own key the lower ids are kept, as many as the filter has room for. A program takes a row; weights are relative to the likeliest token's
+and fp32.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -38,7 +39,7 @@ class Draws:
 
 
 def sample(logits: Tensor, draws: Draws, tile: int = TILE, refuse_infinite: bool = False) -> Tensor:
-    """logits [R, vocab] fp32, penalties and masks (-inf) already in it, none NaN → token ids [R] int64.
+    """logits [R, vocab] bf16, fp16 or fp32, penalties and masks (-inf) already in it, none NaN → token ids [R] int64.
 
     With `refuse_infinite`, for logits as they come from a model, a row that holds NaN or an infinity gets -1.
     """
@@ -78,7 +79,7 @@ def _sample_kernel(
             target = tl.maximum(p * (above + level), 1e-30)         # one token at least
             nucleus = _cut(logits, vocab, most, heat, cut, share, target, True, TILE)
             above, level = _around(logits, vocab, most, heat, nucleus, cut, share, True, TILE)
-            room = tl.maximum(tl.ceil((target - above) / _weight_of(nucleus, most, heat)), 1.0)
+            room = tl.maximum(tl.ceil((target - above) / _weight_of(nucleus, most, heat, logits.dtype.element_ty)), 1.0)
             ties = tl.where(nucleus == cut, tl.minimum(room, ties), room)
             cut = nucleus
         token = _draw(logits, vocab, most, heat, cut, ties, tl.load(min_p + row), tl.load(fraction + row), best, TILE)
@@ -93,7 +94,7 @@ def _is_finite(logits, vocab, TILE: tl.constexpr):
     zeros = tl.zeros([TILE], tl.float32)
     for start in range(0, vocab, TILE):
         ids = start + tl.arange(0, TILE)
-        zeros += tl.load(logits + ids, mask=ids < vocab, other=0.0) * 0.0
+        zeros += tl.load(logits + ids, mask=ids < vocab, other=0.0).to(tl.float32) * 0.0
     return tl.sum(zeros, 0) == 0.0
 
 
@@ -104,7 +105,7 @@ def _largest(logits, vocab, TILE: tl.constexpr):
     first = tl.zeros([TILE], tl.int32)
     for start in range(0, vocab, TILE):
         ids = start + tl.arange(0, TILE)
-        values = tl.load(logits + ids, mask=ids < vocab, other=float("-inf"))
+        values = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
         first = tl.where(values > most, ids, first)
         most = tl.maximum(most, values)
     largest = tl.max(most, 0)
@@ -116,15 +117,24 @@ def _keys(logits, start, vocab, most, heat, TILE: tl.constexpr):
     """A tile's ids, keys (0 past the vocabulary, more for every token) and weights."""
     ids = start + tl.arange(0, TILE)
     values = tl.load(logits + ids, mask=ids < vocab, other=float("-inf"))
-    bits = tl.where(values == 0.0, 0.0, values).to(tl.uint32, bitcast=True)         # -0 and 0 are one value
-    keys = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    return ids, tl.where(ids < vocab, keys, 0), tl.exp((values - most) / heat)
+    if values.dtype.primitive_bitwidth == 32:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)                # -0 and 0 are one value
+        keys = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    else:
+        bits = values.to(tl.uint16, bitcast=True).to(tl.uint32)
+        bits = tl.where((bits & 0x7FFF) == 0, 0, bits)
+        keys = tl.where((bits >> 15) == 1, bits ^ 0xFFFF, bits | 0x8000)
+    return ids, tl.where(ids < vocab, keys, 0), tl.exp((values.to(tl.float32) - most) / heat)
 
 
 @triton.jit
-def _weight_of(key, most, heat):
-    bits = tl.where((key >> 31) == 1, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
-    return tl.exp((bits.to(tl.float32, bitcast=True) - most) / heat)
+def _weight_of(key, most, heat, dtype: tl.constexpr):
+    if dtype.primitive_bitwidth == 32:
+        value = tl.where((key >> 31) == 1, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
+    else:
+        value = tl.where((key >> 15) == 1, key & 0x7FFF, key ^ 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return tl.exp((value - most) / heat)
 
 
 @triton.jit
@@ -140,8 +150,9 @@ def _measure(keys, weights, cut, share, MASS: tl.constexpr):
 def _cut(logits, vocab, most, heat, cut, share, target, MASS: tl.constexpr, TILE: tl.constexpr):
     """The largest key whose tokens, with all of larger keys, measure `target` or more."""
     found = tl.full([], 0, tl.uint32)
-    unit = tl.full([], 1 << 30, tl.uint32)
-    for _pass in range(16):
+    bits: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth
+    unit = tl.full([], 1 << (bits - 2), tl.uint32)
+    for _pass in range(bits // 2):
         one = tl.zeros([TILE], tl.float32)
         two = tl.zeros([TILE], tl.float32)
         three = tl.zeros([TILE], tl.float32)

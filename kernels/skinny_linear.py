@@ -1,11 +1,11 @@
-"""x Wᵀ for the few rows of a decode batch: the weights' bytes bound it, and each is read once.
+"""x Wᵀ for the rows of a decode batch: the weights' bytes bound it, and each is read once.
 
-    grid (columns / COLUMNS, split)      each program: all rows × COLUMNS outputs, over its share of K
+    grid (columns / COLUMNS, split)      each program: all rows × COLUMNS outputs, over its share of K; tiles of x and W by TMA
             │ one split: writes y          │ more: partial sums
             ▼                              ▼
           y [m, n]    ◄──── sum ──── partial [splits, m, n] fp32  ────►  norms.sum_add_rms_norm
 
-With `gated`, x is [gate | up] and silu(gate) · up, rounded as `silu_mul.py` rounds it, is what is multiplied.
+`gated`: W is [gate; up], a program computes the same columns of both and writes silu(gate) · up, rounded where `silu_mul.py` rounds.
 
 Splitting K gives every multiprocessor work where n is small. The parts are added in the order of the splits, and how many there are
 depends on shapes alone: the same inputs give the same bits, and a launch can be captured in a CUDA graph.
@@ -19,12 +19,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .overlap import after_predecessor, overlapping
 
-MAX_ROWS = 64            # what the kernel takes
-SERVED_ROWS = 16         # up to here it is used instead of cuBLAS
+MAX_ROWS = 128           # what the kernel takes
 SUM_COLUMNS = 1024
+MULTIPROCESSORS = 132    # of a Hopper GPU: to choose tiles by
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,18 @@ class LinearTile:
     num_stages: int
 
     @classmethod
-    def of(cls, n: int, k: int) -> "LinearTile":
-        """Four stages of 16 KiB each: 32 KiB a multiprocessor must be in flight to saturate HBM3e. K is split where fewer programs than
-        three quarters of an H100's multiprocessors would be left: fastest on Llama-3-8B's shapes (tests/bench/linear_sweep.py).
+    def of(cls, m: int, n: int, k: int, gated: bool = False) -> "LinearTile":
+        """The fastest on Llama-3-8B's shapes, in tests/bench/linear_sweep.py and in decode steps. All programs are on the GPU at once, or
+        they would not share its bandwidth evenly: that bounds `splits`. x is read again for each tile: with many rows tiles are wide.
         """
-        columns, depth = 64, 128
-        programs = triton.cdiv(n, columns)
-        splits = 1 if programs >= 96 else max(1, min(256 // programs, k // (8 * depth)))
-        return cls(columns, depth, splits, num_warps=4, num_stages=4)
+        rows, programs = _padded(m), triton.cdiv(n, 64)
+        if gated:
+            return cls(128, 64, 1, 8, 4) if rows > 64 else cls(64, 128, 1, 4, 3 if rows == 16 else 2)
+        if rows == 64 and programs > 2 * MULTIPROCESSORS:
+            return cls(128, 64, 1, 4, 4)
+        at_once = MULTIPROCESSORS * (2 if rows <= 64 else 1)
+        splits = max(1, min(at_once // programs, k // 2048))
+        return cls(64, 128, splits, 4, 3 if rows == 64 and programs * splits > MULTIPROCESSORS else 4)
 
     def share(self, k: int) -> int:
         """How much of k a split takes."""
@@ -53,77 +58,91 @@ class LinearTile:
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this kernel, rather than cuBLAS, is to take x [m, k], or gated [m, 2k], and weight [n, k]."""
-    return len(x) <= SERVED_ROWS and takes(x, weight)
+    """Whether this kernel, rather than cuBLAS, is to take x [m, k] and weight [n, k]."""
+    return takes(x, weight) and (len(x) <= 64 or len(weight) < 1 << 16)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """k is a multiple of 16 elements, else rows do not start where 16-byte copies may."""
+    """k is a multiple of 8 elements, else rows do not start where TMA copies may."""
     sixteen_bits = x.dtype is weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     contiguous = x.is_contiguous() and weight.is_contiguous()
-    return sixteen_bits and contiguous and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and weight.shape[1] % 16 == 0
+    return sixteen_bits and contiguous and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and weight.shape[1] % 8 == 0
 
 
-def skinny_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None) -> None:
-    """out [m, n] = x [m, k] · weight [n, k]ᵀ + bias [n], all contiguous, m at most MAX_ROWS. `tile` is for measuring."""
-    m, n = out.shape
-    tile = tile or LinearTile.of(*weight.shape)
-    splits = triton.cdiv(weight.shape[1], tile.share(weight.shape[1]))
-    if splits == 1:
+def skinny_linear(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None
+) -> None:
+    """out [m, n] = x [m, k] · weight [n, k]ᵀ + bias [n], all contiguous, m at most MAX_ROWS.
+
+    `tile` is for measuring.
+    """
+    (m, n), k = out.shape, weight.shape[1]
+    tile = tile or LinearTile.of(m, n, k)
+    if triton.cdiv(k, tile.share(k)) == 1:
         _multiply(out, x, weight, bias, False, tile)
         return
-    parts = partial_products(x, weight, tile=tile)
-    _sum_kernel[(triton.cdiv(n, SUM_COLUMNS), m)](out, parts, bias, m, n, SPLITS=splits, COLUMNS=SUM_COLUMNS, num_warps=4, **overlapping())
+    parts = partial_products(x, weight, tile)
+    _sum_kernel[(triton.cdiv(n, SUM_COLUMNS), m)](
+        out, parts, bias, m, n, SPLITS=len(parts), COLUMNS=SUM_COLUMNS, num_warps=4, **overlapping()
+    )
 
 
-def partial_products(x: Tensor, weight: Tensor, gated: bool = False, tile: LinearTile | None = None) -> Tensor:
+def skinny_linear_silu_mul(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None
+) -> None:
+    """out [m, n] = silu(gate) · up with [gate | up] = x [m, k] · weight [2n, k]ᵀ + bias [2n], all contiguous, m at most MAX_ROWS."""
+    m, n = out.shape
+    tile = tile or LinearTile.of(m, n, weight.shape[1], gated=True)
+    assert tile.splits == 1, "the two factors must be whole where they are multiplied"
+    _multiply(out, x, weight, bias, True, tile)
+
+
+def partial_products(x: Tensor, weight: Tensor, tile: LinearTile | None = None) -> Tensor:
     """Parts [splits, m, n] fp32 that add up to x · weightᵀ, for whoever reads it next to add."""
-    n, k = weight.shape
-    tile = tile or LinearTile.of(n, k)
-    parts = torch.empty(triton.cdiv(k, tile.share(k)), len(x), n, dtype=torch.float32, device=x.device)
-    _multiply(parts, x, weight, None, gated, tile)
+    m, (n, k) = len(x), weight.shape
+    tile = tile or LinearTile.of(m, n, k)
+    parts = torch.empty(triton.cdiv(k, tile.share(k)), m, n, dtype=torch.float32, device=x.device)
+    _multiply(parts, x, weight, None, False, tile)
     return parts
 
 
 def _multiply(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, tile: LinearTile) -> None:
-    m, (n, k), share = len(x), weight.shape, tile.share(weight.shape[1])
+    (m, n), k, share = out.shape[-2:], weight.shape[1], tile.share(weight.shape[1])
     _linear_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(k, share))](
-        out, x, weight, bias, m, n, k, share, GATED=gated,
-        ROWS=max(16, triton.next_power_of_2(m)), COLUMNS=tile.columns, DEPTH=tile.depth, EVEN=k % share == 0 and n % tile.columns == 0,
+        out, TensorDescriptor.from_tensor(x, [_padded(m), tile.depth]), TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+        bias, m, n, k, share, GATED=gated, ROWS=_padded(m), COLUMNS=tile.columns, DEPTH=tile.depth,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **overlapping(),
     )  # fmt: skip
 
 
+def _padded(m: int) -> int:
+    return max(16, int(triton.next_power_of_2(m)))
+
+
 @triton.jit(do_not_specialize=["m"])
 def _linear_kernel(
-    out, x, weight, bias, m, n, k, share, GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    out, x, weight, bias, m, n, k, share,
+    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """EVEN: tiles of weights never reach past n or a share's end."""
-    split = tl.program_id(1)
-    rows, columns = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    depths = tl.arange(0, DEPTH)
+    split, first = tl.program_id(1), tl.program_id(0) * COLUMNS
     start = split * share
-    x_places = x + rows[:, None] * (2 * k if GATED else k) + depths[None, :]
-    weight_places = weight + columns.to(tl.int64)[:, None] * k + depths[None, :]
     after_predecessor(PDL)
     accumulator = tl.zeros([COLUMNS, ROWS], tl.float32)
+    ups = tl.zeros([COLUMNS, ROWS], tl.float32)
     for at in range(start, tl.minimum(start + share, k), DEPTH):
-        if EVEN:
-            given = (rows < m)[:, None]
-            weights = tl.load(weight_places + at)
-        else:
-            there = at + depths < k
-            given = (rows < m)[:, None] & there[None, :]
-            weights = tl.load(weight_places + at, mask=(columns < n)[:, None] & there[None, :], other=0.0)
-        inputs = tl.load(x_places + at, mask=given, other=0.0)
+        inputs = x.load([0, at]).T
+        # The weights are the left operand: the matrix instructions have 64 rows there, and as few as 8 columns.
+        accumulator = tl.dot(weight.load([first, at]), inputs, accumulator)
         if GATED:
-            gate, up = inputs.to(tl.float32), tl.load(x_places + k + at, mask=given, other=0.0).to(tl.float32)
-            inputs = (gate / (1.0 + tl.exp(-gate)) * up).to(x.dtype.element_ty)
-        # The weights are the left operand: the matrix instructions have 16 or 64 rows there, and only 8 columns.
-        accumulator = tl.dot(weights, inputs.T, accumulator)
+            ups = tl.dot(weight.load([n + first, at]), inputs, ups)
+    rows, columns = tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
     if bias is not None:
         accumulator += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        if bias is not None:
+            ups += tl.load(bias + n + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
+        gates = accumulator.to(out.dtype.element_ty).to(tl.float32)
+        accumulator = gates / (1.0 + tl.exp(-gates)) * ups.to(out.dtype.element_ty).to(tl.float32)
     places = out + (split * m + rows[None, :]).to(tl.int64) * n + columns[:, None]
     tl.store(places, accumulator.to(out.dtype.element_ty), mask=(columns < n)[:, None] & (rows < m)[None, :])
 

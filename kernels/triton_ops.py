@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cudnn_attention, rope_kv
 from . import norms as norm_kernels
-from . import rope_kv
 from .decode_attention import decode_attention, num_splits
-from .ops import HeadNorms, Paging, UnsupportedByKernels
+from .ops import HeadNorms, Paging, UnsupportedByKernels, split_heads
 from .prefill_attention import prefill_attention
 from .silu_mul import silu_mul
-from .skinny_linear import partial_products, skinny_linear, suits
+from .skinny_linear import partial_products, skinny_linear, skinny_linear_silu_mul, suits
 
 HEAD_DIMS = (64, 96, 128, 256)
 BLOCK_SIZES = (16, 32, 64)
@@ -31,6 +31,10 @@ class TritonOps:
     @classmethod
     def on(cls, device: torch.device) -> "TritonOps":
         return cls(torch.cuda.get_device_properties(device).multi_processor_count)
+
+    def prepare(self, num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
+        if kv_pool.dtype is not FP8:
+            cudnn_attention.plan(num_heads, kv_pool, max_rows)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not suits(x, weight):
@@ -61,13 +65,20 @@ class TritonOps:
             silu_mul(out, gate_up)
         return out
 
+    def linear_silu_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not suits(x, weight):
+            return self.silu_mul(F.linear(x, weight, bias))
+        out = torch.empty(len(x), len(weight) // 2, dtype=x.dtype, device=x.device)
+        skinny_linear_silu_mul(out, x, weight, bias)
+        return out
+
     def linear_add_rms_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float, gated: bool = False
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         if not suits(x, weight):
-            return self.add_rms_norm(self.linear(self.silu_mul(x) if gated else x, weight, bias), residual, norm_weight, eps)
+            return self.add_rms_norm(F.linear(x, weight, bias), residual, norm_weight, eps)
         normed = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-        norm_kernels.sum_add_rms_norm(normed, partial_products(x, weight, gated), bias, residual, norm_weight, eps)
+        norm_kernels.sum_add_rms_norm(normed, partial_products(x, weight), bias, residual, norm_weight, eps)
         return normed, residual
 
     def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -84,8 +95,23 @@ class TritonOps:
             rope_kv.rope_write_kv(q, k, v, norms, positions, cos_sin, kv_pool, layer, slots, self._kv_scales)
         return q
 
+    def linear_rope_write_kv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, norms: HeadNorms | None, positions: Tensor, cos_sin: Tensor,
+        kv_pool: Tensor, layer: int, slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        if not suits(x, weight):
+            return self.rope_write_kv(*split_heads(F.linear(x, weight, bias), kv_pool), norms, positions, cos_sin, kv_pool, layer, slots)
+        parts = split_heads(partial_products(x, weight), kv_pool)
+        q = torch.empty(parts[0].shape[1:], dtype=x.dtype, device=x.device)
+        self._check(q, kv_pool)
+        biases = None if bias is None else split_heads(bias, kv_pool)
+        rope_kv.sum_rope_write_kv(q, parts, biases, norms, positions, cos_sin, kv_pool, layer, slots, self._kv_scales)
+        return q
+
     def paged_attention(self, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None) -> Tensor:
         self._check(q, kv_pool)
+        if paging.is_whole_prompt and window is None and cudnn_attention.suits(q, kv_pool):
+            return cudnn_attention.attention(q, kv_pool, layer, paging.block_tables[0], scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if not len(q):
             return out

@@ -19,7 +19,8 @@ class ForwardBatch:
     block_tables: Tensor      # [B, max_blocks] int32: padded with 0; never used past the context
     logit_rows: Tensor        # [R] int64: which of the T rows need logits
     has_single_rows: bool = True      # False: no sequence has exactly one row
+    is_whole_prompt: bool = False     # one sequence, more than one row, and its rows are all of its context
 
     @property
     def paging(self) -> Paging:
-        return Paging(self.query_starts, self.context_lens, self.block_tables, self.has_single_rows)
+        return Paging(self.query_starts, self.context_lens, self.block_tables, self.has_single_rows, self.is_whole_prompt)

@@ -2,7 +2,7 @@
 
     embedding → layers × (norm → attention → + → norm → gated MLP → +) → norm → lm_head
 
-The projection and the residual addition before each norm are one operation with it (`linear_add_rms_norm`), so a layer hands the next
+Each product is one operation with what follows it (rotation and KV, the gate, the residual and the next norm), so a layer hands the next
 one its input already normed.
 Inference only; the device's kernels come in as `Ops`.
 """
@@ -31,7 +31,7 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_pool: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """Writes the batch's KV into the pool → logits [R, vocab] fp32 of `batch.logit_rows`.
+        """Writes the batch's KV into the pool → logits [R, vocab] of `batch.logit_rows`.
 
         kv_pool: [num_blocks, num_layers, 2, kv_heads, block_size, head_dim]. `on_layer(i)` is called when layer i has finished and its KV
         is in the pool (on a GPU: when that work has been queued), so that its pages can leave while later layers compute.
@@ -43,20 +43,17 @@ class Transformer:
         for i, layer in enumerate(weights.layers):
             attended = self._attention(i, layer, normed, batch, kv_pool)
             normed, residual = ops.linear_add_rms_norm(attended, layer.out, layer.out_bias, residual, layer.mlp_norm, eps)
-            gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
-            normed, residual = ops.linear_add_rms_norm(gate_up, layer.down, layer.down_bias, residual, next_norms[i], eps, gated=True)
+            gated = ops.linear_silu_mul(normed, layer.gate_up, layer.gate_up_bias)
+            normed, residual = ops.linear_add_rms_norm(gated, layer.down, layer.down_bias, residual, next_norms[i], eps)
             if on_layer is not None:
                 on_layer(i)
         head = weights.embedding if weights.lm_head is None else weights.lm_head
-        return ops.linear(normed[batch.logit_rows], head, None).float()
+        return ops.linear(normed[batch.logit_rows], head, None)
 
     def _attention(self, index: int, layer: LayerWeights[Tensor], normed: Tensor, batch: ForwardBatch, kv_pool: Tensor) -> Tensor:
         config, ops = self.config, self._ops
-        qkv = ops.linear(normed, layer.qkv, layer.qkv_bias).view(normed.shape[0], -1, config.head_dim)
-        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        q, k, v = torch.split(qkv, heads, dim=1)                                # each [T, its heads, head_dim]
         norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.rms_norm_eps)
-        q = ops.rope_write_kv(q, k, v, norms, batch.positions, self._cos_sin, kv_pool, index, batch.slots)
+        q = ops.linear_rope_write_kv(normed, layer.qkv, layer.qkv_bias, norms, batch.positions, self._cos_sin, kv_pool, index, batch.slots)
         return ops.paged_attention(q, kv_pool, index, batch.paging, config.head_dim**-0.5, config.windows[index]).flatten(1)

@@ -1,4 +1,7 @@
-"""Each kernel at shapes of a model, against what it must move or compute. Attention reads the engine's own pool."""
+"""Each kernel at shapes of a model, against what it must move or compute. Attention reads the engine's own pool.
+
+Kernels are timed as CUDA graphs, as the engine runs them: launched one by one, short ones would show the host.
+"""
 
 import statistics
 import time
@@ -40,6 +43,15 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def _graph_ms(run: Callable[[], object], device: torch.device) -> float:
+    run()                                   # compiles and plans
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return time_ms(graph.replay, device)
+
+
 def kernel_rows(model: ModelConfig, pool: Tensor, ceilings: Ceilings, quick: bool) -> tuple[list[Row], dict[str, float]]:
     """Rows, and cuDNN's milliseconds for the prefill attention's shapes."""
     ops = ops_for(pool.device, model.head_dim, pool.shape[4], pool.dtype)
@@ -71,7 +83,7 @@ class _Kernels:
     def cudnn(self, length: int) -> float:
         q, k, v = self._random(3, 1, self._model.num_heads, length, self._model.head_dim)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return time_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), self._device)
+            return _graph_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), self._device)
 
     def elementwise(self, tokens: int) -> list[Row]:
         model, size = self._model, self._dtype.itemsize
@@ -103,7 +115,7 @@ class _Kernels:
 
     def _row(self, kind: str, shape: str, run: Callable[[], object], num_bytes: float, flops: float) -> Row:
         floor_ms, bound = floor(num_bytes, flops, self._ceilings)
-        return Row(kind, shape, time_ms(run, self._device), floor_ms, bound)
+        return Row(kind, shape, _graph_ms(run, self._device), floor_ms, bound)
 
     def _attend(self, q: Tensor, paging: Paging) -> Tensor:
         return self._ops.paged_attention(q, self._pool, 0, paging, self._model.head_dim**-0.5, None)
@@ -114,7 +126,8 @@ class _Kernels:
         blocks = torch.cat([torch.randperm(len(self._pool)) for _ in range(-(-batch * per_sequence // len(self._pool)))])
         tables = blocks[: batch * per_sequence].view(batch, per_sequence).to(self._device, torch.int32)
         starts = torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=self._device)
-        return Paging(starts, torch.full((batch,), context, dtype=torch.int32, device=self._device), tables)
+        contexts = torch.full((batch,), context, dtype=torch.int32, device=self._device)
+        return Paging(starts, contexts, tables, has_single_rows=rows == 1, is_whole_prompt=batch == 1 and 1 < rows == context)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self._device, dtype=self._dtype)

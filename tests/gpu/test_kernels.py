@@ -1,5 +1,7 @@
 """The Triton kernels on a GPU, against the same references as in the interpreter, at the shapes that are served."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,9 +14,12 @@ from harness.kernel_checks import (
     Device,
     RopeCase,
     assert_close,
+    attention_inputs,
     check_attention,
+    check_cudnn_attention,
     check_empty,
     check_linear_add_rms_norm,
+    check_linear_silu_mul,
     check_norms,
     check_padded_decode,
     check_rope_alone,
@@ -79,6 +84,24 @@ def test_sharp_softmax(device: Device) -> None:
     check_attention(AttentionCase(((1, 3000), (90, 77)), (32, 8), 128, 64, dtype=FP16, sharpness=100), device, splits=5)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("num_rows", [2, 255, 256, 1000, 3001])
+@pytest.mark.parametrize(("heads", "head_dim", "block_size"), [((32, 8), 128, 64), ((28, 4), 128, 16), ((8, 8), 64, 32)])
+def test_cudnn_attention(heads: tuple[int, int], head_dim: int, block_size: int, num_rows: int, dtype: torch.dtype, device: Device) -> None:
+    check_cudnn_attention(AttentionCase(((num_rows, 0),), heads, head_dim, block_size, dtype=dtype), device)
+
+
+def test_whole_prompts_take_the_way_that_was_prepared(device: Device) -> None:
+    """A prompt long enough for cuDNN, whole and in two chunks: the same answers but for rounding."""
+    ops = ops_for(torch.device("cuda"), 128, 64, BF16)
+    whole = attention_inputs(AttentionCase(((7200, 0),), (8, 2), 128, 64, dtype=BF16), device)
+    ops.prepare(8, whole.kv_pool, 7500)
+    found = ops.paged_attention(whole.q, whole.kv_pool, 1, replace(whole.paging, has_single_rows=False, is_whole_prompt=True), 0.1, None)
+    paged = ops.paged_attention(whole.q, whole.kv_pool, 1, replace(whole.paging, has_single_rows=False), 0.1, None)
+    assert_close(found, paged, 1e-2, device)
+    assert not torch.equal(found, paged), "cuDNN was not used"
+
+
 def test_a_long_prompt(device: Device) -> None:
     check_attention(AttentionCase(((8192, 0), (1, 16000), (512, 15000)), (8, 2), 128, 64, dtype=BF16), device, splits=16)
 
@@ -99,17 +122,23 @@ def test_silu_mul(num_rows: int, n: int, dtype: torch.dtype, device: Device) -> 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336), (4864, 896), (1001, 1008), (3, 16)])
-@pytest.mark.parametrize("m", [1, 7, 16, 33, 64])
+@pytest.mark.parametrize("m", [1, 7, 16, 33, 64, 128])
 def test_skinny_linear(m: int, n: int, k: int, dtype: torch.dtype, device: Device) -> None:
     check_skinny_linear(m, n, k, dtype, device)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("n", "k"), [(14_336, 4096), (4864, 896), (1001, 1008), (3, 16)])
+@pytest.mark.parametrize("m", [1, 16, 33, 64, 128])
+def test_linear_silu_mul(m: int, n: int, k: int, dtype: torch.dtype, device: Device) -> None:
+    check_linear_silu_mul(m, n, k, dtype, device)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (4096, 14_336), (896, 4864), (8192, 1024), (1001, 1008)])
-@pytest.mark.parametrize("m", [1, 7, 16])
-def test_linear_add_rms_norm(m: int, n: int, k: int, dtype: torch.dtype, gated: bool, device: Device) -> None:
-    check_linear_add_rms_norm(m, n, k, dtype, gated, device)
+@pytest.mark.parametrize("m", [1, 7, 16, 40, 128])
+def test_linear_add_rms_norm(m: int, n: int, k: int, dtype: torch.dtype, device: Device) -> None:
+    check_linear_add_rms_norm(m, n, k, dtype, device)
 
 
 def test_skinny_linear_in_a_graph(device: Device) -> None:
@@ -167,8 +196,9 @@ def test_a_model_over_the_kernels(device: Device) -> None:
 
 
 @pytest.mark.parametrize("vocab", [1, 97, 8192, 32000, 151_936])
-def test_sampling(vocab: int, device: Device) -> None:
-    check_sampling(vocab, device, tile=8192, rows_of_each=6)
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_sampling(vocab: int, dtype: torch.dtype, device: Device) -> None:
+    check_sampling(vocab, device, tile=8192, rows_of_each=6, dtype=dtype)
 
 
 def test_blocks_beyond_32_bits_of_offset(device: Device) -> None:

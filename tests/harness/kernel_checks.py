@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diptych.kernels import norms, rope_kv, silu_mul, skinny_linear
+from diptych.kernels import cudnn_attention, norms, rope_kv, silu_mul, skinny_linear
 from diptych.kernels.decode_attention import decode_attention
 from diptych.kernels.ops import HeadNorms, Paging
 from diptych.kernels.prefill_attention import PrefillTile, prefill_attention
@@ -136,6 +136,16 @@ def expected_attention(case: AttentionCase, inputs: AttentionInputs) -> Tensor:
     return REFERENCE.paged_attention(inputs.q.float(), inputs.wide_pool, inputs.layer, inputs.paging, case.scale, case.window)
 
 
+def check_cudnn_attention(case: AttentionCase, device: Device) -> None:
+    """Of one whole prompt."""
+    inputs = attention_inputs(case, device)
+    pool_before, q_before = bits(inputs.kv_pool), bits(inputs.q)
+    found = cudnn_attention.attention(inputs.q, inputs.kv_pool, inputs.layer, inputs.paging.block_tables[0], case.scale)
+    assert_close(found, expected_attention(case, inputs), TOLERANCE[case.dtype], device)
+    assert torch.equal(bits(inputs.kv_pool), pool_before)
+    assert torch.equal(bits(inputs.q), q_before)
+
+
 def check_attention(
     case: AttentionCase, device: Device, splits: int = 1, blocks_before: int = 0, prefill_tile: PrefillTile | None = None
 ) -> None:
@@ -197,21 +207,30 @@ def check_skinny_linear(m: int, n: int, k: int, dtype: torch.dtype, device: Devi
         assert torch.equal(out.tensor, again.tensor)
 
 
+def check_linear_silu_mul(m: int, n: int, k: int, dtype: torch.dtype, device: Device, tile: skinny_linear.LinearTile | None = None) -> None:
+    """What the product and `silu_mul` one after the other give."""
+    generator = device.generator()
+    x, weight = torch.randn(m, k, generator=generator).to(device.name, dtype), torch.randn(2 * n, k, generator=generator) / k**0.5
+    weight = weight.to(device.name, dtype)
+    for bias in (None, torch.randn(2 * n, generator=generator).to(device.name, dtype)):
+        out, expected = Guarded((m, n), dtype, device), torch.empty(m, n, dtype=dtype, device=device.name)
+        skinny_linear.skinny_linear_silu_mul(out.tensor, x, weight, bias, tile)
+        out.assert_untouched_around()
+        silu_mul.silu_mul(expected, torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype))
+        assert_close(out.tensor, expected.double(), TOLERANCE[dtype], device)
+
+
 def check_linear_add_rms_norm(
-    m: int, n: int, k: int, dtype: torch.dtype, gated: bool, device: Device, tile: skinny_linear.LinearTile | None = None
+    m: int, n: int, k: int, dtype: torch.dtype, device: Device, tile: skinny_linear.LinearTile | None = None
 ) -> None:
     """The new residual bit for bit that of the kernels it is fused of, the norm near that of the reference."""
     generator = device.generator()
-    x = torch.randn(m, 2 * k if gated else k, generator=generator).to(device.name, dtype)
-    weight, old, norm = (torch.randn(shape, generator=generator).to(device.name, dtype) for shape in ((n, k), (m, n), (n,)))
+    x, weight, old, norm = (torch.randn(shape, generator=generator).to(device.name, dtype) for shape in ((m, k), (n, k), (m, n), (n,)))
     for bias in (None, torch.randn(n, generator=generator).to(device.name, dtype) * k**0.5):
-        inputs, product = x, torch.empty(m, n, dtype=dtype, device=device.name)
-        if gated:
-            inputs = torch.empty(m, k, dtype=dtype, device=device.name)
-            silu_mul.silu_mul(inputs, x)
-        skinny_linear.skinny_linear(product, inputs, weight, bias, tile)
+        product = torch.empty(m, n, dtype=dtype, device=device.name)
+        skinny_linear.skinny_linear(product, x, weight, bias, tile=tile)
         normed, total = Guarded((m, n), dtype, device), Guarded((m, n), dtype, device)
-        parts = skinny_linear.partial_products(x, weight, gated, tile)
+        parts = skinny_linear.partial_products(x, weight, tile=tile)
         norms.sum_add_rms_norm(normed.tensor, parts, bias, total.holding(old), norm, 1e-5)
         assert torch.equal(total.tensor, product + old)
         assert_close(normed.tensor, REFERENCE.rms_norm(total.tensor.float(), norm.float(), 1e-5), TOLERANCE[dtype], device)
@@ -232,10 +251,14 @@ class RopeCase:
 
 
 def check_rope_write_kv(case: RopeCase, device: Device) -> None:
-    """q in place; k and v at their slots and nowhere else, in a layer of their own, exactly as the pool's type rounds them."""
+    """q in place; k and v at their slots and nowhere else, in a layer of their own, exactly as the pool's type rounds them. The same bits
+    from the parts of a product.
+    """
     generator, layer, num_blocks = device.generator(), 2, case.num_tokens // case.block_size + 3
     num_heads, kv_heads = case.heads
-    qkv = torch.randn(case.num_tokens, num_heads + 2 * kv_heads, case.head_dim, generator=generator).to(device.name, case.dtype)
+    parts = torch.randn(3, case.num_tokens, num_heads + 2 * kv_heads, case.head_dim, generator=generator).to(device.name)
+    bias = torch.randn(num_heads + 2 * kv_heads, case.head_dim, generator=generator).to(device.name, case.dtype)
+    qkv = (parts[0] + parts[1] + parts[2] + bias.float()).to(case.dtype)
     angles = torch.rand(50, case.head_dim // 2, generator=generator) * 6
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1).to(device.name)
     positions = torch.randint(0, 50, (case.num_tokens,), generator=generator).to(device.name)
@@ -262,6 +285,16 @@ def check_rope_write_kv(case: RopeCase, device: Device) -> None:
     assert_close(fused[:, :num_heads], rotated, tolerance, device)
     assert_close(stored[written], expected_pool[written], tolerance if scales is None else 4e-2, device)
     pool.assert_untouched_around()
+
+    out, again = Guarded(q.shape, case.dtype, device), Guarded(pool.tensor.shape, pool.tensor.dtype, device)
+    heads, biases = (whole.split([num_heads, kv_heads, kv_heads], dim=-2) for whole in (parts, bias))
+    rope_kv.sum_rope_write_kv(
+        out.tensor, heads, biases, norms_of[case.dtype], positions, cos_sin, again.tensor, layer, slots, scales
+    )
+    assert torch.equal(out.tensor, fused[:, :num_heads])
+    assert torch.equal(again.tensor.view(torch.uint8), pool.tensor.view(torch.uint8))
+    out.assert_untouched_around()
+    again.assert_untouched_around()
 
 
 def check_rope_alone(case: RopeCase, device: Device) -> None:

@@ -13,6 +13,7 @@ from harness.kernel_checks import (
     check_attention,
     check_empty,
     check_linear_add_rms_norm,
+    check_linear_silu_mul,
     check_norms,
     check_padded_decode,
     check_rope_alone,
@@ -103,12 +104,16 @@ def test_skinny_linear(m: int, n: int, k: int, splits: int, dtype: torch.dtype, 
     check_skinny_linear(m, n, k, dtype, device, LinearTile(columns=32, depth=64, splits=splits, num_warps=4, num_stages=2))
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 128), (3, 40, 336), (17, 33, 96)])
+def test_linear_silu_mul(m: int, n: int, k: int, dtype: torch.dtype, device: Device) -> None:
+    check_linear_silu_mul(m, n, k, dtype, device, LinearTile(columns=32, depth=64, splits=1, num_warps=4, num_stages=2))
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize(("m", "n", "k", "splits"), [(1, 64, 128, 1), (3, 40, 336, 3), (16, 33, 96, 2)])
-def test_linear_add_rms_norm(m: int, n: int, k: int, splits: int, dtype: torch.dtype, gated: bool, device: Device) -> None:
-    tile = LinearTile(columns=32, depth=64, splits=splits, num_warps=4, num_stages=2)
-    check_linear_add_rms_norm(m, n, k, dtype, gated, device, tile)
+def test_linear_add_rms_norm(m: int, n: int, k: int, splits: int, dtype: torch.dtype, device: Device) -> None:
+    check_linear_add_rms_norm(m, n, k, dtype, device, LinearTile(columns=32, depth=64, splits=splits, num_warps=4, num_stages=2))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +160,9 @@ def test_logits_that_are_no_numbers_are_refused(device: Device) -> None:
     check_refusal(300, device, tile=256)
 
 
-def test_sampling(device: Device) -> None:
-    check_sampling(300, device, tile=256, rows_of_each=1)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+def test_sampling(dtype: torch.dtype, device: Device) -> None:
+    check_sampling(300, device, tile=256, rows_of_each=1, dtype=dtype)
 
 
 @pytest.mark.parametrize(("page_words", "num_pages"), [(256, 9), (1024, 3), (96, 7), (2048, 1), (64, 0), (32, 1700)])

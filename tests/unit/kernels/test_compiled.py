@@ -77,24 +77,37 @@ def test_prefill_by_pages(tile: prefill_attention.PrefillTile) -> None:
     assert "wgmma.mma_async" in found.ptx
 
 
-@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize("m", [1, 32, 64, 128])
 @pytest.mark.parametrize(("n", "k"), [(28_672, 4096), (4096, 14_336), (1001, 1008)])
 def test_skinny_linear(n: int, k: int, m: int) -> None:
     with captured(skinny_linear, "_linear_kernel", "_sum_kernel") as launches:
         skinny_linear.skinny_linear(meta(m, n), meta(m, k), meta(n, k), meta(n))
     product, *total = [compiled(launch) for launch in launches]
-    assert "cp.async.cg" in product.ptx, "weights are not copied asynchronously, 16 bytes at a time"
-    assert len(total) == (n == 4096)
+    assert by_tma(product)
+    assert len(total) == (launches[0].arguments["share"] < k)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("m", [1, 32, 64, 128])
+@pytest.mark.parametrize(("n", "k"), [(14_336, 4096), (4864, 896)])
+def test_linear_silu_mul(n: int, k: int, m: int) -> None:
+    with captured(skinny_linear, "_linear_kernel") as launches:
+        skinny_linear.skinny_linear_silu_mul(meta(m, n), meta(m, k), meta(2 * n, k), None)
+    assert by_tma(compiled(launches[0]))
+
+
 @pytest.mark.parametrize(("n", "k"), [(4096, 14_336), (896, 4864), (8192, 28_672)])
-def test_linear_add_rms_norm(n: int, k: int, gated: bool) -> None:
+@pytest.mark.parametrize("m", [16, 128])
+def test_linear_add_rms_norm(m: int, n: int, k: int) -> None:
     with captured(skinny_linear, "_linear_kernel") as products, captured(norms, "_norm_kernel") as sums:
-        parts = skinny_linear.partial_products(meta(16, 2 * k if gated else k), meta(n, k), gated)
-        norms.sum_add_rms_norm(meta(16, n), parts, meta(n), meta(16, n), meta(n), 1e-5)
-    assert "cp.async.cg" in compiled(products[0]).ptx
+        parts = skinny_linear.partial_products(meta(m, k), meta(n, k))
+        norms.sum_add_rms_norm(meta(m, n), parts, meta(n), meta(m, n), meta(n), 1e-5)
+    assert by_tma(compiled(products[0]))
     assert only_wide_loads(compiled(sums[0]))
+
+
+def by_tma(found: Resources) -> bool:
+    """Weights and rows come in tiles, straight to where the tensor cores read them."""
+    return "cp.async.bulk.tensor" in found.ptx and "wgmma.mma_async" in found.ptx
 
 
 @pytest.mark.parametrize("n", [896, 4096, 8192])
@@ -135,7 +148,10 @@ def test_rope_write_kv(head_dim: int, kv_dtype: torch.dtype) -> None:
     positions, cos_sin = meta(64, dtype=int64), meta(8192, head_dim, dtype=fp32)
     with captured(rope_kv, "_rope_kernel") as launches:
         rope_kv.rope_write_kv(q, k, v, head_norms, positions, cos_sin, pool, 31, positions, scales)
-    assert compiled(launches[0]).registers <= 128
+        parts, biases = (meta(*shape, 48, head_dim, dtype=fp32).split([32, 8, 8], dim=-2) for shape in ((2, 64), ()))
+        rope_kv.sum_rope_write_kv(meta(64, 32, head_dim), parts, biases, head_norms, positions, cos_sin, pool, 31, positions, scales)
+    for launch in launches:
+        assert compiled(launch).registers <= 128
 
 
 def test_sampling() -> None:
