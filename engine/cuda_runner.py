@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..kernels.context_shares import share_tokens
 from ..kernels.sampling import Draws, sample
 from ..kvtransfer.transport import KVPool
 from ..messages.errors import PoolTooSmall
@@ -63,6 +64,7 @@ class CudaRunner:
     def __init__(self, model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device, layer_group: int) -> None:
         self._model, self.pool, self._device = model, pool, device
         self._num_layers = pool.layout.num_layers
+        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._sampled = torch.zeros(limits.max_sequences, dtype=torch.int64, device=device)
         self._row_of: dict[Seq, int] = {}            # in `sampled`, of the step that was launched last
         self._staging = Staging(64 * (limits.max_step_tokens + limits.max_sequences), device)
@@ -143,23 +145,25 @@ class CudaRunner:
         pending = [i for i, chunk in enumerate(chunks) if chunk.samples and chunk.sequence.is_pending]
         rows = packed.query_starts[1:][pending].astype(np.int64) - 1          # a pending token is its chunk's last
         sources = np.array([self._row_of[chunks[i].sequence] for i in pending], dtype=np.int64)
-        return PromptStep(packed, rows, sources, *_draws([chunk for chunk in chunks if chunk.samples]))
+        share = share_tokens([chunk.end for chunk in chunks if chunk.count == 1], self.pool.layout.num_kv_heads, self._num_sms)
+        return PromptStep(packed, rows, sources, *_draws([chunk for chunk in chunks if chunk.samples]), share)
 
     def _kernel_by_kernel(self, step: PromptStep, on_layer: Callable[[int], None] | None, sampled_here: bool) -> Tensor:
         packed = step.packed
         arrays = [packed.token_ids, packed.positions, packed.slots, packed.query_starts, packed.context_lens, packed.block_tables]
-        uploaded = self._staging.upload([*arrays, packed.logit_rows, step.pending_rows, step.sources, step.real, step.top_k])
-        pending_rows, sources, real, top_k = uploaded[7:]
+        share = np.array([step.share_tokens], dtype=np.int32)
+        uploaded = self._staging.upload([*arrays, packed.logit_rows, step.pending_rows, step.sources, step.real, step.top_k, share])
+        pending_rows, sources, real, top_k, share_on_device = uploaded[7:]
         token_ids, positions, slots, starts, contexts, tables, logit_rows = uploaded[:7]
         shape = step.has_single_rows, step.is_whole_prompt
-        batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, *shape)
+        batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, *shape, share_on_device)
         if len(sources):
             batch.token_ids[pending_rows] = self._sampled[sources].clamp_min(0)
         logits = self._model.forward(batch, self.pool.tensor, on_layer)
         if sampled_here and len(logits):
             temperature, top_p, min_p, fraction = real
-            tokens = sample(logits, Draws(temperature, top_k, top_p, min_p, fraction), refuse_infinite=True)
-            self._sampled[: len(tokens)] = tokens
+            draws = Draws(temperature, top_k, top_p, min_p, fraction)
+            sample(logits, draws, refuse_infinite=True, out=self._sampled[: len(logits)])
         return logits
 
     def _on_host(self, chunks: Sequence[Chunk], logits: Tensor, bounds: Sequence[int]) -> Computed:

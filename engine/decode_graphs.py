@@ -16,6 +16,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from ..kernels.context_shares import share_tokens
 from ..kernels.decode_inputs import HEADER, decode_inputs
 from ..kernels.ops import Paging
 from ..kernels.sampling import Draws, sample
@@ -62,8 +63,8 @@ class DecodeGraphs:
         self._token_ids, self._positions, self._slots = (torch.zeros(widest, dtype=torch.int64, device=device) for _ in range(3))
         self._contexts = torch.zeros(widest, dtype=torch.int32, device=device)
         self._tables = torch.zeros(widest, self._max_blocks, dtype=torch.int32, device=device)
+        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._starts = torch.arange(widest + 1, dtype=torch.int32, device=device)
-        self._rows = torch.arange(widest, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @property
@@ -113,30 +114,33 @@ class DecodeGraphs:
         numbers[6, :n] = [row.top_p for row in rows]
         numbers[7, :n] = [row.min_p for row in rows]
         numbers[8, :n] = [row.fraction for row in rows]
+        header[9] = share_tokens([row.context for row in rows], self._pool.layout.num_kv_heads, self._num_sms)
         begin, end = header.size, header.size + sum(lengths)
         host.numpy()[4 * begin : 4 * end].view(np.int32)[:] = [block for row in rows for block in row.blocks]
         self._upload[:end].copy_(host[: 4 * end].view(torch.int32), non_blocking=True)
 
     def _step(self, size: int) -> Tensor:
-        paging = Paging(self._starts[: size + 1], self._contexts[:size], self._tables[:size])
+        share = self._column("share", size)[:1]
+        paging = Paging(self._starts[: size + 1], self._contexts[:size], self._tables[:size], share_tokens=share)
         token_ids, positions, slots = self._token_ids[:size], self._positions[:size], self._slots[:size]
         decode_inputs(token_ids, positions, slots, paging, self._upload, self._sampled, self._pool.layout.block_size)
-        batch = ForwardBatch(token_ids, positions, slots, *_fields(paging), self._rows[:size])
+        batch = ForwardBatch(
+            token_ids, positions, slots, paging.query_starts, paging.context_lens, paging.block_tables, None, share_tokens=share
+        )
         logits = self._model.forward(batch, self._pool.tensor)
-        self._sampled[:size].copy_(sample(logits, self._draws(size), refuse_infinite=True))
+        sample(logits, self._draws(size), refuse_infinite=True, out=self._sampled[:size])
         return logits
 
     def _draws(self, size: int) -> Draws:
-        columns = dict(zip(HEADER, self._upload[: len(HEADER) * size].view(len(HEADER), size), strict=True))
         real = torch.float32
         return Draws(
-            temperature=columns["temperature"].view(real),
-            top_k=columns["top_k"],
-            top_p=columns["top_p"].view(real),
-            min_p=columns["min_p"].view(real),
-            fraction=columns["fraction"].view(real),
+            temperature=self._column("temperature", size).view(real),
+            top_k=self._column("top_k", size),
+            top_p=self._column("top_p", size).view(real),
+            min_p=self._column("min_p", size).view(real),
+            fraction=self._column("fraction", size).view(real),
         )
 
-
-def _fields(paging: Paging) -> tuple[Tensor, Tensor, Tensor]:
-    return paging.query_starts, paging.context_lens, paging.block_tables
+    def _column(self, name: str, size: int) -> Tensor:
+        start = HEADER.index(name) * size
+        return self._upload[start : start + size]

@@ -78,6 +78,7 @@ class PromptGraphs:
         inputs, num_bytes = inputs_within(self._buffer, shape, self._max_blocks)
         self._buffer.zero_()
         inputs.slots.fill_(-1)
+        inputs.share_tokens.fill_(1)
         self._step(inputs, shape, None)                     # compiles, and lets cuBLAS choose
         torch.cuda.current_stream().synchronize()
         last = self._pool.layout.num_layers - 1
@@ -108,11 +109,12 @@ class PromptGraphs:
             block_tables=inputs.block_tables,
             logit_rows=inputs.logit_rows,
             has_single_rows=shape.has_single_rows,
+            share_tokens=inputs.share_tokens,
         )
         logits = self._model.forward(batch, self._pool.tensor, on_layer)
         temperature, top_p, min_p, fraction = inputs.real
-        tokens = sample(logits, Draws(temperature, inputs.top_k, top_p, min_p, fraction), refuse_infinite=True)
-        self._sampled[: shape.sequences].copy_(tokens)
+        draws = Draws(temperature, inputs.top_k, top_p, min_p, fraction)
+        sample(logits, draws, refuse_infinite=True, out=self._sampled[: shape.sequences])
 
 
 def _arrays(inputs: StepInputs[Tensor]) -> StepInputs[NDArray[Any]]:

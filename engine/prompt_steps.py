@@ -58,6 +58,7 @@ class PromptStep:
     sources: NDArray[np.int64]
     real: NDArray[np.float32]            # [4, R]
     top_k: NDArray[np.int32]             # [R]
+    share_tokens: int = 1                # of single rows' contexts
 
     @property
     def has_single_rows(self) -> bool:
@@ -83,6 +84,7 @@ class StepInputs(Generic[Array]):
     context_lens: Array       # [B] int32
     top_k: Array              # [B] int32
     real: Array               # [4, B] fp32: temperature, top_p, min_p, fraction
+    share_tokens: Array       # [1] int32
     block_tables: Array       # [B, max_blocks] int32
 
 
@@ -106,6 +108,7 @@ def inputs_within(buffer: Tensor, shape: StepShape, max_blocks: int) -> tuple[St
         context_lens=take(torch.int32, sequences),
         top_k=take(torch.int32, sequences),
         real=take(torch.float32, 4, sequences),
+        share_tokens=take(torch.int32, 1),
         block_tables=take(torch.int32, sequences, max_blocks),
     )
     return inputs, end
@@ -127,6 +130,7 @@ def fill(inputs: StepInputs[NDArray[Any]], step: PromptStep) -> None:
     ):
         target[: len(values)] = values
         target[len(values) :] = padding
+    inputs.share_tokens[0] = step.share_tokens
     num_drawn = step.real.shape[1]
     inputs.real[:, :num_drawn] = step.real
     inputs.real[:, num_drawn:] = 0                     # temperature 0: nothing is drawn

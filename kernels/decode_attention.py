@@ -1,14 +1,16 @@
 """Attention of sequences with one new token over their paged KV: the kernel that bounds a decode step at long contexts.
 
-    grid (sequence, KV head, split)      each reads its share of the context once, for all query heads of the KV head
-            │ one split: writes the answer        │ more: partial answers and the logarithm of their softmax's sum
+    (split, KV head, sequence), one program after the other      each reads its share of the context once, for all heads of the KV head
+            │ one share: writes the answer        │ more: partial answers and the logarithm of their softmax's sum
             ▼                                     ▼
           out [T, heads, head_dim]  ◄── merge ── partial [B, heads, splits, head_dim], log_sums [B, heads, splits], fp32
 
 Splitting fills the GPU when there are fewer (sequence, KV head) pairs than it can run, and evens out their contexts (Flash-Decoding,
-Dao et al. 2023); the merge is o = Σ 2^(l_i - m) o_i / Σ 2^(l_i - m), m = max l_i. How many splits there are depends on shapes alone,
-never on a value on the device: a launch needs no synchronisation and can be captured in a CUDA graph. Sequences with any other number
-of query rows are passed over, with context 0 answered with zeros.
+Dao et al. 2023); the merge is o = Σ 2^(l_i - m) o_i / Σ 2^(l_i - m), m = max l_i. How many splits there can be depends on shapes alone,
+so a launch needs no synchronisation and can be captured in a CUDA graph; into how many shares each context is cut, `share_tokens` says,
+which the host decides for the step (`context_shares.py`). Where there can be more shares than there are, a program takes several in turn:
+with a program for each, those that find nothing crowd the others onto a few multiprocessors (b8, context 8192: 14 % of a step). Sequences
+with any other number of query rows are passed over, with context 0 answered with zeros.
 
 A decode reads 2 · context · kv_heads · head_dim elements and does 4 · group FLOPs with each, so bytes bound it.
 """
@@ -23,14 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile import attend_tile
+from .context_shares import num_programs
 from .ops import Paging
 from .overlap import after_predecessor, overlapping
 
 LOG2_E = 1.4426950408889634
-MAX_SPLITS = 128
-MIN_SPLIT_TOKENS = 256        # a shorter share does not pay for its part of the merge
-PROGRAMS_PER_SM = 4           # about two waves of two resident programs; 8 are up to 2 % slower from b64 on, 16 more
-
 
 @dataclass(frozen=True)
 class DecodeTile:
@@ -48,15 +47,9 @@ class DecodeTile:
         return cls(keys=8192 // width, num_warps=4, num_stages=5)
 
 
-def num_splits(num_sequences: int, kv_heads: int, max_context: int, num_sms: int) -> int:
-    """Into how many shares the context is cut, so that the grid fills `num_sms` multiprocessors."""
-    wanted = triton.cdiv(PROGRAMS_PER_SM * num_sms, num_sequences * kv_heads)
-    return int(max(1, min(wanted, max_context // MIN_SPLIT_TOKENS, MAX_SPLITS)))
-
-
 def decode_attention(
     out: Tensor, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None,
-    kv_scales: Tensor | None, splits: int, tile: DecodeTile | None = None,
+    kv_scales: Tensor | None, splits: int, tile: DecodeTile | None = None, num_sms: int = 132,
 ) -> None:  # fmt: skip
     """Writes the rows of `out` that belong to sequences with one query row. `tile` is for measuring.
 
@@ -74,9 +67,10 @@ def decode_attention(
     if splits > 1:
         partial = torch.empty(num_sequences, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         log_sums = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
-    _decode_kernel[(num_sequences, kv_heads, splits)](
+    _decode_kernel[(num_programs(num_sequences, kv_heads, splits, num_sms),)](
         out, partial, log_sums, q, kv_pool, None if kv_scales is None else kv_scales[layer],
-        paging.query_starts, paging.context_lens, paging.block_tables, scale * LOG2_E,
+        paging.query_starts, paging.context_lens, paging.block_tables, paging.share_tokens, scale * LOG2_E,
+        num_sequences, kv_heads, splits,
         out.stride(0), out.stride(1), q.stride(0), q.stride(1), paging.block_tables.stride(0), kv_pool.stride(0), layer * kv_pool.stride(1),
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), SPLIT=splits > 1, WINDOW=window,
         TILE=tile.keys, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, WIDTH=width,
@@ -84,82 +78,98 @@ def decode_attention(
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_sequences, num_heads)](
-            out, partial, log_sums, paging.query_starts, out.stride(0), out.stride(1), splits,
-            SPLITS=triton.next_power_of_2(splits), HEAD_DIM=head_dim, WIDTH=width, num_warps=4, **overlapping(),
+            out, partial, log_sums, paging.query_starts, paging.context_lens, paging.share_tokens, out.stride(0), out.stride(1), splits,
+            WINDOW=window, TILE=tile.keys, SPLITS=triton.next_power_of_2(splits), HEAD_DIM=head_dim, WIDTH=width, num_warps=4,
+            **overlapping(),
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "num_sequences", "splits"])
 def _decode_kernel(
-    out, partial, log_sums, q, kv_pool, kv_scales, query_starts, context_lens, block_tables, scale,
+    out, partial, log_sums, q, kv_pool, kv_scales, query_starts, context_lens, block_tables, share_tokens, scale,
+    num_sequences, kv_heads, splits,
     out_row_stride, out_head_stride, q_row_stride, q_head_stride, table_stride, block_stride, layer_offset,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     after_predecessor(PDL)
-    sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
-    row = tl.load(query_starts + sequence).to(tl.int64)
-    if tl.load(query_starts + sequence + 1) - row != 1:
-        return
-    context = tl.load(context_lens + sequence)
+    pairs = num_sequences * kv_heads
+    for item in range(tl.program_id(0), pairs * splits, tl.num_programs(0)):
+        split, kv_head, sequence = item // pairs, item % pairs // num_sequences, (item % num_sequences).to(tl.int64)
+        row = tl.load(query_starts + sequence).to(tl.int64)
+        num_rows = tl.load(query_starts + sequence + 1) - row
+        context = tl.load(context_lens + sequence)
+        first, share, shares = _shares(context, splits, share_tokens, WINDOW, TILE)
+        if (num_rows == 1) & (split < shares):
+            start = first + split * share
+            end = tl.minimum(start + share, context)
+            table = block_tables + sequence * table_stride
+            keys = kv_pool + layer_offset + kv_head * (BLOCK_SIZE * HEAD_DIM)
+            value_offset = kv_heads * (BLOCK_SIZE * HEAD_DIM)
+            heads = kv_head * GROUP + tl.arange(0, ROWS)
+            columns = tl.arange(0, WIDTH)
+            stored = (tl.arange(0, ROWS) < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+            query = tl.load(q + row * q_row_stride + heads[:, None] * q_head_stride + columns[None, :], mask=stored, other=0.0)
+            key_scale, value_scale = scale, 1.0
+            if kv_scales is not None:
+                key_scale = scale * tl.load(kv_scales + kv_head)
+                value_scale = tl.load(kv_scales + kv_heads + kv_head)
+
+            accumulator = tl.zeros([ROWS, WIDTH], tl.float32)
+            row_max = tl.full([ROWS], float("-inf"), tl.float32)
+            row_sum = tl.zeros([ROWS], tl.float32)
+            positions = tl.full([ROWS], context - 1, tl.int32)
+            for at in range(start, end, TILE):
+                accumulator, row_max, row_sum = attend_tile(
+                    query, accumulator, row_max, row_sum, positions, at, end, table, keys, value_offset, block_stride, key_scale,
+                    True, WINDOW, TILE, BLOCK_SIZE, HEAD_DIM, WIDTH,
+                )  # fmt: skip
+
+            answer = accumulator * (value_scale / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
+            if SPLIT and shares > 1:
+                places = (sequence * (kv_heads * GROUP) + heads) * splits + split
+                tl.store(partial + places[:, None] * HEAD_DIM + columns[None, :], answer, mask=stored)
+                tl.store(log_sums + places, row_max + tl.log2(row_sum), mask=tl.arange(0, ROWS) < GROUP)
+            else:
+                places = row * out_row_stride + heads * out_head_stride
+                tl.store(out + places[:, None] + columns[None, :], answer.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _shares(context, splits, share_tokens, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """Where a context's visible keys begin, how long a share of them is, and how many shares there are: only a lone one may be empty."""
     first_tile = 0
     if WINDOW is not None:
         first_tile = tl.maximum(context - WINDOW, 0) // TILE
-    share = tl.cdiv(tl.cdiv(context, TILE) - first_tile, splits) * TILE
-    start = first_tile * TILE + split * share
-    end = tl.minimum(start + share, context)
-    table = block_tables + sequence * table_stride
-    keys = kv_pool + layer_offset + kv_head * (BLOCK_SIZE * HEAD_DIM)
-    value_offset = kv_heads * (BLOCK_SIZE * HEAD_DIM)
-    heads = kv_head * GROUP + tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH)
-    stored = (tl.arange(0, ROWS) < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
-    query = tl.load(q + row * q_row_stride + heads[:, None] * q_head_stride + columns[None, :], mask=stored, other=0.0)
-    value_scale = 1.0
-    if kv_scales is not None:
-        scale *= tl.load(kv_scales + kv_head)
-        value_scale = tl.load(kv_scales + kv_heads + kv_head)
-
-    accumulator = tl.zeros([ROWS, WIDTH], tl.float32)
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    positions = tl.full([ROWS], context - 1, tl.int32)
-    for at in range(start, end, TILE):
-        accumulator, row_max, row_sum = attend_tile(
-            query, accumulator, row_max, row_sum, positions, at, end, table, keys, value_offset, block_stride, scale,
-            True, WINDOW, TILE, BLOCK_SIZE, HEAD_DIM, WIDTH,
-        )  # fmt: skip
-
-    answer = accumulator * (value_scale / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
-    if SPLIT:
-        places = (sequence * (kv_heads * GROUP) + heads) * splits + split
-        tl.store(partial + places[:, None] * HEAD_DIM + columns[None, :], answer, mask=stored)
-        tl.store(log_sums + places, row_max + tl.log2(row_sum), mask=tl.arange(0, ROWS) < GROUP)     # -inf for an empty share
-    else:
-        places = row * out_row_stride + heads * out_head_stride
-        tl.store(out + places[:, None] + columns[None, :], answer.to(out.dtype.element_ty), mask=stored)
+    shares = splits
+    if share_tokens is not None:
+        shares = tl.minimum(splits, tl.cdiv(context - first_tile * TILE, tl.load(share_tokens)))
+    tiles = tl.cdiv(context, TILE) - first_tile
+    share = tl.cdiv(tiles, tl.maximum(shares, 1))
+    return first_tile * TILE, share * TILE, tl.maximum(tl.cdiv(tiles, tl.maximum(share, 1)), 1)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    out, partial, log_sums, query_starts, out_row_stride, out_head_stride, splits,
-    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+    out, partial, log_sums, query_starts, context_lens, share_tokens, out_row_stride, out_head_stride, splits,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequence, head). A split with nothing to add has the logarithm -inf; a sequence with nothing at all becomes zeros."""
+    """Grid (sequence, head), for sequences of several shares."""
     after_predecessor(PDL)
     sequence, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row = tl.load(query_starts + sequence).to(tl.int64)
     if tl.load(query_starts + sequence + 1) - row != 1:
         return
+    _, _, shares = _shares(tl.load(context_lens + sequence), splits, share_tokens, WINDOW, TILE)
+    if shares == 1:
+        return
     places = (sequence.to(tl.int64) * num_heads + head) * splits + tl.arange(0, SPLITS)
-    logs = tl.load(log_sums + places, mask=tl.arange(0, SPLITS) < splits, other=float("-inf"))
-    most = tl.max(logs, 0)
-    weights = tl.exp2(logs - tl.where(most == float("-inf"), 0.0, most))
+    logs = tl.load(log_sums + places, mask=tl.arange(0, SPLITS) < shares, other=float("-inf"))
+    weights = tl.exp2(logs - tl.max(logs, 0))
     total = tl.sum(weights, 0)
     columns = tl.arange(0, WIDTH)
     there = (logs > float("-inf"))[:, None] & (columns < HEAD_DIM)[None, :]
     parts = tl.load(partial + places[:, None] * HEAD_DIM + columns[None, :], mask=there, other=0.0)
-    answer = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    answer = tl.sum(parts * weights[:, None], 0) / total
     tl.store(out + row * out_row_stride + head * out_head_stride + columns, answer.to(out.dtype.element_ty), mask=columns < HEAD_DIM)

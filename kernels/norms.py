@@ -16,6 +16,7 @@ from torch import Tensor
 from .overlap import after_predecessor, overlapping
 
 ELEMENTS_PER_PROGRAM = 2048       # short rows (a head's q or k) share a program
+COLUMNS_OF_A_WARP = 256
 
 
 def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
@@ -41,7 +42,7 @@ def _launch(
     rows = max(1, ELEMENTS_PER_PROGRAM // width)
     _norm_kernel[(triton.cdiv(num_rows, rows),)](
         out, x, bias, residual, weight, num_rows, eps, out.stride(0), x.stride(-2), residual.stride(0),
-        ADD=add, PARTS=parts, ROWS=rows, N=n, WIDTH=width, num_warps=min(16, max(4, width // 512)), **overlapping(),
+        ADD=add, PARTS=parts, ROWS=rows, N=n, WIDTH=width, num_warps=min(16, max(4, width // COLUMNS_OF_A_WARP)), **overlapping(),
     )  # fmt: skip
 
 

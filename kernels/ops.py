@@ -20,6 +20,7 @@ class Paging:
     block_tables: Tensor      # [B, max_blocks] int32: padding is 0 and is never used
     has_single_rows: bool = True      # False: no sequence has exactly one query row, so that nothing is launched for such
     is_whole_prompt: bool = False     # one sequence, more than one row, and its rows are all of its context
+    share_tokens: Tensor | None = None    # [1] int32: how long shares of single rows' contexts should be (context_shares.py); None: short
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     q ──(norm)── rotate ──► q, in place           k ──(norm)── rotate ──► k in place, or into the KV pool           v ──► into the KV pool
 
 Rotary embedding (Su et al., arXiv 2104.09864) in Hugging Face's half-rotation: dimension j turns with dimension j + head_dim / 2. The norm
-is Qwen3's RMSNorm of each head. A program takes one token and up to 8 heads of one of the three. Rounding is that of the reference,
+is Qwen3's RMSNorm of each head. A program takes one token and up to 4 heads of one of the three. Rounding is that of the reference,
 which rounds to the input's type after the norm, after its weight and after the rotation; fp8 is stored divided by its scale, saturating.
 
 q, k and v may come as the parts of a product (`skinny_linear.py`), added here in their order and rounded as the product would have been.
@@ -18,7 +18,7 @@ from torch import Tensor
 from .ops import HeadNorms
 from .overlap import after_predecessor, overlapping
 
-MAX_HEADS = 8                 # of a program
+MAX_HEADS = 4                 # of a program
 
 
 Heads = tuple[Tensor, Tensor, Tensor]      # of q, k and v: [T, heads, head_dim] and twice [T, kv_heads, head_dim], perhaps in parts before

@@ -38,12 +38,13 @@ class Draws:
     fraction: Tensor          # [R] fp32 in [0, 1]: the row's uniform number
 
 
-def sample(logits: Tensor, draws: Draws, tile: int = TILE, refuse_infinite: bool = False) -> Tensor:
+def sample(logits: Tensor, draws: Draws, tile: int = TILE, refuse_infinite: bool = False, out: Tensor | None = None) -> Tensor:
     """logits [R, vocab] bf16, fp16 or fp32, penalties and masks (-inf) already in it, none NaN → token ids [R] int64.
 
-    With `refuse_infinite`, for logits as they come from a model, a row that holds NaN or an infinity gets -1.
+    With `refuse_infinite`, for logits as they come from a model, a row that holds NaN or an infinity gets -1. They are written to `out`,
+    if there is one.
     """
-    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
     if len(logits):
         _sample_kernel[(len(logits),)](
             token_ids, logits, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.fraction,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import cudnn_attention, rope_kv
 from . import norms as norm_kernels
-from .decode_attention import decode_attention, num_splits
+from .context_shares import most_shares
+from .decode_attention import decode_attention
 from .ops import HeadNorms, Paging, UnsupportedByKernels, split_heads
 from .prefill_attention import prefill_attention
 from .silu_mul import silu_mul
@@ -116,9 +117,9 @@ class TritonOps:
         if not len(q):
             return out
         num_sequences, max_context = len(paging.context_lens), paging.block_tables.shape[1] * kv_pool.shape[4]
-        splits = num_splits(num_sequences, kv_pool.shape[3], max_context, self._num_sms)
+        splits = most_shares(num_sequences, kv_pool.shape[3], max_context, self._num_sms)
         if paging.has_single_rows:
-            decode_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales, splits)
+            decode_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales, splits, num_sms=self._num_sms)
         if len(q) > num_sequences:      # some sequence has more than one row
             prefill_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales)
         return out

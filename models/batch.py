@@ -17,10 +17,12 @@ class ForwardBatch:
     query_starts: Tensor      # [B+1] int32: cumulative query lengths, from 0
     context_lens: Tensor      # [B] int32: KV length after this step, this step's tokens included
     block_tables: Tensor      # [B, max_blocks] int32: padded with 0; never used past the context
-    logit_rows: Tensor        # [R] int64: which of the T rows need logits
+    logit_rows: Tensor | None         # [R] int64: which of the T rows need logits; None: all
     has_single_rows: bool = True      # False: no sequence has exactly one row
     is_whole_prompt: bool = False     # one sequence, more than one row, and its rows are all of its context
+    share_tokens: Tensor | None = None    # [1] int32: see Paging
 
     @property
     def paging(self) -> Paging:
-        return Paging(self.query_starts, self.context_lens, self.block_tables, self.has_single_rows, self.is_whole_prompt)
+        flags = self.has_single_rows, self.is_whole_prompt
+        return Paging(self.query_starts, self.context_lens, self.block_tables, *flags, self.share_tokens)

@@ -48,7 +48,7 @@ class Transformer:
             if on_layer is not None:
                 on_layer(i)
         head = weights.embedding if weights.lm_head is None else weights.lm_head
-        return ops.linear(normed[batch.logit_rows], head, None)
+        return ops.linear(normed if batch.logit_rows is None else normed[batch.logit_rows], head, None)
 
     def _attention(self, index: int, layer: LayerWeights[Tensor], normed: Tensor, batch: ForwardBatch, kv_pool: Tensor) -> Tensor:
         config, ops = self.config, self._ops

@@ -5,6 +5,7 @@ is also given in TB/s of keys and values. A measurement is one CUDA graph over l
 layer finds its keys and values cold.
 """
 
+import math
 import sys
 import time
 from dataclasses import astuple
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness.kernel_checks import AttentionCase, Device, attention_inputs, expected_attention, relative_error
 
-from diptych.kernels.decode_attention import DecodeTile, decode_attention, num_splits
+from diptych.kernels.context_shares import most_shares, share_tokens
+from diptych.kernels.decode_attention import DecodeTile, decode_attention
 from diptych.kernels.ops import Paging
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, MAX_CONTEXT = 32, 8, 128, 64, 16_384
@@ -72,7 +74,8 @@ def sensible_splits(batch: int, context: int, served: int) -> list[int]:
 
 
 def measure(batch: int, context: int, tiles: list[DecodeTile], num_sms: int) -> None:
-    inputs, served = Batch(batch, context), num_splits(batch, KV_HEADS, MAX_CONTEXT, num_sms)
+    shares = math.ceil(context / share_tokens([context] * batch, KV_HEADS, num_sms))
+    inputs, served = Batch(batch, context), min(shares, most_shares(batch, KV_HEADS, MAX_CONTEXT, num_sms))
     columns = sensible_splits(batch, context, served)
     print(f"\nb {batch}, context {context}, now {served} splits")
     print(f"{'tile':>12}" + "".join(f"{splits:>7}" for splits in columns))

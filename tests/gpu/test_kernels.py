@@ -53,6 +53,14 @@ def test_decode_attention(head_dim: int, block_size: int, heads: tuple[int, int]
     check_attention(AttentionCase(lengths, heads, head_dim, block_size, dtype=BF16), device, splits)
 
 
+@pytest.mark.parametrize("share_tokens", [1, 300, 1024, 5000])
+@pytest.mark.parametrize("splits", [2, 16])
+def test_contexts_cut_to_shares_of_about_a_length(splits: int, share_tokens: int, device: Device) -> None:
+    lengths = tuple((1, earlier) for earlier in (0, 1, 63, 299, 300, 777, 1024, 4095))
+    check_attention(AttentionCase(lengths, (32, 8), 128, 64, dtype=BF16), device, splits, share_tokens=share_tokens)
+    check_attention(AttentionCase(lengths, (32, 8), 128, 16, 100, dtype=BF16), device, splits, share_tokens=share_tokens)
+
+
 @pytest.mark.parametrize("heads", [(32, 8), (28, 4), (8, 8)])
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

@@ -5,7 +5,7 @@ pool outside the contexts: whatever is read from there or not written shows in t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -147,10 +147,18 @@ def check_cudnn_attention(case: AttentionCase, device: Device) -> None:
 
 
 def check_attention(
-    case: AttentionCase, device: Device, splits: int = 1, blocks_before: int = 0, prefill_tile: PrefillTile | None = None
+    case: AttentionCase,
+    device: Device,
+    splits: int = 1,
+    blocks_before: int = 0,
+    prefill_tile: PrefillTile | None = None,
+    share_tokens: int | None = None,
 ) -> None:
     """Both kernels on one batch: each writes its own sequences' rows, no other place, and leaves the pool as it was."""
     inputs = attention_inputs(case, device, blocks_before)
+    if share_tokens is not None:
+        share = torch.tensor([share_tokens], dtype=torch.int32, device=device.name)
+        inputs = replace(inputs, paging=replace(inputs.paging, share_tokens=share))
     pool_before, q_before = bits(inputs.kv_pool), bits(inputs.q)
     decoded, prefilled = Guarded(inputs.q.shape, case.dtype, device), Guarded(inputs.q.shape, case.dtype, device)
     arguments = (inputs.q, inputs.kv_pool, inputs.layer, inputs.paging, case.scale, case.window, inputs.kv_scales)

@@ -61,6 +61,13 @@ def test_decode_attention(case: AttentionCase, splits: int, device: Device) -> N
     check_attention(case, device, splits)
 
 
+@pytest.mark.parametrize("share_tokens", [1, 20, 64, 10_000])
+def test_contexts_cut_to_shares_of_about_a_length(share_tokens: int, device: Device) -> None:
+    """Some sequences are one share, some several, some as many as there are programs."""
+    check_attention(AttentionCase(lengths=((1, 0), (1, 5), (1, 63), (1, 20))), device, splits=3, share_tokens=share_tokens)
+    check_attention(AttentionCase(lengths=((1, 50), (1, 6)), heads=(7, 1), block_size=64, window=9), device, 2, share_tokens=share_tokens)
+
+
 @pytest.mark.parametrize(
     "case",
     [
