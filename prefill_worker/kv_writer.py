@@ -112,14 +112,11 @@ class KVWriter:
         decode = sequence.request.route.decode
         ticket = Ticket(decode.worker_id, decode.epoch, sequence.id, new_nonce())
         self._handoffs[sequence.id] = Outgoing(Session(ticket, now + self._timeout_s), sequence, decode, now)
-        num_full = len(sequence.request.token_ids) // self._layout.block_size
         offer = KVOffer(
             ticket=ticket,
             writer=self._me,
-            layout_hash=self._layout.hash,
+            layout=self._layout.told,
             request=sequence.request,
-            block_hashes=tuple(sequence.hashes[:num_full]),
-            num_blocks=len(sequence.blocks),
             descriptors=self._transport.descriptors,
         )
         self._post.send(decode.address, offer)

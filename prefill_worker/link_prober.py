@@ -160,7 +160,7 @@ class LinkProber:
         self._due_at[ref] = now + RETRY_S
         self._probe = Probe(Session(ticket, now + self._timeout_s), self._targets[ref])
         num_blocks = max(1, PROBE_BYTES // self._layout.block_bytes)
-        self._post.send(ref.address, KVProbe(ticket, self._me, self._layout.hash, num_blocks, self._transport.descriptors))
+        self._post.send(ref.address, KVProbe(ticket, self._me, self._layout.told, num_blocks, self._transport.descriptors))
 
     def _accepted(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
         num_layers = self._layout.num_layers

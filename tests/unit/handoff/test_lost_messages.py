@@ -5,13 +5,13 @@ from typing import TypeVar
 
 import msgspec
 import pytest
-from harness.fake_cluster import BLOCK_SIZE, TIMEOUT_S, FakeCluster
+from harness.fake_cluster import TIMEOUT_S, FakeCluster
 
 from diptych.kvtransfer.fake import FakeTransport
 from diptych.kvtransfer.transport import NUM_IMMS
 from diptych.messages.codec import Message
 from diptych.messages.handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, KVOffer, KVRefuse, RefuseReason, Ticket
-from diptych.messages.ids import BlockHash, Imm, RequestId, WorkerId
+from diptych.messages.ids import Imm, RequestId, WorkerId
 
 PROMPT = list(range(20))
 T = TypeVar("T")
@@ -73,7 +73,7 @@ def test_a_ticket_of_another_request_is_refused() -> None:
             cluster.network.deliver_all()
             cluster.turn()
     ticket = Ticket(offers[0].ticket.decode_id, offers[0].ticket.decode_epoch, RequestId("other"), 1)
-    forged = KVOffer(ticket, offers[0].writer, offers[0].layout_hash, offers[0].request, offers[0].block_hashes, offers[0].num_blocks)
+    forged = KVOffer(ticket, offers[0].writer, offers[0].layout, offers[0].request)
     cluster.gateway.send(answer.request.route.decode.address, forged)
     cluster.network.deliver_all()
     cluster.turn()
@@ -115,8 +115,7 @@ def test_a_prompt_that_leaves_no_token_to_decode_is_refused() -> None:
     for num_tokens, fits in ((32, False), (31, True)):
         request = msgspec.structs.replace(offer.request, token_ids=tuple(range(num_tokens)), request_id=RequestId(f"of {num_tokens}"))
         ticket = msgspec.structs.replace(offer.ticket, request_id=request.request_id)
-        hashes = (BlockHash(b"no such block"),) * (num_tokens // BLOCK_SIZE)
-        longer = msgspec.structs.replace(offer, ticket=ticket, request=request, block_hashes=hashes, num_blocks=8)
+        longer = msgspec.structs.replace(offer, ticket=ticket, request=request)
         cluster.gateway.send(decode.post.address, longer)
         cluster.network.deliver_all()
         cluster.turn(WorkerId("decode-0"))
