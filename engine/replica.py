@@ -13,6 +13,7 @@ from ..kernels.selection import ops_for
 from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.layout import KVLayout
 from ..kvtransfer.selection import Owner, make_transports
+from ..kvtransfer.staging import Staging
 from ..kvtransfer.transport import KVPool
 from ..messages.errors import ModelError, PoolTooSmall
 from ..messages.steps import StepModel
@@ -42,6 +43,17 @@ class Replica:
     transport: TransportBundle
     layer_group: int                          # layers whose pages leave together
     step_model: StepModel = PRIOR             # of this model on this device, as far as is known before anything is served
+    staging: Staging | None = None            # of a prefill worker whose receivers' pools have another layout
+
+    @property
+    def outbound(self) -> tuple[TransportBundle, KVPool]:
+        """What pages for other workers are written over, and from."""
+        return (self.transport, self.pool) if self.staging is None else (self.staging.transport, self.staging.pool)
+
+    def close(self) -> None:
+        self.transport.close()
+        if self.staging is not None:
+            self.staging.transport.close()
 
 
 def build_replica(config: WorkerConfig, transport: TransportBundle | None = None) -> Replica:

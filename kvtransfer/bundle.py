@@ -113,6 +113,9 @@ class TransportBundle:
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         return self._of(peer).stop(peer, imm, timeout_s)
 
+    def settled(self, peer: Peer, imm: Imm) -> bool:
+        return self._of(peer).settled(peer, imm)
+
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         return self._of(peer).busy_s(peer, imm)
 

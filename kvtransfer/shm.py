@@ -240,6 +240,12 @@ class ShmTransport:
                 self._queue.busy_s.pop(key, None)
             return stopped
 
+    def settled(self, peer: Peer, imm: Imm) -> bool:
+        key = (peer.descriptor.location, imm)
+        with self._queue.changed:
+            self._queue.settled(lambda: True)
+            return all(job is None or job.key != key for job in (self._queue.running, *self._queue.jobs))
+
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         with self._queue.changed:
             return self._queue.busy_s.get((peer.descriptor.location, imm), 0.0)

@@ -19,20 +19,22 @@ class PrefillWorker(Worker):
     role = Role.PREFILL
 
     def setup(self) -> None:
+        transport, pool = self.replica.outbound
         self._writer = KVWriter(
             me=self.ref,
             post=self.post,
-            transport=self.replica.transport,
-            pool=self.replica.pool,
+            transport=transport,
+            pool=pool,
             timeout_s=self.config.handoff_timeout_s,
             layer_group=self.replica.layer_group,
             on_end=self._handoff_ended,
+            staging=self.replica.staging,
         )
         self._prober = LinkProber(
             me=self.ref,
             post=self.post,
-            transport=self.replica.transport,
-            pool=self.replica.pool,
+            transport=transport,
+            pool=pool,
             timeout_s=self.config.handoff_timeout_s,
             floor=Floor(self.config.min_gbps, self.config.refuse_below_floor),
         )

@@ -1,0 +1,96 @@
+"""Pages of one layout from pages of another: what a receiver's page is made of, and the making of it.
+
+    sender's blocks of 4 tokens      │ 0 1 2 3 │ 4 5 6 7 │ 8 9 · · │
+    receiver's blocks of 6 tokens    │ 0 1 2 3 4 5 │ 6 7 8 9 · · │         runs of gcd(4, 6) = 2 tokens lie together in both
+
+Heads come before tokens in a page, so a run is one piece of memory for each of K and V and each head: a row. What both sides must
+have in common is all that says what a number in a page means; how many tokens a block holds and how a number is stored may differ.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.kv_storage import loaded, stored
+from ..messages.errors import LayoutMismatch
+from .layout import KVLayout
+from .transport import IdArray, KVPool
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Run i goes from place `src_places[i]` of the sender's block `src_blocks[i]` to place `places[i]` of the asked block `asked[i]`."""
+
+    asked: IdArray                 # index into what was asked for
+    places: IdArray                # in runs from the block's start
+    src_blocks: IdArray            # index into the prompt's blocks
+    src_places: IdArray
+
+
+@dataclass(frozen=True)
+class Regrouping:
+    """Of a prompt's tokens from blocks of `src_size` into blocks of `dst_size`."""
+
+    src_size: int
+    dst_size: int
+
+    @property
+    def run_tokens(self) -> int:
+        return math.gcd(self.src_size, self.dst_size)
+
+    def runs_into(self, blocks: IdArray, num_src_blocks: int) -> Runs:
+        """`blocks` [n]: the receiver's, by index in the prompt. Places past the sender's last block are left out: no token is there."""
+        per_block, per_src_block = self.dst_size // self.run_tokens, self.src_size // self.run_tokens
+        places = np.arange(per_block)
+        run = blocks[:, None] * per_block + places                    # [n, per_block]: in the prompt
+        asked, place = np.nonzero(run < num_src_blocks * per_src_block)
+        wanted = run[asked, place]
+        return Runs(asked, place, wanted // per_src_block, wanted % per_src_block)
+
+
+def require_convertible(source: KVLayout, target: KVLayout) -> None:
+    """Raises LayoutMismatch with what stands in the way, by name."""
+    difference = source.told.differences(replace(target, block_size=source.block_size, dtype=source.dtype).told)
+    if difference:
+        raise LayoutMismatch(f"KV cannot be converted: {difference}")
+
+
+class Converter:
+    """From one pool into another of the same process and device. `scales` [num_layers, 2, kv_heads] fp32 are the model's, for fp8."""
+
+    def __init__(self, source: KVPool, target: KVPool, scales: Tensor | None) -> None:
+        require_convertible(source.layout, target.layout)
+        self.regrouping = Regrouping(source.layout.block_size, target.layout.block_size)
+        self._layout = source.layout
+        self._dtypes = source.layout.dtype, target.layout.dtype
+        self._scales = scales
+        row = self.regrouping.run_tokens * source.layout.head_dim
+        self._source, self._target = source.tensor.view(-1, row), target.tensor.view(-1, row)
+
+    def make(self, pages: IdArray, targets: IdArray, src_blocks: IdArray) -> None:
+        """Page i of a prompt (its block in the receiver's terms × num_layers + layer) into page `targets[i]` of the target pool.
+        `src_blocks`: the blocks that hold the prompt here."""
+        num_layers, grouping = self._layout.num_layers, self.regrouping
+        runs = grouping.runs_into(pages // num_layers, len(src_blocks))
+        layers = (pages % num_layers)[runs.asked]
+        src_pages = src_blocks[runs.src_blocks] * num_layers + layers
+        rows = self._source.index_select(0, self._rows(src_pages, runs.src_places, grouping.src_size))
+        there = self._rows(targets[runs.asked], runs.places, grouping.dst_size)
+        self._target[there] = self._as_stored_there(rows, layers)
+
+    def _rows(self, pages: IdArray, places: IdArray, block_size: int) -> Tensor:
+        """Of runs at `places` in `pages`, for K and V of every head → [runs × 2 × kv_heads]."""
+        heads = np.arange(2 * self._layout.num_kv_heads)
+        per_page = block_size // self.regrouping.run_tokens
+        rows = (pages[:, None] * len(heads) + heads) * per_page + places[:, None]
+        return torch.from_numpy(rows.ravel()).to(self._source.device)
+
+    def _as_stored_there(self, rows: Tensor, layers: IdArray) -> Tensor:
+        here, there = self._dtypes
+        if here is there:
+            return rows
+        scales = None if self._scales is None else self._scales[torch.from_numpy(layers)].reshape(-1, 1).to(rows.device)
+        return stored(loaded(rows, torch.float32, scales), there, scales)
