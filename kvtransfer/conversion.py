@@ -68,7 +68,7 @@ class Converter:
         self._dtypes = source.layout.dtype, target.layout.dtype
         self._scales = scales
         row = self.regrouping.run_tokens * source.layout.head_dim
-        self._source, self._target = source.tensor.view(-1, row), target.tensor.view(-1, row)
+        self._source, self._target = _as_words(source.tensor, row), _as_words(target.tensor, row)
 
     def make(self, pages: IdArray, targets: IdArray, src_blocks: IdArray) -> None:
         """Page i of a prompt (its block in the receiver's terms × num_layers + layer) into page `targets[i]` of the target pool.
@@ -79,7 +79,7 @@ class Converter:
         src_pages = src_blocks[runs.src_blocks] * num_layers + layers
         rows = self._source.index_select(0, self._rows(src_pages, runs.src_places, grouping.src_size))
         there = self._rows(targets[runs.asked], runs.places, grouping.dst_size)
-        self._target[there] = self._as_stored_there(rows, layers)
+        self._target.index_copy_(0, there, self._as_stored_there(rows, layers))
 
     def _rows(self, pages: IdArray, places: IdArray, block_size: int) -> Tensor:
         """Of runs at `places` in `pages`, for K and V of every head → [runs × 2 × kv_heads]."""
@@ -93,4 +93,10 @@ class Converter:
         if here is there:
             return rows
         scales = None if self._scales is None else self._scales[torch.from_numpy(layers)].reshape(-1, 1).to(rows.device)
-        return stored(loaded(rows, torch.float32, scales), there, scales)
+        return stored(loaded(rows.view(here), torch.float32, scales), there, scales).view(self._target.dtype)
+
+
+def _as_words(pool: Tensor, row: int) -> Tensor:
+    """Its numbers `row` by `row`, in the widest type that fits: moving them is not everywhere possible for fp8, and slower."""
+    rows = pool.view(-1, row)
+    return rows.view(torch.int64 if row * pool.itemsize % 8 == 0 else torch.uint8)

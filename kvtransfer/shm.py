@@ -131,7 +131,7 @@ class ShmTransport:
         memory = self._create(HEADER_BYTES + pool_bytes)
         self._own = _Mapping(memory, layout.page_bytes)
         self._block_bytes = layout.block_bytes
-        tensor = torch.frombuffer(memory, dtype=layout.dtype, offset=HEADER_BYTES).view(layout.shape(num_blocks))
+        tensor = torch.frombuffer(memory, dtype=torch.uint8, offset=HEADER_BYTES).view(layout.dtype).view(layout.shape(num_blocks))
         return KVPool(layout, tensor)
 
     def adopt(self, pool: KVPool) -> None:

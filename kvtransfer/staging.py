@@ -95,7 +95,8 @@ class StagedPages:
         pages = self._staging.take(len(src))
         self._held += pages
         made = np.array(pages, dtype=np.int64)
-        self._staging.converter.make(src[: len(pages)], made, self._src_blocks)
+        if pages:
+            self._staging.converter.make(src[: len(pages)], made, self._src_blocks)
         self._due = PageWrites(src[len(pages) :], dst[len(pages) :])
         return PageWrites(made, dst[: len(pages)])
 

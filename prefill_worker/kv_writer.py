@@ -112,7 +112,8 @@ class KVWriter:
     def is_waiting(self) -> bool:
         """Something of the transport's is to be polled for."""
         return any(
-            h.session.state is HandoffState.CANCELLING or (h.accept and h.plan is None) or _is_short(h.plan) for h in self._handoffs.values()
+            handoff.session.state is HandoffState.CANCELLING or (handoff.accept and handoff.plan is None) or _is_short(handoff.plan)
+            for handoff in self._handoffs.values()
         )
 
     # what the worker's loop tells
