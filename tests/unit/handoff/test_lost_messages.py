@@ -12,6 +12,7 @@ from diptych.kvtransfer.transport import NUM_IMMS
 from diptych.messages.codec import Message
 from diptych.messages.handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, KVOffer, KVRefuse, RefuseReason, Ticket
 from diptych.messages.ids import Imm, RequestId, WorkerId
+from diptych.messages.requests import FailureKind
 
 PROMPT = list(range(20))
 T = TypeVar("T")
@@ -81,6 +82,22 @@ def test_a_ticket_of_another_request_is_refused() -> None:
     assert [(refusal.ticket, refusal.reason) for refusal in refusals] == [(ticket, RefuseReason.MALFORMED)]
     cluster.settle()
     assert answer.complete
+    cluster.assert_nothing_leaked()
+
+
+def test_a_layout_that_does_not_fit_is_refused_with_what_differs() -> None:
+    """Also one whose pages are as large: heads for tokens, another model's weights."""
+    cluster = FakeCluster()
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    offer = wait_for(cluster, KVOffer)
+    cluster.network.in_flight.clear()
+    other = msgspec.structs.replace(offer.layout, model="another", num_kv_heads=4, block_size=1)
+    cluster.gateway.send(answer.request.route.decode.address, msgspec.structs.replace(offer, layout=other))
+    cluster.settle()
+    assert answer.failure is not None
+    assert (answer.failure.kind, answer.failure.retryable) == (FailureKind.INVALID, False)
+    assert "model fake, there another; num_kv_heads 1, there 4; block_size 4, there 1" in answer.failure.message
+    assert cluster.transports[WorkerId("prefill-0")].stats.num_pages == 0
     cluster.assert_nothing_leaked()
 
 
