@@ -3,6 +3,7 @@
 The model is `FakeRunner`: each of its tokens depends on all KV that it reads, so a wrong page anywhere shows as a wrong token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -96,13 +97,16 @@ class FakeCluster:
         floor: Floor | None = None,
         prefill_block_size: int = BLOCK_SIZE,
         staging_blocks: int = 2,
+        others: Sequence[str] = (),
     ) -> None:
         """With a floor links are probed, and each page takes PAGE_S. Prefill workers whose blocks are of another size convert pages in
-        a pool of `staging_blocks`."""
+        a pool of `staging_blocks`. `others`: transports beside the one called fake, which comes first."""
         self.now = 1000.0
         self.floor = floor
         self.block_sizes = {Role.PREFILL: prefill_block_size, Role.DECODE: BLOCK_SIZE}
         self.staging_blocks = staging_blocks
+        self.other_names = others
+        self.others: dict[WorkerId, list[FakeTransport]] = {}
         self.links: list[LinkMeasured] = []
         self.network = FakeNetwork()
         self.fabric = FakeFabric()
@@ -126,17 +130,20 @@ class FakeCluster:
         self._epoch += 1
         name = f"{worker_id}.{self._epoch}"
         transport = self.fabric.transport(name)
+        others = [FakeTransport(self.fabric, f"{name}.{other}".encode(), other) for other in self.other_names]
         block_size = self.block_sizes[role]
         num_blocks = -(-self.num_blocks * BLOCK_SIZE // block_size)
-        pool = transport.allocate(fake_layout(block_size), num_blocks)
+        bundle, staging = TransportBundle([transport, *others]), None
+        pool = bundle.allocate(fake_layout(block_size), num_blocks)
         limits = EngineLimits(block_size, self.num_blocks * BLOCK_SIZE, self.max_step_tokens, max_sequences=4)
-        engine, bundle, staging = Engine(FakeRunner(pool), num_blocks, limits), TransportBundle([transport]), None
+        engine = Engine(FakeRunner(pool), num_blocks, limits)
         if block_size != BLOCK_SIZE:
             transport = LateTransport(self.fabric, f"{name}.staging".encode())
             staging = Staging(pool, transport.allocate(fake_layout(BLOCK_SIZE), self.staging_blocks), TransportBundle([transport]))
         replica = Replica(engine, pool, bundle, layer_group=1, staging=staging)
-        self.transports[worker_id] = transport
-        transport.page_s = PAGE_S if self.floor else 0.0
+        self.transports[worker_id], self.others[worker_id] = transport, others
+        for each in (transport, *others):
+            each.page_s = PAGE_S if self.floor else 0.0
         config = WorkerConfig("fake", worker_id, Epoch(self._epoch), EngineConfig("none"), handoff_timeout_s=TIMEOUT_S)
         if self.floor is not None:
             floor = {"min_gbps": self.floor.min_gbps, "refuse_below_floor": self.floor.refuse}
@@ -155,7 +162,8 @@ class FakeCluster:
     def kill(self, worker_id: WorkerId) -> None:
         worker = self.workers.pop(worker_id)
         self.network.kill(worker.post.address)
-        self.fabric.kill(self.transports[worker_id].location)
+        for transport in (self.transports[worker_id], *self.others[worker_id]):
+            self.fabric.kill(transport.location)
         for answer in self.answers.values():
             route = answer.request.route
             if not answer.ended and worker.ref in (route.prefill, route.decode):
