@@ -13,7 +13,6 @@ given up and will not reuse before KVDrained.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ..engine.scheduler import Chunk, StepPlan
 from ..engine.sequence import Sequence
@@ -21,7 +20,7 @@ from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.plan import PagePlan
 from ..kvtransfer.session import HandoffState, Session
 from ..kvtransfer.staging import StagedPages, Staging
-from ..kvtransfer.transport import NUM_IMMS, KVPool, Peer
+from ..kvtransfer.transport import KVPool, Peer
 from ..messages.errors import PeerGone, TransferError
 from ..messages.handoff import (
     KVAccept,
@@ -39,6 +38,7 @@ from ..messages.ids import BlockId, RequestId, new_nonce
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
 from ..messages.requests import FailureKind, RequestSpan, TokenDelta, TransferFailed, WorkerRef
+from .outgoing import Failure, Outgoing, what_is_wrong
 
 LINK_WAIT_S = 2.0
 """A handoff that was accepted waits so long for a link that is down; then another route may do better."""
@@ -46,33 +46,6 @@ LINK_WAIT_S = 2.0
 logger = logging.getLogger(__name__)
 
 WriterMessage = KVAccept | KVWait | KVRefuse | KVCommitted | KVCancel
-
-
-@dataclass(frozen=True)
-class Failure:
-    kind: FailureKind
-    message: str
-    retryable: bool = True
-
-
-@dataclass(eq=False)
-class Outgoing:
-    session: Session
-    sequence: Sequence
-    decode: WorkerRef
-    offered_at: float
-    accept: KVAccept | None = None          # kept until the peer is connected
-    accepted_at: float = 0.0
-    plan: PagePlan | StagedPages | None = None
-    peer: Peer | None = None
-    num_ready: int = 0                      # leading blocks that are complete in all layers
-    first: TokenDelta | None = None
-    announced: bool = False                 # KVLanded is out
-    broken: str | None = None               # a write failed in the middle of a step; dealt with after it
-
-    @property
-    def ticket(self) -> Ticket:
-        return self.session.ticket
 
 
 class KVWriter:
@@ -112,7 +85,7 @@ class KVWriter:
     def is_waiting(self) -> bool:
         """Something of the transport's is to be polled for."""
         return any(
-            handoff.session.state is HandoffState.CANCELLING or (handoff.accept and handoff.plan is None) or _is_short(handoff.plan)
+            handoff.session.state is HandoffState.CANCELLING or (handoff.accept and handoff.plan is None) or handoff.is_short
             for handoff in self._handoffs.values()
         )
 
@@ -159,7 +132,7 @@ class KVWriter:
                 self._give_up(handoff, failure, now)
             elif handoff.accept is not None and handoff.plan is None:
                 self._connect(handoff, now)
-            elif _is_short(handoff.plan):
+            elif handoff.is_short:
                 self._push(handoff, now)
 
     def abort(self, request_id: RequestId, now: float) -> None:
@@ -217,7 +190,7 @@ class KVWriter:
                     self._post.send(ref.address, KVDrained(message.ticket))
 
     def _accepted(self, handoff: Outgoing, accept: KVAccept, now: float) -> None:
-        wrong = _what_is_wrong(accept, self._num_blocks(handoff.sequence))
+        wrong = what_is_wrong(accept, self._num_blocks(handoff.sequence))
         if wrong:
             self._give_up(handoff, Failure(FailureKind.INTERNAL, f"{handoff.decode.worker_id} accepted with {wrong}"), now)
             return
@@ -354,18 +327,3 @@ class KVWriter:
     def _num_blocks(self, sequence: Sequence) -> int:
         """That hold the prompt there."""
         return -(-len(sequence.request.token_ids) // self._layout.block_size)
-
-
-def _is_short(plan: PagePlan | StagedPages | None) -> bool:
-    """What is due waits for pages to be made in."""
-    return isinstance(plan, StagedPages) and plan.is_short
-
-
-def _what_is_wrong(accept: KVAccept, num_blocks: int) -> str | None:
-    if accept.num_cached_blocks + len(accept.block_ids) != num_blocks or accept.num_cached_blocks < 0:
-        return f"{accept.num_cached_blocks} cached + {len(accept.block_ids)} blocks for {num_blocks}"
-    if len(set(accept.block_ids)) != len(accept.block_ids) or min(accept.block_ids, default=0) < 0:
-        return "repeated or negative block ids"
-    if not 0 <= accept.imm < NUM_IMMS:
-        return f"counter {accept.imm} of {NUM_IMMS}"
-    return None

@@ -12,7 +12,6 @@ rounds. What is written is whatever the first pages of this worker's pool hold, 
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.selection import fastest_first
@@ -24,6 +23,7 @@ from ..messages.ids import Address, RequestId, new_nonce
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
 from ..messages.requests import LinkFigures, LinkMeasured, WorkerRef
+from .probe import Floor, Probe, describe
 
 PROBE_BYTES = 16 << 20
 """Of a round that measures GB/s: as much as the pools' page size and free blocks allow."""
@@ -35,37 +35,6 @@ REPEAT_S = 30.0               # and for a link below the floor, or with a transp
 logger = logging.getLogger(__name__)
 
 ProbeAnswer = KVProbeAccept | KVProbeCounted | KVRefuse | KVCancel
-
-
-@dataclass(frozen=True)
-class Floor:
-    min_gbps: float           # 0: none
-    refuse: bool              # what is below it; False: warn
-
-
-@dataclass(eq=False)
-class Probe:
-    session: Session
-    target: Member
-    accept: KVProbeAccept | None = None
-    src: list[int] = field(default_factory=list)       # pages of a large round
-    dst: list[int] = field(default_factory=list)
-    num_sent: int = 0                                  # pages, of all rounds
-    num_counted: int = 0
-    left: list[str] = field(default_factory=list)      # transports that are still to be measured, in the spec's order
-    measured: list[LinkFigures] = field(default_factory=list)
-    passed_over: list[str] = field(default_factory=list)               # transports without a link, and why
-    peers: list[Peer] = field(default_factory=list)    # that were written to
-    # of the first that is left:
-    link_deadline: float = 0.0
-    peer: Peer | None = None
-    rounds: list[int] = field(default_factory=list)    # pages of each round that is still to come; the first is under way
-    times_s: list[float] = field(default_factory=list)     # of each round
-    busy_s: float = 0.0                                # as of the last round's end
-
-    @property
-    def ticket(self) -> Ticket:
-        return self.session.ticket
 
 
 class LinkProber:
@@ -187,15 +156,13 @@ class LinkProber:
         if not 0 <= accept.imm < NUM_IMMS:
             self._put_off(probe, f"accepted with counter {accept.imm} of {NUM_IMMS}", now)
             return
-        probe.dst = dst[: self._num_own_pages]
-        probe.src = list(range(len(probe.dst)))
+        probe.pages = dst[: self._num_own_pages]
         probe.left = sorted(self._transport.common(probe.target.descriptors), key=self._transport.names.index)
         probe.accept = accept
         probe.session.move(HandoffState.RESERVED)
         self._next_transport(probe, accept, now)
 
     def _next_transport(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
-        probe.peer, probe.rounds, probe.times_s = None, [1, 1, len(probe.dst), len(probe.dst)], []
         probe.link_deadline = now + min(LINK_WAIT_S, self._timeout_s / 2)
         probe.session.deadline = now + self._timeout_s
         if probe.left:
@@ -206,31 +173,28 @@ class LinkProber:
             self._put_off(probe, "; ".join(probe.passed_over) or "no transport in common", now)
 
     def _connect(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
-        name = probe.left[0]
         try:
-            probe.peer = self._transport.connect_over(name, probe.target.descriptors)
+            probe.peer = self._transport.connect_over(probe.left[0], probe.target.descriptors)
             if probe.peer is None and now >= probe.link_deadline:
                 raise PeerGone("no link in time")
         except TransferError as error:
-            probe.passed_over.append(f"{name}: {error}")
-            probe.left.pop(0)
+            probe.pass_over(str(error))
             self._next_transport(probe, accept, now)
             return
         if probe.peer is not None:
-            probe.peers.append(probe.peer)
-            probe.busy_s = self._transport.busy_s(probe.peer, accept.imm)      # what an earlier use has left
+            probe.met(probe.peer, self._transport.busy_s(probe.peer, accept.imm))
             if probe.session.state is HandoffState.RESERVED:
                 probe.session.move(HandoffState.MOVING)
             self._write_round(probe, probe.peer, accept, now)
 
     def _write_round(self, probe: Probe, peer: Peer, accept: KVProbeAccept, now: float) -> None:
-        count = probe.rounds[0]
+        there = probe.pages[: probe.round_pages]
         try:
-            self._transport.write_pages(peer, probe.src[:count], probe.dst[:count], accept.imm)
+            self._transport.write_pages(peer, range(len(there)), there, accept.imm)
         except TransferError as error:
             self._put_off(probe, str(error), now)
             return
-        probe.num_sent += count
+        probe.num_sent += len(there)
         probe.session.deadline = now + self._timeout_s
         self._post.send(probe.target.ref.address, KVProbeSent(probe.ticket, probe.num_sent))
 
@@ -241,18 +205,11 @@ class LinkProber:
         busy_s = self._transport.busy_s(probe.peer, probe.accept.imm)
         if busy_s <= probe.busy_s:
             return                                           # tick asks again
-        probe.times_s.append(busy_s - probe.busy_s)
-        probe.busy_s = busy_s
-        probe.rounds.pop(0)
-        if probe.rounds:
+        probe.took(busy_s, self._layout.page_bytes)
+        if probe.peer is not None:
             self._write_round(probe, probe.peer, probe.accept, now)
         else:
-            gbps = self._num_bytes(probe) / min(probe.times_s[2:]) / 1e9
-            probe.measured.append(LinkFigures(probe.left.pop(0), min(probe.times_s[:2]), gbps))
             self._next_transport(probe, probe.accept, now)
-
-    def _num_bytes(self, probe: Probe) -> int:
-        return len(probe.dst) * self._layout.page_bytes
 
     def _finish(self, probe: Probe, now: float) -> None:
         best, *others = fastest_first(probe.measured)
@@ -262,7 +219,7 @@ class LinkProber:
             transport=best.transport,
             latency_s=best.latency_s,
             gbps=best.gbps,
-            num_bytes=self._num_bytes(probe),
+            num_bytes=len(probe.pages) * self._layout.page_bytes,
             min_gbps=self._floor.min_gbps,
             refused=self._floor.refuse and best.gbps < self._floor.min_gbps,
             others=tuple(others),
@@ -313,12 +270,3 @@ class LinkProber:
         for ref in self._targets:
             if (ref.worker_id, ref.epoch) == (accept.ticket.decode_id, accept.ticket.decode_epoch):
                 self._post.send(ref.address, KVDrained(accept.ticket))
-
-
-def describe(link: LinkMeasured) -> str:
-    used = f"{link.transport}: {link.gbps:.2f} GB/s, {link.latency_s * 1e6:.0f} µs a page"
-    others = "".join(f"; {other.transport}: {other.gbps:.2f} GB/s, {other.latency_s * 1e6:.0f} µs" for other in link.others)
-    text = f"{link.worker.worker_id} → {link.decode_id} over {used}{others}"
-    if not link.below_floor:
-        return text
-    return f"{text}; below the floor of {link.min_gbps:g} GB/s, {'not used' if link.refused else 'used all the same'}"

@@ -11,8 +11,10 @@ from ..messages.handoff import KVAccept, KVCancel, KVCommitted, KVProbeAccept, K
 from ..messages.ids import RequestId
 from ..messages.membership import Role
 from ..messages.requests import GenerateRequest, LinkMeasured, WorkerRef
-from .kv_writer import Failure, KVWriter
-from .link_prober import Floor, LinkProber
+from .kv_writer import KVWriter
+from .link_prober import LinkProber
+from .outgoing import Failure
+from .probe import Floor
 
 
 class PrefillWorker(Worker):

@@ -34,7 +34,7 @@ from diptych.messages.requests import (
     StepTokens,
     TransferFailed,
 )
-from diptych.prefill_worker.link_prober import Floor
+from diptych.prefill_worker.probe import Floor
 from diptych.prefill_worker.worker import PrefillWorker
 
 BLOCK_SIZE = 4

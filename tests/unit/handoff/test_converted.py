@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.messages.ids import WorkerId
-from diptych.prefill_worker.link_prober import Floor
+from diptych.prefill_worker.probe import Floor
 
 PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
 PROMPT = list(range(20))

@@ -19,7 +19,8 @@ from diptych.messages.handoff import KVProbe, KVProbeAccept, KVRefuse, RefuseRea
 from diptych.messages.ids import Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
 from diptych.messages.requests import FailureKind
-from diptych.prefill_worker.link_prober import LINK_WAIT_S, REPEAT_S, RETRY_S, Floor
+from diptych.prefill_worker.link_prober import LINK_WAIT_S, REPEAT_S, RETRY_S
+from diptych.prefill_worker.probe import Floor
 
 PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
 NO_FLOOR = Floor(0.0, refuse=True)
