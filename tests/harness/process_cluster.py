@@ -245,8 +245,9 @@ class ProcessCluster:
 
 
 @contextmanager
-def process_cluster(transport: str, *names: str, timeout_s: float = 2.0, probe_links: bool = False) -> Iterator[ProcessCluster]:
-    cluster = ProcessCluster((transport,), timeout_s, probe_links)
+def process_cluster(transports: str, *names: str, timeout_s: float = 2.0, probe_links: bool = False) -> Iterator[ProcessCluster]:
+    """`transports`: one, or several with commas."""
+    cluster = ProcessCluster(tuple(transports.split(",")), timeout_s, probe_links)
     try:
         cluster.start(*names)
         yield cluster

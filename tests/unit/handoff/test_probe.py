@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.kvtransfer.fake import FakeTransport
+from diptych.kvtransfer.selection import AS_FAST
 from diptych.kvtransfer.transport import NUM_IMMS, Peer
 from diptych.messages.errors import PeerGone
 from diptych.messages.handoff import KVProbe, KVProbeAccept, KVRefuse, RefuseReason
@@ -351,6 +352,21 @@ def test_processes_measure_their_link_and_a_successor_anew(transport: str) -> No
         assert (link.worker.worker_id, link.decode_id, link.transport) == (PREFILL, DECODE, transport)
         assert 0 < link.latency_s < 1
         assert link.gbps > 0
+
+
+@needs_ucx
+def test_processes_measure_all_transports_and_use_the_fastest() -> None:
+    """Pages of a few bytes: which one that is depends on the machine."""
+    with process_cluster("shm,ucx", "prefill-0", "decode-0", probe_links=True) as cluster:
+        cluster.pump(lambda: len(cluster.links) == 1, 20.0)
+        [link] = cluster.links
+        cluster.submit(PROMPT, max_tokens=5)
+        cluster.finish(20.0)
+        cluster.assert_whole()
+    figures = [link, *link.others]
+    assert sorted(each.transport for each in figures) == ["shm", "ucx"]
+    assert all(each.gbps > 0 and 0 < each.latency_s < 1 for each in figures)
+    assert link.gbps >= AS_FAST * max(each.gbps for each in figures)
 
 
 def test_what_a_dead_writer_was_lent_comes_back_only_behind_the_fence() -> None:
