@@ -1,14 +1,10 @@
-"""Pages of one layout from pages of another: what a receiver's page is made of, and the making of it.
+"""Makes pages of one layout from pages of another. How many tokens a block holds may differ, and how a number is stored; whatever
+else says what a number in a page means must be equal.
 
-    sender's blocks of 4 tokens      │ 0 1 2 3 │ 4 5 6 7 │ 8 9 · · │
-    receiver's blocks of 6 tokens    │ 0 1 2 3 4 5 │ 6 7 8 9 · · │         runs of gcd(4, 6) = 2 tokens lie together in both
-
-Heads come before tokens in a page, so a run is one piece of memory for each of K and V and each head: a row. What both sides must
-have in common is all that says what a number in a page means; how many tokens a block holds and how a number is stored may differ.
+Heads come before tokens in a page, so a run of tokens (`regrouping.py`) is one piece of memory for each of K and V and each head: a row.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,38 +13,8 @@ from torch import Tensor
 from ..kernels.kv_storage import loaded, stored
 from ..messages.errors import LayoutMismatch
 from .layout import KVLayout
+from .regrouping import Regrouping
 from .transport import IdArray, KVPool
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Run i goes from place `src_places[i]` of the sender's block `src_blocks[i]` to place `places[i]` of the asked block `asked[i]`."""
-
-    asked: IdArray                 # index into what was asked for
-    places: IdArray                # in runs from the block's start
-    src_blocks: IdArray            # index into the prompt's blocks
-    src_places: IdArray
-
-
-@dataclass(frozen=True)
-class Regrouping:
-    """Of a prompt's tokens from blocks of `src_size` into blocks of `dst_size`."""
-
-    src_size: int
-    dst_size: int
-
-    @property
-    def run_tokens(self) -> int:
-        return math.gcd(self.src_size, self.dst_size)
-
-    def runs_into(self, blocks: IdArray, num_src_blocks: int) -> Runs:
-        """`blocks` [n]: the receiver's, by index in the prompt. Places past the sender's last block are left out: no token is there."""
-        per_block, per_src_block = self.dst_size // self.run_tokens, self.src_size // self.run_tokens
-        places = np.arange(per_block)
-        run = blocks[:, None] * per_block + places                    # [n, per_block]: in the prompt
-        asked, place = np.nonzero(run < num_src_blocks * per_src_block)
-        wanted = run[asked, place]
-        return Runs(asked, place, wanted // per_src_block, wanted % per_src_block)
 
 
 def require_convertible(source: KVLayout, target: KVLayout) -> None:

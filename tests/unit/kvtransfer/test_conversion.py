@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.kvtransfer.conversion import Converter, Regrouping, require_convertible
+from diptych.kvtransfer.conversion import Converter, require_convertible
 from diptych.kvtransfer.layout import KVLayout
+from diptych.kvtransfer.regrouping import Regrouping
 from diptych.kvtransfer.transport import KVPool
 from diptych.messages.errors import LayoutMismatch
 
