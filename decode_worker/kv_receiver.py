@@ -36,6 +36,7 @@ from ..messages.requests import FailureKind, GenerateRequest, TokenDelta, Worker
 from .admission import has_room
 
 MAX_REMEMBERED_TICKETS = 65_536
+MAX_TOKEN_ID = 2**31 - 1
 FENCE_S, FENCE_PAUSE_S = 0.05, 0.5        # the engine waits for a fence so long; the next try comes after the pause
 
 ReceiverMessage = KVOffer | KVLanded | KVDrained
@@ -156,6 +157,9 @@ class KVReceiver:
             return RefuseReason.LAYOUT, f"pages that do not fit in here: {self._layout.differences(offer.layout)}"
         if not 0 < num_tokens < self._engine.limits.max_model_len:         # one more is to be decoded
             return RefuseReason.TOO_LARGE, f"{num_tokens} tokens and the next; this worker takes up to {self._engine.limits.max_model_len}"
+        least, most = min(offer.request.token_ids), max(offer.request.token_ids)
+        if least < 0 or most > MAX_TOKEN_ID:
+            return RefuseReason.MALFORMED, f"token ids from {least} to {most}"
         if self.draining:
             return RefuseReason.DRAINING, f"{self._me.worker_id} is draining"
         return None

@@ -76,7 +76,7 @@ def build_replica(config: WorkerConfig, transport: TransportBundle | None = None
         head_dim=model_config.head_dim,
         block_size=engine.block_size,
     )
-    outbound = _layout_there(config.receiver, layout, dtype)
+    layout_there = _layout_there(config.receiver, layout, dtype)
     num_blocks = _num_blocks(engine, layout, device)
     if num_blocks is not None:
         _limits(engine, model_config, num_blocks)            # refuses before anything large is loaded
@@ -85,12 +85,12 @@ def build_replica(config: WorkerConfig, transport: TransportBundle | None = None
         require_room_for_weights(weight_plan(model_config), dtype, device)
     model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ops)
     if num_blocks is None:
-        room = kv_room(model, layout, engine, device) - (STAGING_BYTES[device.type] if outbound != layout else 0)
+        room = kv_room(model, layout, engine, device) - (STAGING_BYTES[device.type] if layout_there != layout else 0)
         num_blocks = _blocks_in(room, "what the model leaves of the GPU,", layout)
     limits = _limits(engine, model_config, num_blocks)
     transport = transport or _transports(config, config.worker_id)
     pool = transport.allocate(layout, num_blocks)
-    staging = _staging(config, pool, outbound, kv_scales) if outbound != layout else None
+    staging = _staging(config, pool, layout_there, kv_scales) if layout_there != layout else None
     layer_group = engine.layer_group or (1 if device.type == "cpu" else math.ceil(layout.num_layers / GPU_LAYER_GROUPS))
     runner, budget_s = _runner(model, pool, limits, device, layer_group), CALIBRATION_S
     if device.type == "cuda":

@@ -132,8 +132,14 @@ class LinkProber:
 
     def _look_for_new_links(self, now: float) -> None:
         for ref, count in self._measured_as.items():
-            if self._transport.num_links(self._targets[ref].descriptors) != count:
+            if self._num_links(self._targets[ref]) != count:
                 self._due_at.setdefault(ref, now)
+
+    def _num_links(self, target: Member) -> int:
+        """So far, as of now: one that is down is noticed, and dialled, before a request needs it."""
+        with suppress(TransferError):
+            self._transport.connect(target.descriptors)
+        return self._transport.num_links(target.descriptors)
 
     def _begin(self, now: float) -> None:
         due_at = {ref: at for ref, at in self._due_at.items() if not self._targets[ref].draining}
@@ -231,9 +237,7 @@ class LinkProber:
     def _use(self, target: Member, order: list[LinkFigures]) -> None:
         """From the next handoff on."""
         self._transport.prefer(target.descriptors, [figures.transport for figures in order])
-        with suppress(TransferError):                       # the handoff will say so
-            self._transport.connect(target.descriptors)
-        self._measured_as[target.ref] = self._transport.num_links(target.descriptors)
+        self._measured_as[target.ref] = self._num_links(target)
 
     def _learned(self, ref: WorkerRef, link: LinkMeasured, now: float, is_all: bool) -> None:
         before = self._links.get(ref)

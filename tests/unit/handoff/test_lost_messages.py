@@ -101,6 +101,21 @@ def test_a_layout_that_does_not_fit_is_refused_with_what_differs() -> None:
     cluster.assert_nothing_leaked()
 
 
+@pytest.mark.parametrize("token", [-1, 2**31, 2**64 - 1])
+def test_a_token_that_cannot_be_is_refused_and_harms_nobody(token: int) -> None:
+    """Blocks are hashed as 64-bit numbers."""
+    cluster = FakeCluster()
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    offer = wait_for(cluster, KVOffer)
+    request = msgspec.structs.replace(offer.request, token_ids=(*PROMPT[1:], token), request_id=RequestId("other"))
+    forged = msgspec.structs.replace(offer, ticket=msgspec.structs.replace(offer.ticket, request_id=request.request_id), request=request)
+    cluster.gateway.send(answer.request.route.decode.address, forged)
+    assert wait_for(cluster, KVRefuse).reason is RefuseReason.MALFORMED
+    cluster.settle()
+    assert answer.complete
+    cluster.assert_nothing_leaked()
+
+
 @pytest.mark.parametrize("imm", [-1, NUM_IMMS])
 def test_a_counter_that_cannot_be_never_reaches_the_transport(imm: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transports keep books by counter, the one of ucx in C: that is no place to find out."""

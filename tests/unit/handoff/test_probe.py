@@ -163,14 +163,27 @@ def test_a_fall_back_is_measured_and_so_is_the_way_back(monkeypatch: pytest.Monk
         raise PeerGone("cut")
 
     monkeypatch.setattr(fast, "connect", refuse)
-    assert transport_of(cluster) == "fake"
-    run(cluster, RETRY_S)
+    run(cluster)
     assert chosen(cluster) == ("fake", [])
+    assert transport_of(cluster) == "fake"
     monkeypatch.setattr(fast, "connect", connect)
     run(cluster, REPEAT_S)
     assert chosen(cluster) == ("fast", ["fake"])
     assert transport_of(cluster) == "fast"
     cluster.assert_nothing_leaked()
+
+
+def test_a_link_that_was_down_is_measured_anew_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    run(cluster)
+    connect = cluster.transports[PREFILL].connect
+    monkeypatch.setattr(cluster.transports[PREFILL], "connect", lambda descriptor: None)
+    run(cluster)
+    assert len(cluster.links) == 1
+    monkeypatch.setattr(cluster.transports[PREFILL], "connect", connect)
+    cluster.transports[PREFILL].page_s = 2 * PAGE_S
+    run(cluster)
+    assert [link.gbps for link in cluster.links] == pytest.approx([gbps(cluster), gbps(cluster) / 2])
 
 
 @settings(max_examples=40, deadline=None)
