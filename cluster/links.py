@@ -1,11 +1,12 @@
-"""The links of a deployment, prefill × decode, as its prefill workers have measured them: what `diptych probe` shows."""
+"""The links of a deployment, prefill × decode, as its prefill workers have measured them: what `diptych probe` shows.
+In a cell stands the transport that the pair uses, and below it what else reaches."""
 
 from msgspec import Struct
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..messages.requests import LinkMeasured
+from ..messages.requests import LinkFigures, LinkMeasured
 from .places import PlaceKind
 from .pulse import DeploymentStatus
 
@@ -37,7 +38,11 @@ def matrix_view(pairs: tuple[Pair, ...]) -> RenderableType:
 def _cell(link: LinkMeasured | None) -> Text:
     if link is None:
         return Text("not measured", "yellow")
-    text = f"{link.transport} {link.gbps:.2f} GB/s {link.latency_s * 1e6:.0f} µs"
+    others = "".join(f"\n{_figures(other)}" for other in link.others)
     if not link.below_floor:
-        return Text(text, "green")
-    return Text(f"{text} {'refused' if link.refused else 'below the floor'}", "red")
+        return Text(_figures(link), "green").append(others, "dim")
+    return Text(f"{_figures(link)} {'refused' if link.refused else 'below the floor'}", "red").append(others, "dim")
+
+
+def _figures(link: LinkMeasured | LinkFigures) -> str:
+    return f"{link.transport} {link.gbps:.2f} GB/s {link.latency_s * 1e6:.0f} µs"

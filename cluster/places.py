@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..engine.config import EngineConfig, WorkerConfig
+from ..engine.config import EngineConfig, ReceiverPool, WorkerConfig
 from ..messages.ids import Epoch, GatewayId, WorkerId
 from .gateway.config import GatewayConfig, Limits
 from .gateway.rate_limits import RateLimits
@@ -65,6 +65,7 @@ def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
         worker_id=WorkerId(str(place)),
         epoch=epoch,
         engine=_engine_config(spec, pool),
+        receiver=_receiver(spec) if place.kind is PlaceKind.PREFILL else None,
         transports=spec.transports,
         num_threads=pool.num_threads,
         handoff_timeout_s=spec.transfer.handoff_timeout_s,
@@ -121,6 +122,11 @@ def _pool(spec: Spec, kind: PlaceKind) -> PoolSpec:
     return pool
 
 
+def _receiver(spec: Spec) -> ReceiverPool:
+    engine = _engine_config(spec, spec.pools.decode)
+    return ReceiverPool(engine.block_size, engine.kv_dtype)
+
+
 def _engine_config(spec: Spec, pool: PoolSpec) -> EngineConfig:
     default = DEFAULTS[spec.model.device]
     return EngineConfig(
@@ -128,6 +134,7 @@ def _engine_config(spec: Spec, pool: PoolSpec) -> EngineConfig:
         load_format=spec.model.load_format,
         dtype=spec.model.dtype,
         device=spec.model.device,
+        kv_dtype=pool.kv_dtype,
         block_size=pool.block_size or default.block_size,
         num_blocks=pool.num_blocks,
         kv_memory_bytes=pool.kv_memory,

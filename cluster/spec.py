@@ -7,7 +7,8 @@
       decode:  {workers: 2, kv_memory: 8GiB}
     router:   {policy: least_loaded, port: 8000}
 
-Without a prefill pool the decode workers prefill by themselves (colocated). Relative paths are relative to the file. Whatever is
+Without a prefill pool the decode workers prefill by themselves (colocated). Where the pools' `block_size` or `kv_dtype` differ, prefill
+workers convert what they send. Relative paths are relative to the file. Whatever is
 wrong is a SpecError, one line for each key, with the key's path: `pools.decode.workers: must be >= 1, not 0`.
 """
 
@@ -80,6 +81,7 @@ class PoolSpec(Section):
     workers: Count
     tp: Count = 1                             # ranks of one worker
     block_size: Annotated[int, Field(ge=1, le=256)] | None = None      # tokens; None: 16 on the CPU, 64 on a GPU
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = "auto"      # of the KV pool; auto: the model's dtype
     max_model_len: Count | None = None
     max_step_tokens: Count | None = None      # None: 512 on the CPU, 2048 on a GPU
     max_sequences: Count | None = None        # None: 64 on the CPU, 256 on a GPU
@@ -197,9 +199,6 @@ def _impossible(spec: Spec) -> list[str]:
     for name, pool in pools.items():
         if pool is not None:
             found.extend(_impossible_pool(f"pools.{name}", pool))
-    if spec.pools.prefill is not None and spec.pools.prefill.block_size != spec.pools.decode.block_size:
-        sizes = f"{spec.pools.prefill.block_size}, pools.decode.block_size is {spec.pools.decode.block_size}"
-        found.append(f"pools.prefill.block_size: is {sizes}; they must be equal")
     return found
 
 

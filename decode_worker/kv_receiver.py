@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..engine.block_pool import chain_hashes
 from ..engine.engine import Engine
 from ..engine.urgency import due_in_s
 from ..kvtransfer.bundle import TransportBundle
@@ -28,13 +29,14 @@ from ..messages.handoff import (
     RefuseReason,
     Ticket,
 )
-from ..messages.ids import BlockId, Imm, RequestId
+from ..messages.ids import BlockHash, BlockId, Imm, RequestId
 from ..messages.membership import Membership
 from ..messages.post import Post
 from ..messages.requests import FailureKind, GenerateRequest, TokenDelta, WorkerRef
 from .admission import has_room
 
 MAX_REMEMBERED_TICKETS = 65_536
+MAX_TOKEN_ID = 2**31 - 1
 FENCE_S, FENCE_PAUSE_S = 0.05, 0.5        # the engine waits for a fence so long; the next try comes after the pause
 
 ReceiverMessage = KVOffer | KVLanded | KVDrained
@@ -45,6 +47,7 @@ class Incoming:
     session: Session
     offer: KVOffer
     offered_at: float
+    hashes: list[BlockHash]                                  # of the prompt's full blocks
     blocks: list[BlockId] = field(default_factory=list)      # all of the prompt's, cached prefix first; held
     num_cached: int = 0
     imm: Imm | None = None
@@ -84,7 +87,7 @@ class KVReceiver:
         self._me = me
         self._post = post
         self._transport = transport
-        self._layout = pool.layout
+        self._layout = pool.layout.told
         self._engine = engine
         self._timeout_s = timeout_s
         self._on_failure = on_failure
@@ -133,13 +136,14 @@ class KVReceiver:
         if refusal is not None:
             self._refuse(offer.writer, offer.ticket, *refusal)
             return
-        handoff = Incoming(Session(offer.ticket, now + offer.request.timeout_s), offer, now)
+        hashes = chain_hashes(offer.request.token_ids, self._layout.block_size)
+        handoff = Incoming(Session(offer.ticket, now + offer.request.timeout_s), offer, now, hashes)
         self._handoffs[offer.ticket.request_id] = handoff
         if not self._reserve_next(now, handoff):
             self._post.send(offer.writer.address, KVWait(offer.ticket))
 
     def _why_refused(self, offer: KVOffer) -> tuple[RefuseReason, str] | None:
-        ticket, num_tokens, block_size = offer.ticket, len(offer.request.token_ids), self._layout.block_size
+        ticket, num_tokens = offer.ticket, len(offer.request.token_ids)
         if (ticket.decode_id, ticket.decode_epoch) != (self._me.worker_id, self._me.epoch):
             mine = f"{self._me.worker_id} epoch {self._me.epoch}"
             return RefuseReason.STALE_EPOCH, f"for {ticket.decode_id} epoch {ticket.decode_epoch}, this is {mine}"
@@ -149,13 +153,13 @@ class KVReceiver:
             return RefuseReason.MALFORMED, f"a ticket of {ticket.request_id} for {offer.request.request_id}"
         if ticket.request_id in self._handoffs or self._engine.find(ticket.request_id) is not None:
             return RefuseReason.MALFORMED, f"{ticket.request_id} is here already, under another ticket"
-        if offer.layout_hash != self._layout.hash:
-            return RefuseReason.LAYOUT, f"pages of layout {offer.layout_hash}, this pool has {self._layout.hash}"
+        if offer.layout != self._layout:
+            return RefuseReason.LAYOUT, f"pages that do not fit in here: {self._layout.differences(offer.layout)}"
         if not 0 < num_tokens < self._engine.limits.max_model_len:         # one more is to be decoded
             return RefuseReason.TOO_LARGE, f"{num_tokens} tokens and the next; this worker takes up to {self._engine.limits.max_model_len}"
-        if offer.num_blocks != -(-num_tokens // block_size) or len(offer.block_hashes) != num_tokens // block_size:
-            text = f"{num_tokens} tokens with {offer.num_blocks} blocks, {len(offer.block_hashes)} hashes"
-            return RefuseReason.MALFORMED, text
+        least, most = min(offer.request.token_ids), max(offer.request.token_ids)
+        if least < 0 or most > MAX_TOKEN_ID:
+            return RefuseReason.MALFORMED, f"token ids from {least} to {most}"
         if self.draining:
             return RefuseReason.DRAINING, f"{self._me.worker_id} is draining"
         return None
@@ -265,8 +269,8 @@ class KVReceiver:
         if scheduler.owes_memory(due_at):
             return False                                     # preempted: what becomes free is theirs first
         num_live = sum(h.imm is not None for h in self._handoffs.values()) + len(scheduler.running)
-        prefix = pool.match(handoff.offer.block_hashes)
-        num_new = handoff.offer.num_blocks - len(prefix)
+        prefix = pool.match(handoff.hashes)
+        num_new = scheduler.blocks_for(len(handoff.request.token_ids)) - len(prefix)
         if not self.imms or not has_room(pool, num_new, num_live, self._engine.limits.max_sequences):
             scheduler.claim(num_new + num_live, due_at)
             return False
@@ -298,7 +302,7 @@ class KVReceiver:
     def _commit(self, handoff: Incoming, first: TokenDelta, now: float) -> None:
         blocks, handoff.blocks = handoff.blocks, []          # the sequence holds them from here on
         self._end(handoff, HandoffState.LANDED)
-        self._engine.adopt(handoff.request, first, blocks, now)
+        self._engine.adopt(handoff.request, first, blocks, now, handoff.hashes)
         self._post.send(handoff.offer.writer.address, KVCommitted(handoff.ticket))
 
     def _cancel(self, handoff: Incoming, reason: RefuseReason, kind: FailureKind | None, text: str) -> None:

@@ -22,7 +22,7 @@ from ..messages.handoff import (
     Ticket,
 )
 from ..messages.ids import BlockId, Imm
-from ..messages.membership import Membership
+from ..messages.membership import Membership, PoolLayout
 from ..messages.post import Post
 from ..messages.requests import WorkerRef
 from .kv_receiver import FENCE_PAUSE_S, FENCE_S, KVReceiver
@@ -53,7 +53,7 @@ class ProbeReceiver:
         post: Post,
         transport: TransportBundle,
         engine: Engine,
-        layout_hash: str,
+        layout: PoolLayout,
         handoffs: KVReceiver,
         timeout_s: float,
     ) -> None:
@@ -61,7 +61,7 @@ class ProbeReceiver:
         self._post = post
         self._transport = transport
         self._engine = engine
-        self._layout_hash = layout_hash
+        self._layout = layout
         self._handoffs = handoffs
         self._timeout_s = timeout_s
         self._loans: dict[Ticket, Loan] = {}
@@ -109,8 +109,8 @@ class ProbeReceiver:
         ticket, pool = probe.ticket, self._engine.pool
         if (ticket.decode_id, ticket.decode_epoch) != (self._me.worker_id, self._me.epoch):
             self._refuse(probe, RefuseReason.STALE_EPOCH, f"this is {self._me.worker_id} epoch {self._me.epoch}")
-        elif probe.layout_hash != self._layout_hash:
-            self._refuse(probe, RefuseReason.LAYOUT, f"pages of layout {probe.layout_hash}, this pool has {self._layout_hash}")
+        elif probe.layout != self._layout:
+            self._refuse(probe, RefuseReason.LAYOUT, f"pages that do not fit in here: {self._layout.differences(probe.layout)}")
         else:
             count = min(max(1, probe.num_blocks), pool.num_free // MAX_SHARE)
             blocks = pool.take(count) if count and self._handoffs.imms and self._is_quiet else None

@@ -6,11 +6,12 @@ from ..messages.ids import Epoch, WorkerId
 
 
 class EngineConfig(Struct, frozen=True):
-    """One model replica. Equal on all workers of a deployment, but for the memory."""
+    """One model replica. Workers of a deployment differ in their memory and in how they hold KV."""
 
     model_path: str                       # a local Hugging Face folder
     load_format: str = "safetensors"      # or "dummy": seeded random weights of the real shape
     dtype: str = "auto"                   # "auto": the folder's own on a GPU, float32 on the CPU
+    kv_dtype: str = "auto"                # of the KV pool; "auto": dtype; "fp8_e4m3": with the folder's scales, if it has some
     device: str = "cpu"                   # "cpu" or "cuda"
     block_size: int = 16                  # tokens of one KV block
     num_blocks: int | None = None         # None: as many as kv_memory_bytes holds
@@ -21,6 +22,13 @@ class EngineConfig(Struct, frozen=True):
     max_sequences: int = 64               # that take part in one step
     layer_group: int | None = None        # layers whose pages leave together; None: one on the CPU, an eighth of them all on a GPU
     prefix_cache: bool = True
+
+
+class ReceiverPool(Struct, frozen=True):
+    """How the workers that KV is handed to hold it."""
+
+    block_size: int
+    kv_dtype: str = "auto"
 
 
 class WorkerConfig(Struct, frozen=True):
@@ -37,4 +45,5 @@ class WorkerConfig(Struct, frozen=True):
     handoff_timeout_s: float = 30.0       # without progress on one side until that side gives the handoff up
     probe_links: bool = False             # a prefill worker measures its link to each decode worker that it meets
     min_gbps: float = 0.0                 # what such a link must reach; 0: anything will do
+    receiver: ReceiverPool | None = None  # of a prefill worker; None: as it does itself
     refuse_below_floor: bool = True       # a link that does not is not used; False: it is only warned about

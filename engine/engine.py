@@ -11,12 +11,13 @@ too often; that result is dropped, and its blocks come back with the step that w
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from msgspec import Struct
 
 from ..messages.errors import ContextOverflow, PoolTooSmall
-from ..messages.ids import BlockId, RequestId
+from ..messages.ids import BlockHash, BlockId, RequestId
 from ..messages.requests import FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
 from .block_pool import BlockPool
 from .model_runner import ChunkOutput, ModelRunner, StepOutputs
@@ -88,10 +89,14 @@ class Engine:
         self.scheduler.add(sequence)
         return sequence
 
-    def adopt(self, request: GenerateRequest, first: TokenDelta, blocks: list[BlockId], now: float) -> Sequence:
-        """To be decoded after `first`, with the KV of request.token_ids in `blocks` (held by the caller until now)."""
+    def adopt(
+        self, request: GenerateRequest, first: TokenDelta, blocks: list[BlockId], now: float, hashes: Seq[BlockHash] = ()
+    ) -> Sequence:
+        """To be decoded after `first`, with the KV of request.token_ids in `blocks` (held by the caller until now); `hashes` are those
+        of its full blocks that are known already."""
         sequence = self._admit_to_books(request, now, hands_off=False)
         sequence.blocks = blocks
+        sequence.hashes = list(hashes)
         sequence.was_admitted = True
         self.scheduler.computed(Chunk(sequence, 0, len(request.token_ids)))
         sequence.token_ids += first.token_ids

@@ -118,7 +118,7 @@ class Worker(ABC):
             patience_s = 0.0 if self.turn(patience_s) else self.idle_wait_s()
 
     def close(self) -> None:
-        self.replica.transport.close()
+        self.replica.close()
 
     # the loop's thread
 
@@ -257,7 +257,7 @@ class Worker(ABC):
         self.post.forget(gateway)
 
     def _snapshot(self) -> WorkerStatus:
-        transfer: TransferStats = self.replica.transport.stats
+        transfer: TransferStats = self.replica.outbound[0].stats
         return WorkerStatus(
             load=self.load(),
             num_cached_blocks=self.engine.pool.num_cached,

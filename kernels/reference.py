@@ -10,11 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kv_storage import loaded, stored
 from .ops import HeadNorms, Paging, split_heads
 
 
 class ReferenceOps:
-    """The `Ops` protocol over torch; works on any device, is meant for CPUs."""
+    """The `Ops` protocol over torch; works on any device, is meant for CPUs. The KV pool may be of any type that torch can round to;
+    kv_scales [num_layers, 2, kv_heads] fp32 are for fp8, None for 1."""
+
+    def __init__(self, kv_scales: Tensor | None = None) -> None:
+        self._kv_scales = kv_scales
 
     def prepare(self, num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
         pass
@@ -50,8 +55,9 @@ class ReferenceOps:
     def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         block_size = kv_pool.shape[4]
         blocks, offsets = slots // block_size, slots % block_size
-        kv_pool[:, layer, 0][blocks, :, offsets] = k
-        kv_pool[:, layer, 1][blocks, :, offsets] = v
+        for which, heads in enumerate((k, v)):
+            scales = None if self._kv_scales is None else self._kv_scales[layer, which, :, None]
+            kv_pool[:, layer, which][blocks, :, offsets] = stored(heads, kv_pool.dtype, scales)
 
     def rope_write_kv(
         self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, positions: Tensor, cos_sin: Tensor,
@@ -76,7 +82,9 @@ class ReferenceOps:
             newest = torch.arange(num_rows, device=q.device)
             rows = paging.query_starts[ids, None] + newest                                  # [S, num_rows]
             positions = paging.context_lens[ids, None] - num_rows + newest                  # [S, num_rows]
-            keys, values = _gather(kv_pool, layer, paging.block_tables[ids], [contexts[i] for i in ids])
+            kv = _gather(kv_pool, layer, paging.block_tables[ids], [contexts[i] for i in ids])
+            scales = None if self._kv_scales is None else self._kv_scales[layer, :, None, :, None, None]
+            keys, values = loaded(kv, q.dtype, scales)
             out[rows] = _attend(q[rows], keys, values, _visible(positions, keys.shape[2], window), scale)
         return out
 
@@ -96,8 +104,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _gather(kv_pool: Tensor, layer: int, tables: Tensor, contexts: list[int]) -> tuple[Tensor, Tensor]:
-    """One layer's KV of S sequences, zero-padded to the longest context C: tables [S, max_blocks] → two of [S, kv_heads, C, head_dim].
+def _gather(kv_pool: Tensor, layer: int, tables: Tensor, contexts: list[int]) -> Tensor:
+    """One layer's KV of S sequences, zero-padded to the longest context C: tables [S, max_blocks] → [2, S, kv_heads, C, head_dim].
 
     What the pool holds past a context is somebody else's or was never written, and even a weight of zero times NaN would be NaN.
     """
@@ -112,7 +120,7 @@ def _gather(kv_pool: Tensor, layer: int, tables: Tensor, contexts: list[int]) ->
     kv = pages.view(2, len(contexts), kv_heads, num_blocks * block_size, head_dim)[:, :, :, :longest]
     for i, context in enumerate(contexts):
         kv[:, i, :, context:] = 0
-    return kv[0], kv[1]
+    return kv
 
 
 def _visible(positions: Tensor, length: int, window: int | None) -> Tensor:

@@ -11,6 +11,7 @@ from . import cudnn_attention, rope_kv
 from . import norms as norm_kernels
 from .context_shares import most_shares
 from .decode_attention import decode_attention
+from .kv_storage import FP8
 from .ops import HeadNorms, Paging, UnsupportedByKernels, split_heads
 from .prefill_attention import prefill_attention
 from .silu_mul import silu_mul
@@ -19,8 +20,6 @@ from .skinny_linear import partial_products, skinny_linear, skinny_linear_silu_m
 HEAD_DIMS = (64, 96, 128, 256)
 BLOCK_SIZES = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FP8 = torch.float8_e4m3fn
-
 
 class TritonOps:
     """kv_scales [num_layers, 2, kv_heads] fp32: what keys and values of an fp8 pool were divided by when stored; None for 1."""
@@ -30,8 +29,8 @@ class TritonOps:
         self._kv_scales = kv_scales
 
     @classmethod
-    def on(cls, device: torch.device) -> "TritonOps":
-        return cls(torch.cuda.get_device_properties(device).multi_processor_count)
+    def on(cls, device: torch.device, kv_scales: Tensor | None = None) -> "TritonOps":
+        return cls(torch.cuda.get_device_properties(device).multi_processor_count, kv_scales)
 
     def prepare(self, num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
         if kv_pool.dtype is not FP8:
@@ -126,15 +125,14 @@ class TritonOps:
 
     def _check(self, heads: Tensor, kv_pool: Tensor) -> None:
         """heads: q or k, [T, its heads, head_dim]."""
-        check_supported(kv_pool.shape[5], kv_pool.shape[4], heads.dtype)
-        if kv_pool.dtype is not FP8 and (kv_pool.dtype is not heads.dtype or self._kv_scales is not None):
-            raise UnsupportedByKernels(f"KV of {kv_pool.dtype} for a model of {heads.dtype}: it is {heads.dtype}, or {FP8} with scales")
+        check_supported(kv_pool.shape[5], kv_pool.shape[4], heads.dtype, kv_pool.dtype)
+        assert kv_pool.dtype is FP8 or self._kv_scales is None, f"scales for a pool of {kv_pool.dtype}"
         assert heads.shape[2] == kv_pool.shape[5], f"head_dim {heads.shape[2]} for a pool of {kv_pool.shape[5]}"
         assert heads.stride(2) == 1, "a head is not contiguous"
         assert kv_pool.is_contiguous()
 
 
-def check_supported(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+def check_supported(head_dim: int, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     """Raises UnsupportedByKernels, before anything is compiled or allocated."""
     if head_dim not in HEAD_DIMS:
         raise UnsupportedByKernels(f"head_dim {head_dim}: the CUDA kernels take {_listed(HEAD_DIMS)}")
@@ -142,6 +140,8 @@ def check_supported(head_dim: int, block_size: int, dtype: torch.dtype) -> None:
         raise UnsupportedByKernels(f"block_size {block_size}: the CUDA kernels take {_listed(BLOCK_SIZES)}")
     if dtype not in DTYPES:
         raise UnsupportedByKernels(f"dtype {dtype}: the CUDA kernels take {_listed(DTYPES)}")
+    if kv_dtype not in (dtype, FP8):
+        raise UnsupportedByKernels(f"KV of {kv_dtype} for a model of {dtype}: the CUDA kernels take {dtype}, or {FP8} with scales")
 
 
 def _listed(values: tuple[object, ...]) -> str:

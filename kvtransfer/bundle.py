@@ -1,13 +1,16 @@
-"""All transports of one worker over its one pool, in the spec's order of preference.
+"""All transports of one worker over its one pool, in the spec's order of preference until they have been measured.
 
     allocate: one has the pool in memory of its own, the others adopt it      connect: the first that both sides have and that reaches
+    prefer: for one target another order, the fastest first
 
 A handoff uses one transport from its first page to its last, so the pages that have landed for it are the sum over all.
 """
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ..messages.errors import PeerGone, TransferError
 from ..messages.ids import Imm
@@ -17,8 +20,19 @@ from .transport import KVPool, PageIds, Peer, TransferStats, Transport
 
 logger = logging.getLogger(__name__)
 
+Target = tuple[MemoryDescriptor, ...]
+"""Of one peer, one for each of its transports."""
 
 DIAL_S = 1.0                   # so long a peer may be dialled before the next transport is taken; less than a handoff waits for it
+
+
+@dataclass
+class _Link:
+    """To one target."""
+
+    order: Sequence[str] = ()      # of transports, before those that are not named in it
+    over: str | None = None        # the one that was found last; None: there is no link
+    count: int = 0                 # how often it was found anew, or another one
 
 
 class TransportBundle:
@@ -30,7 +44,7 @@ class TransportBundle:
         self._transports = {transport.name: transport for transport in transports}
         self._owner = self._transports[owner or transports[0].name]
         self._clock = clock
-        self._reported: dict[tuple[MemoryDescriptor, ...], str] = {}          # over which transport
+        self._links: dict[Target, _Link] = defaultdict(_Link)
         self._dialled_at: dict[MemoryDescriptor, float] = {}
         self.descriptors: tuple[MemoryDescriptor, ...] = ()          # once registered
 
@@ -67,8 +81,8 @@ class TransportBundle:
 
     def connect(self, target: Sequence[MemoryDescriptor]) -> Peer | None:
         """None: being dialled, call again. Raises PeerGone (with each one's reason), LayoutMismatch, TransferError: nothing in common."""
-        theirs = {descriptor.transport: descriptor for descriptor in target}
-        common = [name for name in self._transports if name in theirs]
+        theirs, link = {descriptor.transport: descriptor for descriptor in target}, self._links[tuple(target)]
+        common = self.common(target)
         if not common:
             raise TransferError(f"no transport in common: {', '.join(self._transports)} here, {', '.join(theirs) or 'none'} there")
         refusals: list[str] = []
@@ -81,26 +95,46 @@ class TransportBundle:
                 continue
             if peer is not None:
                 self._dialled_at.pop(theirs[name], None)
-                self._report(tuple(target), name, refusals)
+                self._report(target[0].host, link, name, refusals)
                 return peer
             is_dialling = True
             dialled_s = self._clock() - self._dialled_at.setdefault(theirs[name], self._clock())
             if dialled_s < DIAL_S:
+                link.over = None
                 return None
             refusals.append(f"{name}: not reached after {dialled_s:.1f} s")
+        link.over = None
         if is_dialling:
             return None
         raise PeerGone("; ".join(refusals))
 
-    def _report(self, target: tuple[MemoryDescriptor, ...], name: str, refusals: list[str]) -> None:
+    def common(self, target: Sequence[MemoryDescriptor]) -> list[str]:
+        """Transports that both sides have, the preferred first."""
+        theirs = {descriptor.transport for descriptor in target}
+        order = dict.fromkeys([*self._links[tuple(target)].order, *self._transports])
+        return [name for name in order if name in theirs and name in self._transports]
+
+    def connect_over(self, name: str, target: Sequence[MemoryDescriptor]) -> Peer | None:
+        """Over one that is in common, whichever is preferred. None: being dialled. Raises PeerGone, LayoutMismatch."""
+        return self._transports[name].connect(next(descriptor for descriptor in target if descriptor.transport == name))
+
+    def prefer(self, target: Sequence[MemoryDescriptor], names: Sequence[str]) -> None:
+        """From now on, until it is disconnected; what is under way stays where it is."""
+        self._links[tuple(target)].order = names
+
+    def num_links(self, target: Sequence[MemoryDescriptor]) -> int:
+        """How often `connect` has found a link where there was none, or another than before."""
+        return self._links[tuple(target)].count
+
+    def _report(self, host: str, link: _Link, name: str, refusals: list[str]) -> None:
         """A fall-back is never silent."""
-        if self._reported.get(target) != name:
-            self._reported[target] = name
+        if link.over != name:
+            link.over, link.count = name, link.count + 1
             reasons = f", since {'; '.join(refusals)}" if refusals else ""
-            logger.log(logging.WARNING if refusals else logging.INFO, "KV to %s goes over %s%s", target[0].host, name, reasons)
+            logger.log(logging.WARNING if refusals else logging.INFO, "KV to %s goes over %s%s", host, name, reasons)
 
     def disconnect(self, target: Sequence[MemoryDescriptor]) -> None:
-        self._reported.pop(tuple(target), None)
+        self._links.pop(tuple(target), None)
         for descriptor in target:
             self._dialled_at.pop(descriptor, None)
             if descriptor.transport in self._transports:
@@ -112,6 +146,9 @@ class TransportBundle:
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         return self._of(peer).stop(peer, imm, timeout_s)
+
+    def settled(self, peer: Peer, imm: Imm) -> bool:
+        return self._of(peer).settled(peer, imm)
 
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         return self._of(peer).busy_s(peer, imm)

@@ -111,11 +111,14 @@ class FakeTransport:
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         """What is in flight cannot be called back: like a NIC, it must land first."""
-        target = peer.descriptor.location
-        if any(w.writer == self.location and w.target == target and w.imm == imm for w in self.fabric.in_flight):
+        if not self.settled(peer, imm):
             return False
-        self.busy.pop((target, imm), None)
+        self.busy.pop((peer.descriptor.location, imm), None)
         return True
+
+    def settled(self, peer: Peer, imm: Imm) -> bool:
+        key = (self.location, peer.descriptor.location, imm)
+        return all((write.writer, write.target, write.imm) != key for write in self.fabric.in_flight)
 
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         return self.busy.get((peer.descriptor.location, imm), 0.0)

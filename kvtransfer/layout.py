@@ -7,7 +7,10 @@
 import hashlib
 from dataclasses import dataclass
 
+import msgspec
 import torch
+
+from ..messages.membership import PoolLayout
 
 PROTOCOL_VERSION = 1
 
@@ -37,8 +40,12 @@ class KVLayout:
         return block_id * self.num_layers + layer
 
     @property
+    def told(self) -> PoolLayout:
+        """As workers tell each other."""
+        shape = (self.num_layers, self.num_kv_heads, self.head_dim, self.block_size, self.tp_size)
+        return PoolLayout(PROTOCOL_VERSION, self.model, str(self.dtype).removeprefix("torch."), *shape)
+
+    @property
     def hash(self) -> str:
         """Equal exactly if pages can be copied as they are."""
-        shape = (self.num_layers, self.num_kv_heads, self.head_dim, self.block_size, self.tp_size)
-        fields = (PROTOCOL_VERSION, self.model, str(self.dtype), *shape)
-        return hashlib.blake2b(repr(fields).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(msgspec.msgpack.encode(self.told), digest_size=16).hexdigest()

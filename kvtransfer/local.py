@@ -44,6 +44,9 @@ class LocalTransport:
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         return True
 
+    def settled(self, peer: Peer, imm: Imm) -> bool:
+        return True
+
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         return 0.0
 

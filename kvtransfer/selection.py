@@ -1,4 +1,5 @@
-"""Which transports there are, by name, and what each can do. A new one is one line in KINDS.
+"""Which transports there are, by name, what each can do, and which of some that were measured is to be used. A new one is one line in
+KINDS.
 
 The spec is checked against this table where torch is not loaded, so a transport is imported only when it is made.
 """
@@ -9,10 +10,15 @@ from typing import TYPE_CHECKING
 
 from ..messages.errors import ClusterError
 from ..messages.ids import Epoch, WorkerId
+from ..messages.requests import LinkFigures
 
 if TYPE_CHECKING:
     from .bundle import TransportBundle
     from .transport import Transport
+
+
+AS_FAST = 0.9
+"""Of the best GB/s: what differs less is taken for noise."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,16 @@ def what_is_wrong(names: Sequence[str], device: str) -> list[str]:
     if len(owners) > 1:
         found.append(f"{' and '.join(owners)} need memory of their own each, and a worker has one pool")
     return found
+
+
+def fastest_first(measured: Sequence[LinkFigures]) -> list[LinkFigures]:
+    """`measured` stands in the spec's order, which decides among those that are about as fast."""
+    left, order = list(measured), list[LinkFigures]()
+    while left:
+        best = max(figures.gbps for figures in left)
+        order.append(next(figures for figures in left if figures.gbps >= AS_FAST * best))
+        left.remove(order[-1])
+    return order
 
 
 def make_transports(names: Sequence[str], owner: Owner) -> "TransportBundle":

@@ -131,7 +131,7 @@ class ShmTransport:
         memory = self._create(HEADER_BYTES + pool_bytes)
         self._own = _Mapping(memory, layout.page_bytes)
         self._block_bytes = layout.block_bytes
-        tensor = torch.frombuffer(memory, dtype=layout.dtype, offset=HEADER_BYTES).view(layout.shape(num_blocks))
+        tensor = torch.frombuffer(memory, dtype=torch.uint8, offset=HEADER_BYTES).view(layout.dtype).view(layout.shape(num_blocks))
         return KVPool(layout, tensor)
 
     def adopt(self, pool: KVPool) -> None:
@@ -239,6 +239,12 @@ class ShmTransport:
             if stopped:
                 self._queue.busy_s.pop(key, None)
             return stopped
+
+    def settled(self, peer: Peer, imm: Imm) -> bool:
+        key = (peer.descriptor.location, imm)
+        with self._queue.changed:
+            self._queue.settled(lambda: True)
+            return all(job is None or job.key != key for job in (self._queue.running, *self._queue.jobs))
 
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         with self._queue.changed:

@@ -100,6 +100,10 @@ class Transport(Protocol):
         """Drops what has not been written for `imm`; True once no write for it is under way any more."""
         ...
 
+    def settled(self, peer: Peer, imm: Imm) -> bool:
+        """No write for `imm` waits or is under way: what was written from may change."""
+        ...
+
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         """Time spent so far on writes for `imm`, since it was last stopped."""
         ...

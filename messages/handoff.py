@@ -22,8 +22,8 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from .ids import BlockHash, BlockId, Epoch, Imm, RequestId, WorkerId
-from .membership import MemoryDescriptor
+from .ids import BlockId, Epoch, Imm, RequestId, WorkerId
+from .membership import MemoryDescriptor, PoolLayout
 from .requests import GenerateRequest, TokenDelta, WorkerRef
 
 
@@ -53,10 +53,8 @@ class RefuseReason(StrEnum):
 class KVOffer(Struct, frozen=True, tag=True):
     ticket: Ticket
     writer: WorkerRef
-    layout_hash: str
-    request: GenerateRequest                  # all that the receiver needs to continue the sequence
-    block_hashes: tuple[BlockHash, ...]       # of the full blocks of request.token_ids
-    num_blocks: int                           # blocks that hold request.token_ids
+    layout: PoolLayout                        # of the pages that will be written
+    request: GenerateRequest                  # all that the receiver needs to find its blocks and to continue the sequence
     descriptors: tuple[MemoryDescriptor, ...] = ()    # the writer's: what to fence if it dies, even before its listing has come
 
 
@@ -108,7 +106,7 @@ class KVProbe(Struct, frozen=True, tag=True):
 
     ticket: Ticket
     writer: WorkerRef
-    layout_hash: str
+    layout: PoolLayout
     num_blocks: int                           # wanted; fewer will do
     descriptors: tuple[MemoryDescriptor, ...] = ()    # the writer's: what to fence if it dies
 

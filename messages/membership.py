@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from .ids import Address, Epoch, WorkerId
 from .requests import WorkerRef
@@ -22,6 +22,24 @@ class MemoryDescriptor(Struct, frozen=True):
     num_blocks: int
     page_bytes: int
     num_imms: int                             # counters behind the pool
+
+
+class PoolLayout(Struct, frozen=True):
+    """What the pages of a KV pool are. They can be copied as they are into a pool whose layout is equal, and into no other."""
+
+    protocol: int
+    model: str                                # a fingerprint of the folder
+    kv_dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int                           # tokens
+    tp_size: int
+
+    def differences(self, there: "PoolLayout") -> str:
+        """By name, with both values: `block_size 64, there 16`; empty if they are equal."""
+        mine, theirs = structs.asdict(self), structs.asdict(there)
+        return "; ".join(f"{name} {value}, there {theirs[name]}" for name, value in mine.items() if value != theirs[name])
 
 
 class Member(Struct, frozen=True):

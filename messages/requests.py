@@ -186,17 +186,26 @@ class TransferFailed(Struct, frozen=True, tag=True):
     message: str
 
 
+class LinkFigures(Struct, frozen=True):
+    """Of one transport between two workers."""
+
+    transport: str
+    latency_s: float                          # a write of one page, as the writer's transport times it
+    gbps: float                               # GB/s of many pages
+
+
 class LinkMeasured(Struct, frozen=True, tag=True):
     """What a prefill worker has measured when it met a decode worker: writes into blocks that no sequence uses."""
 
     worker: WorkerRef                         # the prefill worker
     decode_id: WorkerId
-    transport: str
+    transport: str                            # the one that is used
     latency_s: float                          # a write of one page, as the writer's transport times it
     gbps: float                               # GB/s of many pages
     num_bytes: int                            # of the many
     min_gbps: float = 0.0                     # the floor that the spec sets; 0: none
     refused: bool = False                     # below the floor, and not used for that
+    others: tuple[LinkFigures, ...] = ()      # what else reaches, in the order in which it would be fallen back to
 
     @property
     def below_floor(self) -> bool:

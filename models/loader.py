@@ -25,7 +25,7 @@ from .config import ModelConfig
 from .weights import ModelWeights, Param, Piece, weight_plan
 
 _STORED_TYPES = {"F32", "F16", "BF16"}
-_HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$")      # old Llama checkpoints carry the frequencies, which follow from config.json
+_HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|self_attn\.[kv]_scale)$")      # frequencies, which follow from config.json; load_kv_scales
 _SHOWN = 5                                              # mismatches spelled out in an error
 
 
@@ -45,6 +45,28 @@ def load_weights(
         checkpoint = _Checkpoint(folder, files)
         checkpoint.compare({piece.name: piece for param in plan.leaves() for piece in param.pieces}, config.tie_embeddings)
         return plan.map(lambda param: _stack(param, (checkpoint.read(piece) for piece in param.pieces), dtype, device))
+
+
+def load_kv_scales(folder: Path, config: ModelConfig, load_format: LoadFormat = LoadFormat.SAFETENSORS) -> Tensor:
+    """What keys and values are divided by when they are stored as fp8 → [num_layers, 2, kv_heads] fp32, from a checkpoint's
+    `self_attn.k_scale` and `v_scale`, of one number or one a head; 1 where it has none. Raises WeightMismatch."""
+    scales = torch.ones(config.num_layers, 2, config.num_kv_heads)
+    if load_format is LoadFormat.DUMMY:
+        return scales
+    with ExitStack() as files:
+        checkpoint = _Checkpoint(folder, files)
+        for layer in range(config.num_layers):
+            for which, letter in enumerate("kv"):
+                name = f"model.layers.{layer}.self_attn.{letter}_scale"
+                if name in checkpoint:
+                    scales[layer, which] = _positive(name, checkpoint.read(Piece(name, ())), config.num_kv_heads)
+    return scales
+
+
+def _positive(name: str, scale: Tensor, kv_heads: int) -> Tensor:
+    if scale.numel() not in (1, kv_heads) or not (torch.isfinite(scale) & (scale > 0)).all():
+        raise WeightMismatch(f"{name}: expected 1 or {kv_heads} positive numbers, found {scale.flatten()[:_SHOWN].tolist()}")
+    return scale.flatten().float()
 
 
 def _stack(param: Param, pieces: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -100,6 +122,9 @@ class _Checkpoint:
         if wrong:
             more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
             raise WeightMismatch(f"{len(wrong)} tensors do not fit: {'; '.join(wrong[:_SHOWN])}{more}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
 
     def read(self, piece: Piece) -> Tensor:
         tensor: Tensor = self._tensors[piece.name].get_tensor(piece.name)

@@ -4,20 +4,23 @@
                 │ (late: what is ready leaves at once)
     any refusal, cancel, deadline or death: stop writing, say KVDrained, free the blocks, tell the gateway
 
+A decode worker whose layout differs gets pages that were converted here first (`kvtransfer/staging.py`): all that this file counts in
+is then the receiver's blocks.
+
 A handoff's own blocks may be freed before its last write has stopped: then the receiver gets wrong bytes, into blocks that it has
 given up and will not reuse before KVDrained.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ..engine.scheduler import Chunk, StepPlan
 from ..engine.sequence import Sequence
 from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.plan import PagePlan
 from ..kvtransfer.session import HandoffState, Session
-from ..kvtransfer.transport import NUM_IMMS, KVPool, Peer
+from ..kvtransfer.staging import StagedPages, Staging
+from ..kvtransfer.transport import KVPool, Peer
 from ..messages.errors import PeerGone, TransferError
 from ..messages.handoff import (
     KVAccept,
@@ -31,10 +34,11 @@ from ..messages.handoff import (
     RefuseReason,
     Ticket,
 )
-from ..messages.ids import RequestId, new_nonce
+from ..messages.ids import BlockId, RequestId, new_nonce
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
 from ..messages.requests import FailureKind, RequestSpan, TokenDelta, TransferFailed, WorkerRef
+from .outgoing import Failure, Outgoing, what_is_wrong
 
 LINK_WAIT_S = 2.0
 """A handoff that was accepted waits so long for a link that is down; then another route may do better."""
@@ -42,33 +46,6 @@ LINK_WAIT_S = 2.0
 logger = logging.getLogger(__name__)
 
 WriterMessage = KVAccept | KVWait | KVRefuse | KVCommitted | KVCancel
-
-
-@dataclass(frozen=True)
-class Failure:
-    kind: FailureKind
-    message: str
-    retryable: bool = True
-
-
-@dataclass(eq=False)
-class Outgoing:
-    session: Session
-    sequence: Sequence
-    decode: WorkerRef
-    offered_at: float
-    accept: KVAccept | None = None          # kept until the peer is connected
-    accepted_at: float = 0.0
-    plan: PagePlan | None = None
-    peer: Peer | None = None
-    num_ready: int = 0                      # leading blocks that are complete in all layers
-    first: TokenDelta | None = None
-    announced: bool = False                 # KVLanded is out
-    broken: str | None = None               # a write failed in the middle of a step; dealt with after it
-
-    @property
-    def ticket(self) -> Ticket:
-        return self.session.ticket
 
 
 class KVWriter:
@@ -83,7 +60,9 @@ class KVWriter:
         timeout_s: float,
         layer_group: int,
         on_end: Callable[[Sequence, Failure | None], None],
+        staging: Staging | None = None,
     ) -> None:
+        """`transport` and `pool`: what pages are written from; with `staging`, they are its own."""
         self._me = me
         self._post = post
         self._transport = transport
@@ -91,6 +70,7 @@ class KVWriter:
         self._timeout_s = timeout_s
         self._layer_group = layer_group
         self._on_end = on_end
+        self._staging = staging
         self._handoffs: dict[RequestId, Outgoing] = {}
         self._members: dict[WorkerRef, Member] = {}
 
@@ -104,7 +84,10 @@ class KVWriter:
     @property
     def is_waiting(self) -> bool:
         """Something of the transport's is to be polled for."""
-        return any(h.session.state is HandoffState.CANCELLING or (h.accept and h.plan is None) for h in self._handoffs.values())
+        return any(
+            handoff.session.state is HandoffState.CANCELLING or (handoff.accept and handoff.plan is None) or handoff.is_short
+            for handoff in self._handoffs.values()
+        )
 
     # what the worker's loop tells
 
@@ -112,14 +95,11 @@ class KVWriter:
         decode = sequence.request.route.decode
         ticket = Ticket(decode.worker_id, decode.epoch, sequence.id, new_nonce())
         self._handoffs[sequence.id] = Outgoing(Session(ticket, now + self._timeout_s), sequence, decode, now)
-        num_full = len(sequence.request.token_ids) // self._layout.block_size
         offer = KVOffer(
             ticket=ticket,
             writer=self._me,
-            layout_hash=self._layout.hash,
+            layout=self._layout.told,
             request=sequence.request,
-            block_hashes=tuple(sequence.hashes[:num_full]),
-            num_blocks=len(sequence.blocks),
             descriptors=self._transport.descriptors,
         )
         self._post.send(decode.address, offer)
@@ -152,6 +132,8 @@ class KVWriter:
                 self._give_up(handoff, failure, now)
             elif handoff.accept is not None and handoff.plan is None:
                 self._connect(handoff, now)
+            elif handoff.is_short:
+                self._push(handoff, now)
 
     def abort(self, request_id: RequestId, now: float) -> None:
         handoff = self._handoffs.get(request_id)
@@ -208,7 +190,7 @@ class KVWriter:
                     self._post.send(ref.address, KVDrained(message.ticket))
 
     def _accepted(self, handoff: Outgoing, accept: KVAccept, now: float) -> None:
-        wrong = _what_is_wrong(accept, handoff)
+        wrong = what_is_wrong(accept, self._num_blocks(handoff.sequence))
         if wrong:
             self._give_up(handoff, Failure(FailureKind.INTERNAL, f"{handoff.decode.worker_id} accepted with {wrong}"), now)
             return
@@ -262,10 +244,15 @@ class KVWriter:
         assert handoff.accept is not None
         handoff.peer = peer
         handoff.session.deadline = handoff.sequence.deadline
-        handoff.plan = PagePlan(
-            self._layout.num_layers, list(handoff.sequence.blocks), handoff.accept.block_ids, handoff.accept.num_cached_blocks
-        )
+        handoff.plan = self._plan(handoff.sequence, handoff.accept, peer)
         self._push(handoff, now)
+
+    def _plan(self, sequence: Sequence, accept: KVAccept, peer: Peer) -> PagePlan | StagedPages:
+        where = (accept.block_ids, accept.num_cached_blocks)
+        if self._staging is None:
+            return PagePlan(self._layout.num_layers, list(sequence.blocks), *where)
+        by_index = [BlockId(i) for i in range(self._num_blocks(sequence))]
+        return self._staging.open(PagePlan(self._layout.num_layers, by_index, *where), sequence.blocks, peer, accept.imm)
 
     def _push(self, handoff: Outgoing, now: float) -> None:
         """All that is ready leaves; with the first token there, all has left and is announced."""
@@ -317,28 +304,26 @@ class KVWriter:
             return
         self._post.send(handoff.decode.address, KVDrained(handoff.ticket))
         handoff.session.move(HandoffState.CANCELLED)
-        del self._handoffs[handoff.sequence.id]
+        self._forget(handoff)
 
     def _end(self, handoff: Outgoing, state: HandoffState, failure: Failure | None) -> None:
         told = handoff.session.state is HandoffState.CANCELLING
         handoff.session.move(state)
-        del self._handoffs[handoff.sequence.id]
+        self._forget(handoff)
         if not told:
             self._report(handoff, failure)
             self._on_end(handoff.sequence, failure)
 
+    def _forget(self, handoff: Outgoing) -> None:
+        del self._handoffs[handoff.sequence.id]
+        if isinstance(handoff.plan, StagedPages):
+            handoff.plan.close()
+
     def _num_ready_after(self, chunk: Chunk) -> int:
         if chunk.end == len(chunk.sequence.request.token_ids):
-            return len(chunk.sequence.blocks)
+            return self._num_blocks(chunk.sequence)
         return chunk.end // self._layout.block_size
 
-
-def _what_is_wrong(accept: KVAccept, handoff: Outgoing) -> str | None:
-    num_blocks = len(handoff.sequence.blocks)
-    if accept.num_cached_blocks + len(accept.block_ids) != num_blocks or accept.num_cached_blocks < 0:
-        return f"{accept.num_cached_blocks} cached + {len(accept.block_ids)} blocks for {num_blocks}"
-    if len(set(accept.block_ids)) != len(accept.block_ids) or min(accept.block_ids, default=0) < 0:
-        return "repeated or negative block ids"
-    if not 0 <= accept.imm < NUM_IMMS:
-        return f"counter {accept.imm} of {NUM_IMMS}"
-    return None
+    def _num_blocks(self, sequence: Sequence) -> int:
+        """That hold the prompt there."""
+        return -(-len(sequence.request.token_ids) // self._layout.block_size)

@@ -1,18 +1,20 @@
 """Measures the link to every decode worker that this prefill worker meets, before requests depend on it.
 
-    met ──► KVProbe ──► KVProbeAccept ──► per round: write ─► KVProbeSent ─► KVProbeCounted ──► LinkMeasured ──► stop, KVDrained
+    met ──► KVProbe ──► KVProbeAccept ──► per transport, round: write ─► KVProbeSent ─► KVProbeCounted ─► LinkMeasured ─► KVDrained
      ▲         │ BUSY, no link, no answer: later
-     └─────────┴── below the floor: measured again after a while, since a link may recover
+     └─────────┴── found anew, or over another transport; below the floor, or not over every transport: after a while
 
-One link at a time, and none is begun while KV is being handed over: the figures are of the link alone, and no request waits for them.
-Until a link is measured it is used. A page of the first round pays for what is slow once; each figure is the best of two rounds. What is
-written is whatever the first pages of this worker's pool hold, into blocks that no sequence uses.
+Every transport that both ends have is measured, and the fastest is used from then on (`kvtransfer/selection.py`). One link at a time, and
+none is begun while KV is being handed over: the figures are of the link alone, and no request waits for them. Until a link is measured
+it is used, in the spec's order of transports. A page of the first round pays for what is slow once; each figure is the best of two
+rounds. What is written is whatever the first pages of this worker's pool hold, into blocks that no sequence uses.
 """
 
 import logging
-from dataclasses import dataclass, field
+from contextlib import suppress
 
 from ..kvtransfer.bundle import TransportBundle
+from ..kvtransfer.selection import fastest_first
 from ..kvtransfer.session import HandoffState, Session
 from ..kvtransfer.transport import NUM_IMMS, KVPool, Peer
 from ..messages.errors import LinkTooSlow, PeerGone, TransferError
@@ -20,44 +22,19 @@ from ..messages.handoff import KVCancel, KVDrained, KVProbe, KVProbeAccept, KVPr
 from ..messages.ids import Address, RequestId, new_nonce
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
-from ..messages.requests import LinkMeasured, WorkerRef
+from ..messages.requests import LinkFigures, LinkMeasured, WorkerRef
+from .probe import Floor, Probe, describe
 
 PROBE_BYTES = 16 << 20
 """Of a round that measures GB/s: as much as the pools' page size and free blocks allow."""
 
 LINK_WAIT_S = 2.0             # for the transport's connection
 RETRY_S = 1.0                 # after a refused probe, or one that failed; doubled with each failure in a row, up to:
-REPEAT_S = 30.0               # and for a link below the floor
+REPEAT_S = 30.0               # and for a link below the floor, or with a transport that does not reach
 
 logger = logging.getLogger(__name__)
 
 ProbeAnswer = KVProbeAccept | KVProbeCounted | KVRefuse | KVCancel
-
-
-@dataclass(frozen=True)
-class Floor:
-    min_gbps: float           # 0: none
-    refuse: bool              # what is below it; False: warn
-
-
-@dataclass(eq=False)
-class Probe:
-    session: Session
-    target: Member
-    accept: KVProbeAccept | None = None
-    link_deadline: float = 0.0
-    peer: Peer | None = None
-    src: list[int] = field(default_factory=list)       # pages of a large round
-    dst: list[int] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)    # pages of each round that is still to come; the first is under way
-    num_sent: int = 0                                  # pages, of all rounds
-    num_counted: int = 0
-    busy_s: float = 0.0                                # the transport's, as of the last round's end
-    times_s: list[tuple[int, float]] = field(default_factory=list)     # (pages, seconds) of each
-
-    @property
-    def ticket(self) -> Ticket:
-        return self.session.ticket
 
 
 class LinkProber:
@@ -74,6 +51,7 @@ class LinkProber:
         self._num_failures: dict[WorkerRef, int] = {}        # in a row
         self._targets: dict[WorkerRef, Member] = {}
         self._links: dict[WorkerRef, LinkMeasured] = {}
+        self._measured_as: dict[WorkerRef, int] = {}         # which of the pair's links that was, as the transports count them
         self._gateways: tuple[Address, ...] = ()
 
     @property
@@ -102,6 +80,7 @@ class LinkProber:
         probe = self._probe
         if probe is None:
             if may_begin:
+                self._look_for_new_links(now)
                 self._begin(now)
         elif probe.session.state is HandoffState.CANCELLING:
             self._try_drain(probe)
@@ -140,6 +119,7 @@ class LinkProber:
         if self._probe is not None and self._probe.target.ref not in self._targets:
             self._probe = None
         self._links = {ref: link for ref, link in self._links.items() if ref in self._targets}
+        self._measured_as = {ref: count for ref, count in self._measured_as.items() if ref in self._targets}
         due_at = {ref: now for ref in self._targets if ref not in self._links}
         self._due_at = due_at | {ref: at for ref, at in self._due_at.items() if ref in self._targets}
         for gateway in set(membership.gateways) - set(self._gateways):
@@ -149,6 +129,17 @@ class LinkProber:
         self._gateways = membership.gateways
 
     # doing
+
+    def _look_for_new_links(self, now: float) -> None:
+        for ref, count in self._measured_as.items():
+            if self._num_links(self._targets[ref]) != count:
+                self._due_at.setdefault(ref, now)
+
+    def _num_links(self, target: Member) -> int:
+        """So far, as of now: one that is down is noticed, and dialled, before a request needs it."""
+        with suppress(TransferError):
+            self._transport.connect(target.descriptors)
+        return self._transport.num_links(target.descriptors)
 
     def _begin(self, now: float) -> None:
         due_at = {ref: at for ref, at in self._due_at.items() if not self._targets[ref].draining}
@@ -160,7 +151,7 @@ class LinkProber:
         self._due_at[ref] = now + RETRY_S
         self._probe = Probe(Session(ticket, now + self._timeout_s), self._targets[ref])
         num_blocks = max(1, PROBE_BYTES // self._layout.block_bytes)
-        self._post.send(ref.address, KVProbe(ticket, self._me, self._layout.hash, num_blocks, self._transport.descriptors))
+        self._post.send(ref.address, KVProbe(ticket, self._me, self._layout.told, num_blocks, self._transport.descriptors))
 
     def _accepted(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
         num_layers = self._layout.num_layers
@@ -171,35 +162,45 @@ class LinkProber:
         if not 0 <= accept.imm < NUM_IMMS:
             self._put_off(probe, f"accepted with counter {accept.imm} of {NUM_IMMS}", now)
             return
-        probe.dst = dst[: self._num_own_pages]
-        probe.src = list(range(len(probe.dst)))
-        probe.rounds = [1, 1, len(probe.dst), len(probe.dst)]
-        probe.accept, probe.link_deadline = accept, now + LINK_WAIT_S
+        probe.pages = dst[: self._num_own_pages]
+        probe.left = sorted(self._transport.common(probe.target.descriptors), key=self._transport.names.index)
+        probe.accept = accept
         probe.session.move(HandoffState.RESERVED)
+        self._next_transport(probe, accept, now)
+
+    def _next_transport(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
+        probe.link_deadline = now + min(LINK_WAIT_S, self._timeout_s / 2)
         probe.session.deadline = now + self._timeout_s
-        self._connect(probe, accept, now)
+        if probe.left:
+            self._connect(probe, accept, now)
+        elif probe.measured:
+            self._finish(probe, now)
+        else:
+            self._put_off(probe, "; ".join(probe.passed_over) or "no transport in common", now)
 
     def _connect(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
         try:
-            probe.peer = self._transport.connect(probe.target.descriptors)
+            probe.peer = self._transport.connect_over(probe.left[0], probe.target.descriptors)
             if probe.peer is None and now >= probe.link_deadline:
-                raise PeerGone(f"no link for {LINK_WAIT_S} s")
+                raise PeerGone("no link in time")
         except TransferError as error:
-            self._put_off(probe, str(error), now)
+            probe.pass_over(str(error))
+            self._next_transport(probe, accept, now)
             return
         if probe.peer is not None:
-            probe.busy_s = self._transport.busy_s(probe.peer, accept.imm)      # what an earlier use has left
-            probe.session.move(HandoffState.MOVING)
+            probe.met(probe.peer, self._transport.busy_s(probe.peer, accept.imm))
+            if probe.session.state is HandoffState.RESERVED:
+                probe.session.move(HandoffState.MOVING)
             self._write_round(probe, probe.peer, accept, now)
 
     def _write_round(self, probe: Probe, peer: Peer, accept: KVProbeAccept, now: float) -> None:
-        count = probe.rounds[0]
+        there = probe.pages[: probe.round_pages]
         try:
-            self._transport.write_pages(peer, probe.src[:count], probe.dst[:count], accept.imm)
+            self._transport.write_pages(peer, range(len(there)), there, accept.imm)
         except TransferError as error:
             self._put_off(probe, str(error), now)
             return
-        probe.num_sent += count
+        probe.num_sent += len(there)
         probe.session.deadline = now + self._timeout_s
         self._post.send(probe.target.ref.address, KVProbeSent(probe.ticket, probe.num_sent))
 
@@ -210,38 +211,42 @@ class LinkProber:
         busy_s = self._transport.busy_s(probe.peer, probe.accept.imm)
         if busy_s <= probe.busy_s:
             return                                           # tick asks again
-        probe.times_s.append((probe.rounds.pop(0), busy_s - probe.busy_s))
-        probe.busy_s = busy_s
-        if probe.rounds:
+        probe.took(busy_s, self._layout.page_bytes)
+        if probe.peer is not None:
             self._write_round(probe, probe.peer, probe.accept, now)
         else:
-            self._finish(probe, probe.peer, now)
+            self._next_transport(probe, probe.accept, now)
 
-    def _finish(self, probe: Probe, peer: Peer, now: float) -> None:
-        small, large = probe.times_s[:2], probe.times_s[2:]
-        num_bytes = len(probe.dst) * self._layout.page_bytes
-        gbps = num_bytes / min(seconds for _, seconds in large) / 1e9
+    def _finish(self, probe: Probe, now: float) -> None:
+        best, *others = fastest_first(probe.measured)
         link = LinkMeasured(
             worker=self._me,
             decode_id=probe.target.ref.worker_id,
-            transport=peer.descriptor.transport,
-            latency_s=min(seconds for _, seconds in small),
-            gbps=gbps,
-            num_bytes=num_bytes,
+            transport=best.transport,
+            latency_s=best.latency_s,
+            gbps=best.gbps,
+            num_bytes=len(probe.pages) * self._layout.page_bytes,
             min_gbps=self._floor.min_gbps,
-            refused=self._floor.refuse and gbps < self._floor.min_gbps,
+            refused=self._floor.refuse and best.gbps < self._floor.min_gbps,
+            others=tuple(others),
         )
-        self._learned(probe.target.ref, link, now)
+        self._use(probe.target, [best, *others])
+        self._learned(probe.target.ref, link, now, is_all=not probe.passed_over)
         self._give_back(probe)
 
-    def _learned(self, ref: WorkerRef, link: LinkMeasured, now: float) -> None:
+    def _use(self, target: Member, order: list[LinkFigures]) -> None:
+        """From the next handoff on."""
+        self._transport.prefer(target.descriptors, [figures.transport for figures in order])
+        self._measured_as[target.ref] = self._num_links(target)
+
+    def _learned(self, ref: WorkerRef, link: LinkMeasured, now: float, is_all: bool) -> None:
         before = self._links.get(ref)
         self._links[ref] = link
         self._due_at.pop(ref, None)
         self._num_failures.pop(ref, None)
-        if link.below_floor:
+        if link.below_floor or not is_all:
             self._due_at[ref] = now + REPEAT_S
-        if before is None or before.below_floor != link.below_floor:
+        if before is None or (before.below_floor, before.transport) != (link.below_floor, link.transport):
             logger.log(logging.WARNING if link.below_floor else logging.INFO, "%s", describe(link))
         for gateway in self._gateways:
             self._post.send(gateway, link)
@@ -259,7 +264,7 @@ class LinkProber:
         self._try_drain(probe)
 
     def _try_drain(self, probe: Probe) -> None:
-        if probe.peer is not None and probe.accept is not None and not self._transport.stop(probe.peer, probe.accept.imm, 0.0):
+        if probe.accept is not None and not all(self._transport.stop(peer, probe.accept.imm, 0.0) for peer in probe.peers):
             return
         self._post.send(probe.target.ref.address, KVDrained(probe.ticket))
         self._probe = None
@@ -269,10 +274,3 @@ class LinkProber:
         for ref in self._targets:
             if (ref.worker_id, ref.epoch) == (accept.ticket.decode_id, accept.ticket.decode_epoch):
                 self._post.send(ref.address, KVDrained(accept.ticket))
-
-
-def describe(link: LinkMeasured) -> str:
-    text = f"{link.worker.worker_id} → {link.decode_id} over {link.transport}: {link.gbps:.2f} GB/s, {link.latency_s * 1e6:.0f} µs a page"
-    if not link.below_floor:
-        return text
-    return f"{text}; below the floor of {link.min_gbps:g} GB/s, {'not used' if link.refused else 'used all the same'}"

@@ -11,28 +11,32 @@ from ..messages.handoff import KVAccept, KVCancel, KVCommitted, KVProbeAccept, K
 from ..messages.ids import RequestId
 from ..messages.membership import Role
 from ..messages.requests import GenerateRequest, LinkMeasured, WorkerRef
-from .kv_writer import Failure, KVWriter
-from .link_prober import Floor, LinkProber
+from .kv_writer import KVWriter
+from .link_prober import LinkProber
+from .outgoing import Failure
+from .probe import Floor
 
 
 class PrefillWorker(Worker):
     role = Role.PREFILL
 
     def setup(self) -> None:
+        transport, pool = self.replica.outbound
         self._writer = KVWriter(
             me=self.ref,
             post=self.post,
-            transport=self.replica.transport,
-            pool=self.replica.pool,
+            transport=transport,
+            pool=pool,
             timeout_s=self.config.handoff_timeout_s,
             layer_group=self.replica.layer_group,
             on_end=self._handoff_ended,
+            staging=self.replica.staging,
         )
         self._prober = LinkProber(
             me=self.ref,
             post=self.post,
-            transport=self.replica.transport,
-            pool=self.replica.pool,
+            transport=transport,
+            pool=pool,
             timeout_s=self.config.handoff_timeout_s,
             floor=Floor(self.config.min_gbps, self.config.refuse_below_floor),
         )

@@ -8,7 +8,7 @@ from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ...messages.requests import LinkMeasured, LoadReport, RequestSpan, TransferFailed
+from ...messages.requests import LinkFigures, LinkMeasured, LoadReport, RequestSpan, TransferFailed
 from .errors import NoRoute
 from .generation import Generation, GenerationState
 from .status import Quantiles, TransferTotals
@@ -59,6 +59,8 @@ class Metrics:
         probed = "of the probe when the prefill worker met the decode worker"
         self._probe_gbps = Gauge("diptych_kv_transfer_probe_gbps", f"GB/s {probed}", PAIR, registry=registry)
         self._probe_latency = Gauge("diptych_kv_transfer_probe_latency_seconds", f"One page's write, {probed}", PAIR, registry=registry)
+        self._used = Gauge("diptych_kv_transfer_used", "1: of the pair's transports the one that it uses", PAIR, registry=registry)
+        self._reached: dict[tuple[str, str], set[str]] = {}          # transports of a pair, so far
 
         # `labels` validates and locks each time: what every request counts is looked up once.
         self._of_outcome, self._of_class = cache(self._choices.labels), cache(self._requests.labels)
@@ -104,9 +106,15 @@ class Metrics:
         self._kv_failures.labels(failed.worker.worker_id, failed.decode_id, failed.transport).inc()
 
     def link_measured(self, link: LinkMeasured) -> None:
-        pair = (link.worker.worker_id, link.decode_id, link.transport)
-        self._probe_gbps.labels(*pair).set(link.gbps)
-        self._probe_latency.labels(*pair).set(link.latency_s)
+        ends = (link.worker.worker_id, link.decode_id)
+        reached: tuple[LinkMeasured | LinkFigures, ...] = (link, *link.others)
+        for figures in reached:
+            self._probe_gbps.labels(*ends, figures.transport).set(figures.gbps)
+            self._probe_latency.labels(*ends, figures.transport).set(figures.latency_s)
+        known = self._reached.setdefault(ends, set())
+        known.update(figures.transport for figures in reached)
+        for transport in known:
+            self._used.labels(*ends, transport).set(transport == link.transport)
 
     def ended(self, generation: Generation) -> None:
         self.outcomes[generation.state] += 1

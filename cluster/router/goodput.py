@@ -107,7 +107,8 @@ class Goodput:
         depths = self._index.holders(hashes)
 
         def prefilled(worker: WorkerLoad, inflow: Inflow) -> PrefillEstimate:
-            return estimate_prefill(worker, work, _num_cached(worker, depths, work), now, inflow)
+            num_known = depths.get(worker.ref, 0) * _chunk_tokens(view)
+            return estimate_prefill(worker, work, _num_cached(worker, num_known, work), now, inflow)
 
         there, here = self._inflow("prefill", prefill, view, now), self._inflow("decode", view.decode, view, now)
         senders = [(worker, prefilled(worker, there)) for worker in self._sample(request, prefill, depths)]
@@ -242,12 +243,17 @@ def _work(request: RoutingRequest, view: ClusterView, now: float) -> Work:
 
 
 def _hashes(request: RoutingRequest, view: ClusterView) -> list[int]:
-    return chain(request.token_ids, view.decode[0].block_size) if view.decode else []
+    return chain(request.token_ids, _chunk_tokens(view)) if view.decode else []
 
 
-def _num_cached(worker: WorkerLoad, depths: dict[WorkerRef, int], work: Work) -> int:
-    """At least the last token is computed."""
-    return min(depths.get(worker.ref, 0) * worker.block_size, work.num_tokens - 1)
+def _chunk_tokens(view: ClusterView) -> int:
+    """Of the index's chunks, for both pools."""
+    return view.decode[0].block_size
+
+
+def _num_cached(worker: WorkerLoad, num_known: int, work: Work) -> int:
+    """Whole blocks alone are cached, and at least the last token is computed."""
+    return min(num_known // worker.block_size * worker.block_size, work.num_tokens - 1)
 
 
 def _ms(seconds: float | None) -> str:

@@ -196,6 +196,10 @@ class NvlinkTransport:
             self._busy_s.pop(key, None)
         return stopped
 
+    def settled(self, peer: Peer, imm: Imm) -> bool:
+        self._settle()
+        return (peer.descriptor.location, imm) not in self._num_pending
+
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         self._settle()
         return self._busy_s.get((peer.descriptor.location, imm), 0.0)

@@ -221,6 +221,15 @@ EXPORT int dx_stop(link_t *link, uint32_t imm, double timeout_s)
     return drained;
 }
 
+/* Lost jobs count as ended: what reads their pages late writes for a ticket that will never be whole. */
+EXPORT int dx_settled(link_t *link, uint32_t imm)
+{
+    pthread_mutex_lock(&link->shim->lock);
+    bool settled = link->imms[imm].num_live == 0;
+    pthread_mutex_unlock(&link->shim->lock);
+    return settled;
+}
+
 EXPORT double dx_busy_s(link_t *link, uint32_t imm)
 {
     pthread_mutex_lock(&link->shim->lock);

@@ -72,6 +72,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dx_unlink": (None, (c_void_p, c_double)),
     "dx_write": (c_int, (c_void_p, _PAGES, _PAGES, c_size_t, c_uint32, c_char_p)),
     "dx_stop": (c_int, (c_void_p, c_uint32, c_double)),
+    "dx_settled": (c_int, (c_void_p, c_uint32)),
     "dx_busy_s": (c_double, (c_void_p, c_uint32)),
     "dx_stats": (None, (c_void_p, POINTER(c_uint64), POINTER(c_double))),
     "dx_close": (None, (c_void_p,)),
@@ -182,6 +183,9 @@ class Shim:
 
     def stop(self, link: Link, imm: Imm, timeout_s: float) -> bool:
         return bool(self._call("dx_stop", link, imm, timeout_s))
+
+    def settled(self, link: Link, imm: Imm) -> bool:
+        return bool(self._call("dx_settled", link, imm))
 
     def busy_s(self, link: Link, imm: Imm) -> float:
         return float(self._call("dx_busy_s", link, imm))  # type: ignore[arg-type]

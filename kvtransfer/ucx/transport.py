@@ -150,6 +150,10 @@ class UcxTransport:
         link = self._links.get(peer.descriptor.location)
         return link is None or self._shim.stop(link, imm, timeout_s)
 
+    def settled(self, peer: Peer, imm: Imm) -> bool:
+        link = self._links.get(peer.descriptor.location)
+        return link is None or self._shim.settled(link, imm)
+
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         link = self._links.get(peer.descriptor.location)
         return 0.0 if link is None else self._shim.busy_s(link, imm)

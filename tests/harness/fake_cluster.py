@@ -3,9 +3,11 @@
 The model is `FakeRunner`: each of its tokens depends on all KV that it reads, so a wrong page anywhere shows as a wrong token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import torch
 
 from diptych.decode_worker.worker import DecodeWorker
 from diptych.engine.config import EngineConfig, WorkerConfig
@@ -14,9 +16,11 @@ from diptych.engine.fake_runner import FakeRunner, fake_layout, next_token
 from diptych.engine.replica import Replica
 from diptych.engine.worker import Worker
 from diptych.kvtransfer.bundle import TransportBundle
-from diptych.kvtransfer.fake import FakeFabric, FakeTransport
+from diptych.kvtransfer.fake import FakeFabric, FakeTransport, as_pages
+from diptych.kvtransfer.staging import Staging
+from diptych.kvtransfer.transport import KVPool, PageIds, Peer
 from diptych.messages.fake_post import FakeNetwork, FakePost
-from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
+from diptych.messages.ids import Address, Epoch, Imm, RequestId, WorkerId
 from diptych.messages.membership import Membership, Role
 from diptych.messages.requests import (
     Abort,
@@ -30,13 +34,36 @@ from diptych.messages.requests import (
     StepTokens,
     TransferFailed,
 )
-from diptych.prefill_worker.link_prober import Floor
+from diptych.prefill_worker.probe import Floor
 from diptych.prefill_worker.worker import PrefillWorker
 
 BLOCK_SIZE = 4
 TIMEOUT_S = 10.0
 PAGE_S = 1e-6
 STEP_S, WAIT_S = 0.01, 0.1
+
+
+@dataclass(frozen=True)
+class LateWrite:
+    """Reads its pages only when it lands, as a NIC may: what was written over them meanwhile lands in their place."""
+
+    writer: bytes
+    target: bytes
+    source: KVPool
+    src_pages: list[int]
+    dst_pages: tuple[int, ...]
+    imm: Imm
+
+    @property
+    def pages(self) -> torch.Tensor:
+        return as_pages(self.source)[self.src_pages]
+
+
+class LateTransport(FakeTransport):
+    def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
+        super().write_pages(peer, src_pages, dst_pages, imm)
+        left = self.fabric.in_flight.pop()
+        self.fabric.in_flight.append(LateWrite(left.writer, left.target, self.pool, list(src_pages), left.dst_pages, imm))
 
 
 @dataclass
@@ -68,10 +95,18 @@ class FakeCluster:
         num_blocks: int = 16,
         max_step_tokens: int = 8,
         floor: Floor | None = None,
+        prefill_block_size: int = BLOCK_SIZE,
+        staging_blocks: int = 2,
+        others: Sequence[str] = (),
     ) -> None:
-        """With a floor links are probed, and each page takes PAGE_S."""
+        """With a floor links are probed, and each page takes PAGE_S. Prefill workers whose blocks are of another size convert pages in
+        a pool of `staging_blocks`. `others`: transports beside the one called fake, which comes first."""
         self.now = 1000.0
         self.floor = floor
+        self.block_sizes = {Role.PREFILL: prefill_block_size, Role.DECODE: BLOCK_SIZE}
+        self.staging_blocks = staging_blocks
+        self.other_names = others
+        self.others: dict[WorkerId, list[FakeTransport]] = {}
         self.links: list[LinkMeasured] = []
         self.network = FakeNetwork()
         self.fabric = FakeFabric()
@@ -81,7 +116,7 @@ class FakeCluster:
         self.workers: dict[WorkerId, Worker] = {}
         self.transports: dict[WorkerId, FakeTransport] = {}
         self.answers: dict[RequestId, Answer] = {}
-        self.num_spans = 0
+        self.spans: list[RequestSpan] = []
         self.transfer_failures: list[TransferFailed] = []
         self._epoch = 0
         self._version = 0
@@ -95,11 +130,20 @@ class FakeCluster:
         self._epoch += 1
         name = f"{worker_id}.{self._epoch}"
         transport = self.fabric.transport(name)
-        pool = transport.allocate(fake_layout(BLOCK_SIZE), self.num_blocks)
-        limits = EngineLimits(BLOCK_SIZE, self.num_blocks * BLOCK_SIZE, self.max_step_tokens, max_sequences=4)
-        replica = Replica(Engine(FakeRunner(pool), self.num_blocks, limits), pool, TransportBundle([transport]), layer_group=1)
-        self.transports[worker_id] = transport
-        transport.page_s = PAGE_S if self.floor else 0.0
+        others = [FakeTransport(self.fabric, f"{name}.{other}".encode(), other) for other in self.other_names]
+        block_size = self.block_sizes[role]
+        num_blocks = -(-self.num_blocks * BLOCK_SIZE // block_size)
+        bundle, staging = TransportBundle([transport, *others]), None
+        pool = bundle.allocate(fake_layout(block_size), num_blocks)
+        limits = EngineLimits(block_size, self.num_blocks * BLOCK_SIZE, self.max_step_tokens, max_sequences=4)
+        engine = Engine(FakeRunner(pool), num_blocks, limits)
+        if block_size != BLOCK_SIZE:
+            transport = LateTransport(self.fabric, f"{name}.staging".encode())
+            staging = Staging(pool, transport.allocate(fake_layout(BLOCK_SIZE), self.staging_blocks), TransportBundle([transport]))
+        replica = Replica(engine, pool, bundle, layer_group=1, staging=staging)
+        self.transports[worker_id], self.others[worker_id] = transport, others
+        for each in (transport, *others):
+            each.page_s = PAGE_S if self.floor else 0.0
         config = WorkerConfig("fake", worker_id, Epoch(self._epoch), EngineConfig("none"), handoff_timeout_s=TIMEOUT_S)
         if self.floor is not None:
             floor = {"min_gbps": self.floor.min_gbps, "refuse_below_floor": self.floor.refuse}
@@ -118,7 +162,8 @@ class FakeCluster:
     def kill(self, worker_id: WorkerId) -> None:
         worker = self.workers.pop(worker_id)
         self.network.kill(worker.post.address)
-        self.fabric.kill(self.transports[worker_id].location)
+        for transport in (self.transports[worker_id], *self.others[worker_id]):
+            self.fabric.kill(transport.location)
         for answer in self.answers.values():
             route = answer.request.route
             if not answer.ended and worker.ref in (route.prefill, route.decode):
@@ -167,7 +212,7 @@ class FakeCluster:
                         answer.failure = message
                         self._send_aborts(answer.request)
                 case RequestSpan():
-                    self.num_spans += 1
+                    self.spans.append(message)
                 case TransferFailed():
                     self.transfer_failures.append(message)
                 case LinkMeasured():
@@ -234,6 +279,9 @@ class FakeCluster:
             assert pool.num_free + pool.num_cached == pool.num_blocks, f"{worker_id}: {pool.num_held} of {pool.num_blocks} blocks leaked"
             assert worker.num_handoffs() == 0, f"{worker_id}: {worker.num_handoffs()} handoffs left"
             assert not worker.engine.sequences, f"{worker_id}: {len(worker.engine.sequences)} sequences left"
+            if (staging := worker.replica.staging) is not None:
+                num_pages = staging.pool.num_blocks * staging.layout.num_layers
+                assert staging.num_free == num_pages, f"{worker_id}: {num_pages - staging.num_free} of {num_pages} staging pages leaked"
 
 
 def addresses(cluster: FakeCluster) -> list[Address]:

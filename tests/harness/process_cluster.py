@@ -25,13 +25,14 @@ from diptych.engine.fake_runner import FakeRunner, fake_layout, next_token
 from diptych.engine.replica import Replica
 from diptych.engine.worker import Worker
 from diptych.kvtransfer.selection import Owner, make_transports
+from diptych.kvtransfer.staging import Staging
 from diptych.messages.ids import Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
 from diptych.messages.requests import Abort, GenerateRequest, LinkMeasured, RequestFailed, Route, SamplingParams, StepTokens
 from diptych.messages.zmq_post import Keyring, ZmqPost
 from diptych.prefill_worker.worker import PrefillWorker
 
-BLOCK_SIZE, NUM_BLOCKS = 4, 64
+BLOCK_SIZE, NUM_BLOCKS, STAGING_BLOCKS = 4, 64, 2
 ANSWER_TIMEOUT_S = 20.0
 
 
@@ -46,9 +47,15 @@ def make_worker(config: WorkerConfig, role: Role, post: ZmqPost) -> Worker:
     if device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(list(Role).index(role))          # CUDA has not been started yet
     transport = make_transports(config.transports, Owner(config.cluster, config.worker_id, config.epoch, device))
-    pool = transport.allocate(fake_layout(BLOCK_SIZE), NUM_BLOCKS)
-    limits = EngineLimits(BLOCK_SIZE, NUM_BLOCKS * BLOCK_SIZE, max_step_tokens=16, max_sequences=8)
-    replica = Replica(Engine(FakeRunner(pool), NUM_BLOCKS, limits), pool, transport, layer_group=1)
+    block_size = config.engine.block_size
+    num_blocks = NUM_BLOCKS * BLOCK_SIZE // block_size
+    pool = transport.allocate(fake_layout(block_size), num_blocks)
+    limits = EngineLimits(block_size, num_blocks * block_size, max_step_tokens=16, max_sequences=8)
+    staging = None
+    if role is Role.PREFILL and block_size != BLOCK_SIZE:
+        outbound = make_transports(config.transports, Owner(config.cluster, f"{config.worker_id}.staging", config.epoch, device))
+        staging = Staging(pool, outbound.allocate(fake_layout(BLOCK_SIZE), STAGING_BLOCKS), outbound)
+    replica = Replica(Engine(FakeRunner(pool), num_blocks, limits), pool, transport, layer_group=1, staging=staging)
     return (PrefillWorker if role is Role.PREFILL else DecodeWorker)(config, post, replica)
 
 
@@ -109,7 +116,7 @@ class Answer:
 
 
 class ProcessCluster:
-    def __init__(self, transports: tuple[str, ...], timeout_s: float, probe_links: bool = False) -> None:
+    def __init__(self, transports: tuple[str, ...], timeout_s: float, probe_links: bool, prefill_block_size: int) -> None:
         self.name = f"test{uuid4().hex[:8]}"
         self.transports, self.timeout_s = transports, timeout_s
         self.keyring = Keyring.new()
@@ -118,21 +125,23 @@ class ProcessCluster:
         self.answers: list[Answer] = []
         self.links: list[LinkMeasured] = []
         self._probe_links = probe_links
+        self._block_sizes = {Role.PREFILL: prefill_block_size, Role.DECODE: BLOCK_SIZE}
         self._epoch = self._version = self._num_requests = 0
 
     def start(self, *names: str) -> None:
         for name in names:
             self._epoch += 1
+            role = Role(name.split("-")[0])
             config = WorkerConfig(
                 cluster=self.name,
                 worker_id=WorkerId(name),
                 epoch=Epoch(self._epoch),
-                engine=EngineConfig("none"),
+                engine=EngineConfig("none", block_size=self._block_sizes[role]),
                 transports=self.transports,
                 handoff_timeout_s=self.timeout_s,
                 probe_links=self._probe_links,
             )
-            self.workers[name] = WorkerProcess(config, Role(name.split("-")[0]), self.keyring)
+            self.workers[name] = WorkerProcess(config, role, self.keyring)
         self.publish()
 
     def publish(self) -> None:
@@ -245,8 +254,11 @@ class ProcessCluster:
 
 
 @contextmanager
-def process_cluster(transport: str, *names: str, timeout_s: float = 2.0, probe_links: bool = False) -> Iterator[ProcessCluster]:
-    cluster = ProcessCluster((transport,), timeout_s, probe_links)
+def process_cluster(
+    transports: str, *names: str, timeout_s: float = 2.0, probe_links: bool = False, prefill_block_size: int = BLOCK_SIZE
+) -> Iterator[ProcessCluster]:
+    """`transports`: one, or several with commas. Prefill workers with blocks of another size convert pages in STAGING_BLOCKS."""
+    cluster = ProcessCluster(tuple(transports.split(",")), timeout_s, probe_links, prefill_block_size)
     try:
         cluster.start(*names)
         yield cluster

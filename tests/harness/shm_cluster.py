@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from diptych.decode_worker.worker import DecodeWorker
-from diptych.engine.config import EngineConfig, WorkerConfig
+from diptych.engine.config import EngineConfig, ReceiverPool, WorkerConfig
 from diptych.engine.worker import Worker
 from diptych.messages.fake_post import FakeNetwork
 from diptych.messages.ids import Epoch, RequestId, WorkerId
@@ -91,9 +91,11 @@ def shm_cluster(
 ) -> Iterator[ShmCluster]:
     plain = EngineConfig(str(model), block_size=4, num_blocks=128, max_step_tokens=64)
     name = f"test{uuid4().hex[:8]}"
+    prefill, decode = prefill or plain, decode or plain
+    receiver = ReceiverPool(decode.block_size, decode.kv_dtype)
     cluster = ShmCluster(
-        WorkerConfig(name, WorkerId("prefill-0"), Epoch(1), prefill or plain, transports),
-        WorkerConfig(name, WorkerId("decode-0"), Epoch(1), decode or plain, transports),
+        WorkerConfig(name, WorkerId("prefill-0"), Epoch(1), prefill, transports, receiver=receiver),
+        WorkerConfig(name, WorkerId("decode-0"), Epoch(1), decode, transports),
     )
     try:
         yield cluster

@@ -3,6 +3,9 @@
 import pytest
 from harness.ucx import needs_ucx
 
+from diptych.cluster.pulse import DeploymentStatus
+from diptych.kvtransfer.selection import AS_FAST
+
 from .conftest import Cluster, StartCluster
 
 PROMPTS = ["The for statement", "import os\n" * 30, "A list is a sequence of"]
@@ -22,6 +25,23 @@ def test_served_over_ucx_on_loopback(cluster: StartCluster, colocated: Cluster) 
     for victim in ("decode-0", "prefill-0"):
         apart.wait_until_back(apart.kill(victim))
         assert answers(apart) == expected
+
+
+def test_a_pair_measures_both_of_its_transports_and_uses_the_fastest(cluster: StartCluster) -> None:
+    apart = cluster(transfer={"transports": ["ucx", "shm"]})
+    apart.wait_for(lambda status: bool(apart.place("prefill-0").links), 30)
+    [link] = apart.place("prefill-0").links
+    figures = [link, *link.others]
+    assert sorted(each.transport for each in figures) == ["shm", "ucx"]
+    assert link.gbps >= AS_FAST * max(each.gbps for each in figures)
+    apart.complete(PROMPTS[0])
+
+    def last_transport(status: DeploymentStatus) -> str | None:
+        spans = [place.gateway.last_span for place in status.places if place.gateway is not None]
+        return spans[0] and spans[0].transport
+
+    status = apart.wait_for(lambda status: last_transport(status) is not None)
+    assert last_transport(status) == link.transport
 
 
 def test_an_unknown_transport_is_refused_before_anything_starts(cluster: StartCluster) -> None:

@@ -22,7 +22,7 @@ from diptych.cluster.records import Record
 from diptych.cluster.tables import deployment_view, duration, size
 from diptych.messages.errors import ClusterError
 from diptych.messages.ids import Address, Epoch, WorkerId
-from diptych.messages.requests import LinkMeasured, LoadReport, WorkerRef
+from diptych.messages.requests import LinkFigures, LinkMeasured, LoadReport, WorkerRef
 
 from .conftest import ScriptedEndpoint
 
@@ -172,9 +172,9 @@ def test_the_view_shows_states_loads_and_errors(capsys: pytest.CaptureFixture[st
         assert shown in text
 
 
-def a_link(gbps: float, min_gbps: float = 0.0) -> LinkMeasured:
+def a_link(gbps: float, min_gbps: float = 0.0, *others: LinkFigures) -> LinkMeasured:
     ref = WorkerRef(WorkerId("prefill-0"), Epoch(3), Address("tcp://127.0.0.1:5"))
-    return LinkMeasured(ref, WorkerId("decode-0"), "shm", 2e-5, gbps, 1 << 20, min_gbps, refused=gbps < min_gbps)
+    return LinkMeasured(ref, WorkerId("decode-0"), "shm", 2e-5, gbps, 1 << 20, min_gbps, gbps < min_gbps, others)
 
 
 def answer_with(monkeypatch: pytest.MonkeyPatch, *links: LinkMeasured, num_decode: int = 1) -> None:
@@ -191,6 +191,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, *links: LinkMeasured, num_decod
     ("links", "num_decode", "code", "shown"),
     [
         ([a_link(12.5)], 1, 0, "shm 12.50 GB/s 20 µs"),
+        ([a_link(12.5, 0.0, LinkFigures("ucx", 9e-5, 3.25))], 1, 0, "ucx 3.25 GB/s 90 µs"),
         ([a_link(12.5)], 2, cli.EXIT_NOT_READY, "not measured"),
         ([a_link(12.5, min_gbps=40)], 2, cli.EXIT_BELOW_FLOOR, "refused"),
     ],

@@ -7,6 +7,7 @@ import pytest
 
 from diptych.cluster.places import PlaceKind, PlaceName, count, gateway_config, places_of, worker_config
 from diptych.cluster.spec import load_spec, parse_spec
+from diptych.engine.config import ReceiverPool
 from diptych.messages.errors import SpecError
 from diptych.messages.ids import Epoch
 
@@ -81,6 +82,15 @@ def test_the_floor_of_links(folder: Path) -> None:
     assert floor(min_gbps=10, below_floor="warn") == (True, 10.0, False)
 
 
+def test_prefill_workers_know_how_the_decode_pool_holds_kv(folder: Path) -> None:
+    pools = {"prefill": {"workers": 1, "block_size": 64}, "decode": {"workers": 1, "kv_dtype": "fp8_e4m3"}}
+    spec = parse_spec(minimal(pools=pools), folder)
+    prefill, decode = (worker_config(spec, PlaceName(kind, 0), Epoch(1)) for kind in (PlaceKind.PREFILL, PlaceKind.DECODE))
+    assert (prefill.engine.block_size, prefill.engine.kv_dtype) == (64, "auto")
+    assert (decode.engine.block_size, decode.engine.kv_dtype) == (16, "fp8_e4m3")
+    assert (prefill.receiver, decode.receiver) == (ReceiverPool(16, "fp8_e4m3"), None)
+
+
 def test_embedded_model(tmp_path: Path) -> None:
     spec = parse_spec(minimal(model={"path": "embedded"}), tmp_path)
     assert (Path(spec.model.path) / "config.json").is_file()
@@ -98,7 +108,7 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"pools": {"decode": {"workers": 1, "tp": 2}}}, "pools.decode.tp: must be 1, not 2"),
         ({"pools": {"prefill": {"workers": 1}}}, "pools.decode: is missing"),
         ({"pools": {"decode": {"workers": 1, "num_blocks": 4, "kv_memory": 1024}}}, "pools.decode.num_blocks: give this or kv_memory"),
-        ({"pools": {"decode": {"workers": 1}, "prefill": {"workers": 1, "block_size": 32}}}, "pools.prefill.block_size: is 32"),
+        ({"pools": {"decode": {"workers": 1, "kv_dtype": "fp4"}}}, "pools.decode.kv_dtype: Input should be 'auto', 'float32'"),
         ({"pools": {"decode": {"workers": 1, "kv_memory": "8MB"}}}, "pools.decode.kv_memory: must be a number with one of KiB, MiB, GiB"),
         ({"pools": {"decode": {"workers": 1, "batch": 1}}}, "pools.decode.batch: unknown key"),
         ({"model": {"path": "nowhere"}}, "model.path: no folder"),

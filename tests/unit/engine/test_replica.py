@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diptych.engine.config import EngineConfig, WorkerConfig
+from diptych.engine import replica as replica_module
+from diptych.engine.config import EngineConfig, ReceiverPool, WorkerConfig
 from diptych.engine.replica import build_replica, fingerprint
 from diptych.kvtransfer.shm import SHM
 from diptych.messages.errors import ClusterError, DiptychError, ModelError, PoolTooSmall, UnsupportedModel, WeightMismatch
@@ -81,6 +82,7 @@ def test_sizes(folder: Path, changes: dict[str, Any], num_blocks: int, max_model
             f"kv_memory_bytes {BLOCK_BYTES - 1}: one block of 16 tokens takes {BLOCK_BYTES}",
         ),
         ({"dtype": "float8"}, ModelError, "dtype 'float8' is none of auto, float32, bfloat16, float16"),
+        ({"kv_dtype": "int4"}, ModelError, "kv_dtype 'int4' is none of float32, bfloat16, float16, auto, fp8_e4m3"),
         ({"load_format": "gguf"}, ModelError, "load_format 'gguf' is none of safetensors, dummy"),
         ({"model_path": "/no/such/folder"}, ModelError, "/no/such/folder"),
         ({"load_format": "safetensors"}, WeightMismatch, ""),
@@ -102,6 +104,43 @@ def test_a_dtype_may_be_asked_for(folder: Path) -> None:
     replica = build_replica(config(folder, dtype="bfloat16"))
     assert replica.pool.tensor.dtype == torch.bfloat16
     replica.transport.close()
+
+
+@pytest.mark.parametrize(("kv_dtype", "found"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("fp8_e4m3", torch.float8_e4m3fn)])
+def test_kv_may_be_of_another_type_and_then_more_of_it_fits(folder: Path, kv_dtype: str, found: torch.dtype) -> None:
+    replica = build_replica(config(folder, kv_dtype=kv_dtype, num_blocks=None, kv_memory_bytes=8 * BLOCK_BYTES))
+    assert (replica.pool.tensor.dtype, replica.pool.num_blocks) == (found, 8 * 4 // found.itemsize)
+    replica.close()
+
+
+# A staging pool
+
+def test_receivers_of_the_same_layout_need_none(folder: Path) -> None:
+    same = msgspec.structs.replace(config(folder), receiver=ReceiverPool(16, "float32"))       # what "auto" is here
+    replica = build_replica(same)
+    assert replica.staging is None
+    assert replica.outbound == (replica.transport, replica.pool)
+    replica.close()
+
+
+def test_it_has_the_receivers_layout_and_no_more_blocks_than_the_pool_would_fill(folder: Path) -> None:
+    replica = build_replica(msgspec.structs.replace(config(folder, num_blocks=5), receiver=ReceiverPool(64, "fp8_e4m3")))
+    assert replica.staging is not None
+    layout = replica.staging.layout
+    assert (layout.block_size, layout.dtype, layout.model) == (64, torch.float8_e4m3fn, replica.pool.layout.model)
+    assert replica.staging.pool.num_blocks == 2
+    assert replica.outbound == (replica.staging.transport, replica.staging.pool)
+    replica.close()
+
+
+def test_it_is_bounded_and_gone_when_the_replica_closes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "STAGING_BYTES", {"cpu": 3 * BLOCK_BYTES // 2})
+    worker = msgspec.structs.replace(config(folder), receiver=ReceiverPool(8, "auto"))
+    replica = build_replica(worker)
+    assert replica.staging is not None
+    assert replica.staging.pool.num_blocks == 3
+    replica.close()
+    assert not list(SHM.glob(f"diptych-{worker.cluster}*"))
 
 
 # Which weights share KV

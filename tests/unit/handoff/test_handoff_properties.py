@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from harness.fake_cluster import TIMEOUT_S, FakeCluster
+from harness.fake_cluster import BLOCK_SIZE, TIMEOUT_S, FakeCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +19,9 @@ from diptych.messages.requests import TokenDelta
 
 PREFIX = list(range(100, 116))
 WORKERS = [WorkerId(name) for name in ("prefill-0", "prefill-1", "decode-0", "decode-1")]
+BLOCK_SIZES = [BLOCK_SIZE, 8, BLOCK_SIZE, 3]
+"""Of prefill workers; others than BLOCK_SIZE are converted."""
+
 PROGRESS = {"submit": 6, "turn": 30, "deliver": 40, "land": 16, "undisturbed": 2}
 FAULTS = {
     "drop": 2, "double": 3, "abort": 3, "wait_a_little": 1, "wait_for_deadlines": 0.4, "kill": 0.4, "kill_unseen": 0.4, "forge": 2,
@@ -28,9 +31,9 @@ FAULTS = {
 class History:
     """Events on a cluster, drawn with one seed."""
 
-    def __init__(self, seed: int, faults: dict[str, float]) -> None:
+    def __init__(self, seed: int, faults: dict[str, float], prefill_block_size: int = BLOCK_SIZE) -> None:
         self.random = random.Random(seed)
-        self.cluster = FakeCluster(num_prefill=2, num_decode=2, num_blocks=14)
+        self.cluster = FakeCluster(num_prefill=2, num_decode=2, num_blocks=14, prefill_block_size=prefill_block_size)
         weights = PROGRESS | faults
         self.events: list[Callable[[], None]] = [getattr(self, name) for name in weights]
         self.weights = list(weights.values())
@@ -131,9 +134,9 @@ class History:
 
 
 @settings(max_examples=120, deadline=None)
-@given(seed=st.integers(0, 2**32))
-def test_any_mix_of_faults(seed: int) -> None:
-    history = History(seed, FAULTS)
+@given(seed=st.integers(0, 2**32), prefill_block_size=st.sampled_from(BLOCK_SIZES))
+def test_any_mix_of_faults(seed: int, prefill_block_size: int) -> None:
+    history = History(seed, FAULTS, prefill_block_size)
     history.run(400)
     history.finish()
 
@@ -142,7 +145,7 @@ def test_any_mix_of_faults(seed: int) -> None:
 def test_each_fault_alone(fault: str) -> None:
     """Histories long enough, and the fault frequent enough, that it strikes in every state; on a fast and on a very slow link."""
     for seed in range(16):
-        history = History(seed, {fault: FAULTS[fault] * 3, "land": (16, 0.7)[seed % 2]})
+        history = History(seed, {fault: FAULTS[fault] * 3, "land": (16, 0.7)[seed % 2]}, BLOCK_SIZES[seed // 2 % len(BLOCK_SIZES)])
         history.run(500)
         history.finish()
 
@@ -150,7 +153,7 @@ def test_each_fault_alone(fault: str) -> None:
 def test_reordering_alone_never_fails_a_request() -> None:
     """Messages and pages in any order, none lost: every request is answered in full."""
     for seed in range(40):
-        history = History(seed, {})
+        history = History(seed, {}, BLOCK_SIZES[seed % len(BLOCK_SIZES)])
         history.run(400)
         history.cluster.settle()
         answers = history.cluster.answers.values()

@@ -5,13 +5,14 @@ from typing import TypeVar
 
 import msgspec
 import pytest
-from harness.fake_cluster import BLOCK_SIZE, TIMEOUT_S, FakeCluster
+from harness.fake_cluster import TIMEOUT_S, FakeCluster
 
 from diptych.kvtransfer.fake import FakeTransport
 from diptych.kvtransfer.transport import NUM_IMMS
 from diptych.messages.codec import Message
 from diptych.messages.handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, KVOffer, KVRefuse, RefuseReason, Ticket
-from diptych.messages.ids import BlockHash, Imm, RequestId, WorkerId
+from diptych.messages.ids import Imm, RequestId, WorkerId
+from diptych.messages.requests import FailureKind
 
 PROMPT = list(range(20))
 T = TypeVar("T")
@@ -73,12 +74,43 @@ def test_a_ticket_of_another_request_is_refused() -> None:
             cluster.network.deliver_all()
             cluster.turn()
     ticket = Ticket(offers[0].ticket.decode_id, offers[0].ticket.decode_epoch, RequestId("other"), 1)
-    forged = KVOffer(ticket, offers[0].writer, offers[0].layout_hash, offers[0].request, offers[0].block_hashes, offers[0].num_blocks)
+    forged = KVOffer(ticket, offers[0].writer, offers[0].layout, offers[0].request)
     cluster.gateway.send(answer.request.route.decode.address, forged)
     cluster.network.deliver_all()
     cluster.turn()
     refusals = [letter.message for letter in cluster.network.in_flight if isinstance(letter.message, KVRefuse)]
     assert [(refusal.ticket, refusal.reason) for refusal in refusals] == [(ticket, RefuseReason.MALFORMED)]
+    cluster.settle()
+    assert answer.complete
+    cluster.assert_nothing_leaked()
+
+
+def test_a_layout_that_does_not_fit_is_refused_with_what_differs() -> None:
+    """Also one whose pages are as large: heads for tokens, another model's weights."""
+    cluster = FakeCluster()
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    offer = wait_for(cluster, KVOffer)
+    cluster.network.in_flight.clear()
+    other = msgspec.structs.replace(offer.layout, model="another", num_kv_heads=4, block_size=1)
+    cluster.gateway.send(answer.request.route.decode.address, msgspec.structs.replace(offer, layout=other))
+    cluster.settle()
+    assert answer.failure is not None
+    assert (answer.failure.kind, answer.failure.retryable) == (FailureKind.INVALID, False)
+    assert "model fake, there another; num_kv_heads 1, there 4; block_size 4, there 1" in answer.failure.message
+    assert sum(cluster.fabric.counters[cluster.transports[WorkerId("decode-0")].location]) == 0, "pages were moved all the same"
+    cluster.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, 2**64 - 1])
+def test_a_token_that_cannot_be_is_refused_and_harms_nobody(token: int) -> None:
+    """Blocks are hashed as 64-bit numbers."""
+    cluster = FakeCluster()
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    offer = wait_for(cluster, KVOffer)
+    request = msgspec.structs.replace(offer.request, token_ids=(*PROMPT[1:], token), request_id=RequestId("other"))
+    forged = msgspec.structs.replace(offer, ticket=msgspec.structs.replace(offer.ticket, request_id=request.request_id), request=request)
+    cluster.gateway.send(answer.request.route.decode.address, forged)
+    assert wait_for(cluster, KVRefuse).reason is RefuseReason.MALFORMED
     cluster.settle()
     assert answer.complete
     cluster.assert_nothing_leaked()
@@ -115,8 +147,7 @@ def test_a_prompt_that_leaves_no_token_to_decode_is_refused() -> None:
     for num_tokens, fits in ((32, False), (31, True)):
         request = msgspec.structs.replace(offer.request, token_ids=tuple(range(num_tokens)), request_id=RequestId(f"of {num_tokens}"))
         ticket = msgspec.structs.replace(offer.ticket, request_id=request.request_id)
-        hashes = (BlockHash(b"no such block"),) * (num_tokens // BLOCK_SIZE)
-        longer = msgspec.structs.replace(offer, ticket=ticket, request=request, block_hashes=hashes, num_blocks=8)
+        longer = msgspec.structs.replace(offer, ticket=ticket, request=request)
         cluster.gateway.send(decode.post.address, longer)
         cluster.network.deliver_all()
         cluster.turn(WorkerId("decode-0"))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from harness.fake_cluster import FakeCluster
-from harness.process_cluster import ProcessCluster, process_cluster
+from harness.process_cluster import BLOCK_SIZE, ProcessCluster, process_cluster
 from harness.ucx import needs_ucx
 from harness.ucx_peer import byte_layout, ucx_peer
 
@@ -36,9 +36,10 @@ def transport(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture
-def pair(transport: str) -> Iterator[ProcessCluster]:
-    with process_cluster(transport, *PAIR) as cluster:
+@pytest.fixture(params=[BLOCK_SIZE, 6], ids=["equal", "converted"])
+def pair(transport: str, request: pytest.FixtureRequest) -> Iterator[ProcessCluster]:
+    """Between pools of equal layouts, and of different ones."""
+    with process_cluster(transport, *PAIR, prefill_block_size=request.param) as cluster:
         yield cluster
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from functools import partial
 
 import msgspec
 import pytest
@@ -12,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.kvtransfer.fake import FakeTransport
+from diptych.kvtransfer.selection import AS_FAST
 from diptych.kvtransfer.transport import NUM_IMMS, Peer
+from diptych.messages.errors import PeerGone
 from diptych.messages.handoff import KVProbe, KVProbeAccept, KVRefuse, RefuseReason
 from diptych.messages.ids import Imm, WorkerId
+from diptych.messages.membership import MemoryDescriptor
 from diptych.messages.requests import FailureKind
-from diptych.prefill_worker.link_prober import REPEAT_S, RETRY_S, Floor
+from diptych.prefill_worker.link_prober import LINK_WAIT_S, REPEAT_S, RETRY_S
+from diptych.prefill_worker.probe import Floor
 
 PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
 NO_FLOOR = Floor(0.0, refuse=True)
@@ -81,6 +86,143 @@ def test_below_the_floor_a_pair_is_not_used_until_it_is_faster() -> None:
     run(cluster)
     assert again.complete
     cluster.assert_nothing_leaked()
+
+
+def chosen(cluster: FakeCluster) -> tuple[str, list[str]]:
+    """By the last measurement."""
+    link = cluster.links[-1]
+    return link.transport, [other.transport for other in link.others]
+
+
+def transport_of(cluster: FakeCluster) -> str:
+    """That a handoff uses now."""
+    answer = cluster.submit([*PROMPT, len(cluster.answers)], max_tokens=3)
+    run(cluster)
+    assert answer.complete
+    return cluster.spans[-1].transport
+
+
+def test_the_fastest_transport_is_used_and_the_others_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    cluster = FakeCluster(floor=NO_FLOOR, others=("fast", "slow"))
+    fast, slow = cluster.others[PREFILL]
+    fast.page_s, slow.page_s = PAGE_S / 4, 3 * PAGE_S
+    run(cluster)
+    [link] = cluster.links
+    assert chosen(cluster) == ("fast", ["fake", "slow"])
+    assert [figures.latency_s for figures in (link, *link.others)] == pytest.approx([PAGE_S / 4, PAGE_S, 3 * PAGE_S])
+    assert [figures.gbps for figures in (link, *link.others)] == pytest.approx([4 * gbps(cluster), gbps(cluster), gbps(cluster) / 3])
+    measured = [record.getMessage() for record in caplog.records if "GB/s" in record.getMessage()]
+    assert len(measured) == 1
+    assert all(name in measured[0] for name in ("over fast", "fake", "slow"))
+    assert transport_of(cluster) == "fast"
+    run(cluster, 2 * REPEAT_S)
+    assert len(cluster.links) == 1, "measured anew for no reason"
+    cluster.assert_nothing_leaked()
+
+
+def test_the_specs_order_decides_between_transports_that_are_about_as_fast() -> None:
+    cluster = FakeCluster(floor=NO_FLOOR, others=("other",))
+    cluster.others[PREFILL][0].page_s = 0.95 * PAGE_S
+    run(cluster)
+    assert chosen(cluster) == ("fake", ["other"])
+
+
+def test_the_floor_is_for_the_fastest() -> None:
+    cluster = FakeCluster(floor=Floor(2 * gbps(FakeCluster()), refuse=True), others=("fast",))
+    cluster.others[PREFILL][0].page_s = PAGE_S / 4
+    run(cluster)
+    assert [(link.transport, link.refused) for link in cluster.links] == [("fast", False)]
+
+
+def test_a_transport_that_does_not_reach_is_passed_over_and_measured_once_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(floor=NO_FLOOR, others=("far",))
+    [far] = cluster.others[PREFILL]
+    far.page_s = PAGE_S / 4
+    connect = far.connect
+    monkeypatch.setattr(far, "connect", lambda descriptor: None)
+    run(cluster, LINK_WAIT_S + 1)
+    assert chosen(cluster) == ("fake", [])
+    assert transport_of(cluster) == "fake"
+    monkeypatch.setattr(far, "connect", connect)
+    run(cluster, REPEAT_S)
+    assert chosen(cluster) == ("far", ["fake"])
+    assert transport_of(cluster) == "far"
+    cluster.assert_nothing_leaked()
+
+
+def test_a_fall_back_is_measured_and_so_is_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(floor=NO_FLOOR, others=("fast",))
+    [fast] = cluster.others[PREFILL]
+    fast.page_s = PAGE_S / 4
+    run(cluster)
+    assert chosen(cluster) == ("fast", ["fake"])
+    connect = fast.connect
+
+    def refuse(descriptor: MemoryDescriptor) -> Peer:
+        raise PeerGone("cut")
+
+    monkeypatch.setattr(fast, "connect", refuse)
+    run(cluster)
+    assert chosen(cluster) == ("fake", [])
+    assert transport_of(cluster) == "fake"
+    monkeypatch.setattr(fast, "connect", connect)
+    run(cluster, REPEAT_S)
+    assert chosen(cluster) == ("fast", ["fake"])
+    assert transport_of(cluster) == "fast"
+    cluster.assert_nothing_leaked()
+
+
+def test_a_link_that_was_down_is_measured_anew_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    run(cluster)
+    connect = cluster.transports[PREFILL].connect
+    monkeypatch.setattr(cluster.transports[PREFILL], "connect", lambda descriptor: None)
+    run(cluster)
+    assert len(cluster.links) == 1
+    monkeypatch.setattr(cluster.transports[PREFILL], "connect", connect)
+    cluster.transports[PREFILL].page_s = 2 * PAGE_S
+    run(cluster)
+    assert [link.gbps for link in cluster.links] == pytest.approx([gbps(cluster), gbps(cluster) / 2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_nothing_leaks_over_two_transports(seed: int) -> None:
+    """One of them comes and goes; messages are lost, and both sides die."""
+    choose = random.Random(seed)
+    cluster = FakeCluster(floor=NO_FLOOR, others=("other",))
+    for _ in range(choose.randrange(200)):
+        letters, writes = len(cluster.network.in_flight), len(cluster.fabric.in_flight)
+        match choose.choices(["turn", "deliver", "drop", "land", "time", "kill", "cut", "submit"], [40, 40, 2, 15, 1, 1, 2, 2])[0]:
+            case "turn":
+                cluster.turn()
+            case "deliver" if letters:
+                cluster.network.deliver(choose.randrange(letters))
+            case "drop" if letters:
+                cluster.network.drop(choose.randrange(letters))
+            case "land" if writes:
+                cluster.fabric.land(choose.randrange(writes))
+            case "time":
+                cluster.now += choose.choice([0.1, LINK_WAIT_S, TIMEOUT_S + 0.1])
+            case "kill":
+                victim = choose.choice(list(cluster.workers))
+                cluster.kill(victim)
+                cluster.restart(victim)
+            case "cut":
+                other = cluster.others[PREFILL][0]
+                other.connect = choose.choice([lambda descriptor: None, partial(FakeTransport.connect, other)])
+            case "submit":
+                cluster.submit(PROMPT[: choose.randint(1, 20)], max_tokens=3)
+    other = cluster.others[PREFILL][0]
+    other.connect = partial(FakeTransport.connect, other)
+    for pause in (TIMEOUT_S + 1, TIMEOUT_S + 1, 200.0):
+        cluster.now += pause
+        run(cluster, 2)
+        cluster.give_up_unanswered()
+        run(cluster, 2)
+    cluster.assert_nothing_leaked()
+    assert chosen(cluster) == ("fake", ["other"])
 
 
 def test_a_warning_is_all_if_the_spec_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -223,6 +365,21 @@ def test_processes_measure_their_link_and_a_successor_anew(transport: str) -> No
         assert (link.worker.worker_id, link.decode_id, link.transport) == (PREFILL, DECODE, transport)
         assert 0 < link.latency_s < 1
         assert link.gbps > 0
+
+
+@needs_ucx
+def test_processes_measure_all_transports_and_use_the_fastest() -> None:
+    """Pages of a few bytes: which one that is depends on the machine."""
+    with process_cluster("shm,ucx", "prefill-0", "decode-0", probe_links=True) as cluster:
+        cluster.pump(lambda: len(cluster.links) == 1, 20.0)
+        [link] = cluster.links
+        cluster.submit(PROMPT, max_tokens=5)
+        cluster.finish(20.0)
+        cluster.assert_whole()
+    figures = [link, *link.others]
+    assert sorted(each.transport for each in figures) == ["shm", "ucx"]
+    assert all(each.gbps > 0 and 0 < each.latency_s < 1 for each in figures)
+    assert link.gbps >= AS_FAST * max(each.gbps for each in figures)
 
 
 def test_what_a_dead_writer_was_lent_comes_back_only_behind_the_fence() -> None:

@@ -111,6 +111,28 @@ def test_write_kv_fills_its_slots_and_nothing_else(block_size: int) -> None:
     assert int((~pool.isnan()).sum()) == 2 * k.numel()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scales", "tolerance"),
+    [
+        (torch.bfloat16, None, 0.02),
+        (torch.float8_e4m3fn, None, 0.15),
+        (torch.float8_e4m3fn, torch.rand(LAYERS, 2, 3, generator=torch.Generator().manual_seed(2)) + 0.1, 0.15),
+    ],
+)
+def test_a_pool_of_another_type_is_read_as_what_was_written(dtype: torch.dtype, scales: Tensor | None, tolerance: float) -> None:
+    """Numbers a hundred times larger than fp8 holds, where scales bring them back into its range."""
+    ops, factor, draw = ReferenceOps(scales), 1.0 if scales is None else 100.0, torch.Generator().manual_seed(3)
+    k, v = torch.randn(2, 12, 3, 8, generator=draw) * factor * (1.0 if scales is None else scales[LAYER, :, None, :, None])
+    pool, tables = torch.zeros(4, LAYERS, 2, 3, 4, 8).to(dtype), torch.tensor([[2, 0, 3]], dtype=torch.int32)
+    ops.write_kv(pool, LAYER, k, v, tables[0].long().repeat_interleave(4) * 4 + torch.arange(12) % 4)
+    q = torch.randn(1, 6, 8, generator=draw) / factor
+    paging = Paging(torch.tensor([0, 1], dtype=torch.int32), torch.tensor([12], dtype=torch.int32), tables)
+    found = ops.paged_attention(q, pool, LAYER, paging, 0.3, None)
+    expected = naive_attention(Sequence(q, k, v), 0.3, None)
+    assert found.dtype is torch.float32
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
 @pytest.mark.parametrize("shape", [(5, 12), (4, 3, 6)])
 def test_rms_norm_is_the_formula(shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape) * 7, torch.randn(shape[-1])

@@ -31,6 +31,12 @@ def test_an_unsupported_shape_is_named(head_dim: int, block_size: int, dtype: to
         ops_for(CUDA, head_dim, block_size, dtype)
 
 
+def test_kv_of_another_type_than_the_models_is_fp8_or_nothing() -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(UnsupportedByKernels, match=r"KV of torch.float16 for a model of torch.bfloat16: .* or torch.float8_e4m3fn"):
+        ops_for(CUDA, 128, 64, torch.bfloat16, torch.float16)
+
+
 def test_another_device_is_named() -> None:
     with pytest.raises(UnsupportedByKernels, match="device mps"):
         ops_for(torch.device("mps"), 128, 64, torch.float32)

@@ -61,9 +61,12 @@ def test_a_write_holds_what_its_pages_held_when_it_left(fabric: FakeFabric, writ
 def test_stop_is_true_only_once_nothing_of_the_ticket_is_in_flight(fabric: FakeFabric, writer: Side, receiver: Side) -> None:
     peer = writer.transport.connect(receiver.descriptor)
     writer.transport.write_pages(peer, [0], [0], IMM)
+    assert not writer.transport.settled(peer, IMM)
     assert not writer.transport.stop(peer, IMM, 1.0)
     assert writer.transport.stop(peer, Imm(6), 0.0)
+    assert writer.transport.settled(peer, Imm(6))
     fabric.land_all()
+    assert writer.transport.settled(peer, IMM)
     assert writer.transport.stop(peer, IMM, 0.0)
 
 

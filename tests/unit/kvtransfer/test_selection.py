@@ -1,20 +1,24 @@
 """Which transports a worker gets, and which of them a pair uses."""
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diptych.kvtransfer.bundle import TransportBundle
 from diptych.kvtransfer.fake import FakeFabric, FakeTransport
 from diptych.kvtransfer.layout import KVLayout
-from diptych.kvtransfer.selection import Owner, make_transports, what_is_wrong
+from diptych.kvtransfer.selection import AS_FAST, Owner, fastest_first, make_transports, what_is_wrong
 from diptych.kvtransfer.transport import Peer
 from diptych.messages.errors import ClusterError, PeerGone, TransferError
 from diptych.messages.ids import Epoch, Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
+from diptych.messages.requests import LinkFigures
 
 LAYOUT = KVLayout("test", torch.int64, num_layers=1, num_kv_heads=1, head_dim=1, block_size=4)
 
@@ -118,3 +122,56 @@ def test_a_fence_is_over_all_transports() -> None:
     assert here.fence(writer, 0.0)
     here._transports["b"].fences = False
     assert not here.fence(writer, 0.0)
+
+
+def order_of(**gbps: float) -> list[str]:
+    return [each.transport for each in fastest_first([LinkFigures(name, 1e-5, speed) for name, speed in gbps.items()])]
+
+
+def test_the_fastest_comes_first_and_the_specs_order_decides_between_equals() -> None:
+    assert order_of(a=10.0, b=12.0) == ["b", "a"]
+    assert order_of(a=11.0, b=12.0) == ["a", "b"]
+    assert order_of(a=1.0, b=11.0, c=12.0, d=13.0) == ["c", "d", "b", "a"]
+    assert order_of(a=3.0) == ["a"]
+
+
+@given(st.lists(st.floats(0.01, 1000.0), max_size=6))
+def test_nothing_is_lost_and_what_comes_first_is_about_as_fast_as_any(speeds: list[float]) -> None:
+    measured = [LinkFigures(str(i), 1e-5, gbps) for i, gbps in enumerate(speeds)]
+    order = fastest_first(measured)
+    assert sorted(order, key=measured.index) == measured
+    for i, each in enumerate(order):
+        assert all(each.gbps >= AS_FAST * later.gbps for later in order[i:])
+        passed = [later for later in order[i:] if measured.index(later) < measured.index(each)]
+        assert all(later.gbps < AS_FAST * max(other.gbps for other in order[i:]) for later in passed), "it was named before, and is as fast"
+
+
+def test_what_was_measured_is_preferred_until_the_peer_has_gone() -> None:
+    fabric = FakeFabric()
+    here, there = bundle(fabric, "here", "a", "b"), bundle(fabric, "there", "a", "b")
+
+    def used() -> str | None:
+        peer = here.connect(there.descriptors)
+        return peer and peer.descriptor.transport
+
+    assert used() == "a"
+    here.prefer(there.descriptors, ["b"])
+    assert (used(), here.common(there.descriptors)) == ("b", ["b", "a"])
+    here._transports["b"].gone = True
+    assert used() == "a", "a fall-back goes on in the spec's order"
+    here.disconnect(there.descriptors)
+    here._transports["b"].gone = False
+    assert used() == "a"
+
+
+def test_links_are_counted_when_they_are_found_anew_or_change() -> None:
+    fabric = FakeFabric()
+    here, there = bundle(fabric, "here", "a", "b"), bundle(fabric, "there", "a", "b")
+    counts = []
+    for gone in (("b",), ("b",), (), ("a",), ("a",), ("a", "b"), ("a",), ()):
+        for name in "ab":
+            here._transports[name].gone = name in gone
+        with suppress(PeerGone):
+            here.connect(there.descriptors)
+        counts.append(here.num_links(there.descriptors))
+    assert counts == [1, 1, 1, 2, 2, 2, 3, 4]

@@ -217,6 +217,21 @@ def test_stop_drops_what_waits_and_waits_for_what_is_under_way(sides: tuple[Side
     assert receiver.pages[:3].tolist() == [1, 0, 3]
 
 
+def test_pages_are_settled_once_none_of_their_ticket_waits_or_is_read(sides: tuple[Side, Side]) -> None:
+    """Asking changes nothing: what waits still goes."""
+    writer, receiver = sides
+    peer = writer.transport.connect(receiver.descriptor)
+    held = hold(writer, peer)
+    writer.transport.write_pages(peer, [1], [1], Imm(9))
+    assert not writer.transport.settled(peer, IMM), "one is being read"
+    assert not writer.transport.settled(peer, Imm(9)), "one waits"
+    assert writer.transport.settled(peer, Imm(10))
+    held.let_go.set()
+    landed(receiver, Imm(9), 1)
+    wait_for(lambda: writer.transport.settled(peer, IMM) and writer.transport.settled(peer, Imm(9)))
+    assert receiver.pages[:2].tolist() == [1, 2]
+
+
 def test_stop_does_not_wait_for_others(sides: tuple[Side, Side]) -> None:
     writer, receiver = sides
     peer = writer.transport.connect(receiver.descriptor)

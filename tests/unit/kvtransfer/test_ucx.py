@@ -150,6 +150,23 @@ def test_after_a_stop_nothing_more_lands(lanes: str, receiver: UcxPeer, monkeypa
     writer.transport.close()
 
 
+@pytest.mark.parametrize("lanes", LANES)
+def test_settled_pages_may_change_at_once(lanes: str, receiver: UcxPeer, monkeypatch: pytest.MonkeyPatch) -> None:
+    if LANES[lanes] is not None:
+        monkeypatch.setenv("UCX_TLS", LANES[lanes])
+    writer = Writer()
+    peer = connect_within(writer.transport, receiver.descriptor, 5.0)
+    receiver.call("reset", 21)
+    writer.fill(5)
+    sent = pages_of(writer.pool.tensor).numpy().tobytes()
+    writer.transport.write_pages(peer, EVERYTHING, EVERYTHING, Imm(21))
+    until(lambda: writer.transport.settled(peer, Imm(21)), 10.0)
+    writer.fill(6)
+    receiver.call("landed_at", 21, NUM_PAGES, 10.0)
+    assert receiver.call("read") == sent
+    writer.transport.close()
+
+
 def test_stop_without_writes_is_true_at_once(writer: Writer, receiver: UcxPeer) -> None:
     peer = connect_within(writer.transport, receiver.descriptor, 5.0)
     assert writer.transport.stop(peer, Imm(30), 0.0)

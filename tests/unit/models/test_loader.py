@@ -13,7 +13,7 @@ from diptych.kernels.reference import ReferenceOps
 from diptych.messages.errors import UnsupportedModel, WeightMismatch
 from diptych.models.batch import ForwardBatch
 from diptych.models.config import ModelConfig
-from diptych.models.loader import LoadFormat, load_weights
+from diptych.models.loader import LoadFormat, load_kv_scales, load_weights
 from diptych.models.rope import RopeConfig
 from diptych.models.transformer import Transformer
 from diptych.models.weights import ModelWeights, weight_plan
@@ -158,6 +158,25 @@ def test_quantized_storage_is_refused(tmp_path: Path, dtype: torch.dtype, named:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedModel, match=f"q_proj.weight is stored as {named}"):
         load(tmp_path)
+
+
+def test_scales_of_fp8_kv_are_one_number_or_one_a_head(tmp_path: Path) -> None:
+    config = make_config(num_kv_heads=3)
+    given = {"model.layers.0.self_attn.k_scale": torch.tensor(0.5), "model.layers.1.self_attn.v_scale": torch.tensor([1.0, 2.0, 3.0])}
+    save_file(random_tensors(config) | given, tmp_path / "model.safetensors")
+    expected = torch.ones(2, 2, 3)
+    expected[0, 0], expected[1, 1] = 0.5, torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(load_kv_scales(tmp_path, config), expected)
+    load_weights(tmp_path, config, torch.float32, CPU)                # which they are not among
+    assert torch.equal(load_kv_scales(tmp_path, config, LoadFormat.DUMMY), torch.ones(2, 2, 3))
+
+
+@pytest.mark.parametrize("scale", [[0.0], [-1.0], [torch.inf], [torch.nan], [1.0, 1.0], []])
+def test_scales_that_cannot_be_are_refused(tmp_path: Path, scale: list[float]) -> None:
+    name = "model.layers.1.self_attn.k_scale"
+    save_file(random_tensors() | {name: torch.tensor(scale)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightMismatch, match=f"{name}: expected 1 or 1 positive numbers, found"):
+        load_kv_scales(tmp_path, CONFIG)
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

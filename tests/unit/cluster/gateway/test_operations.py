@@ -4,7 +4,7 @@ import pytest
 from harness.gateway import CONTEXT, House, in_loop
 
 from diptych.messages.ids import WorkerId
-from diptych.messages.requests import LinkMeasured, TransferFailed
+from diptych.messages.requests import LinkFigures, LinkMeasured, TransferFailed
 
 PUBLIC = ["/health", "/ready", "/metrics"]
 ASK = {"prompt": "Hi", "max_tokens": 50}
@@ -94,7 +94,11 @@ async def test_metrics_count_what_happened(tmp_path):
         await house.get("/wp-login.php")
         prefill = house.worker("prefill-0")
         prefill.post.send(house.address, TransferFailed(prefill.ref, "decode-0", "fake", "the link is down"))
-        prefill.post.send(house.address, LinkMeasured(prefill.ref, WorkerId("decode-0"), "fake", 2e-5, 12.5, 1 << 20))
+        other = LinkFigures("slow", 5e-4, 1.5)
+        before = LinkMeasured(prefill.ref, WorkerId("decode-0"), "gone", 2e-5, 20.0, 1 << 20)
+        prefill.post.send(house.address, before)
+        link = LinkMeasured(prefill.ref, WorkerId("decode-0"), "fake", 2e-5, 12.5, 1 << 20, others=(other,))
+        prefill.post.send(house.address, link)
         await house.post("/v1/completions", {})
         text = (await house.get("/metrics")).body.decode()
         for line in (
@@ -111,6 +115,10 @@ async def test_metrics_count_what_happened(tmp_path):
             f"diptych_kv_transfer_bytes_total{PAIR} 4096.0",
             f"diptych_kv_transfer_probe_gbps{PAIR} 12.5",
             f"diptych_kv_transfer_probe_latency_seconds{PAIR} 2e-05",
+            f"diptych_kv_transfer_probe_gbps{PAIR.replace('fake', 'slow')} 1.5",
+            f"diptych_kv_transfer_used{PAIR} 1.0",
+            f"diptych_kv_transfer_used{PAIR.replace('fake', 'slow')} 0.0",
+            f"diptych_kv_transfer_used{PAIR.replace('fake', 'gone')} 0.0",
             f"diptych_kv_transfer_seconds_total{PAIR} 0.001",
             f"diptych_kv_transfer_gbps{PAIR} 0.004096",
             f"diptych_kv_transfer_failures_total{PAIR} 1.0",

@@ -154,6 +154,19 @@ class TestChoice:
         busy = view([load(f"p{i}", waiting=14_000 if ref(f"p{i}") == holder else 0) for i in range(3)], [load("d0")])
         assert router.choose(request, busy, 0.0).prefill != holder
 
+    @pytest.mark.parametrize("block_size", [16, 256])
+    def test_pools_of_different_blocks_share_one_index(self, block_size):
+        """What is known to be cached is counted in tokens: 6400 are whole blocks of either size."""
+
+        def warm_ttft_s(size: int) -> float:
+            router = policy()
+            cluster = view([msgspec.structs.replace(load("p0"), block_size=size)], [load("d0", decoding=50)])
+            request = msgspec.structs.replace(REQUEST, token_ids=tuple(range(6401)))
+            router.choose(request, cluster, 0.0)
+            return next(each.ttft_s for each in router.explain(request, cluster, 0.0).predictions if each.route.prefill)
+
+        assert warm_ttft_s(block_size) == warm_ttft_s(64) < 0.02
+
     def test_a_slow_link_is_paid_for(self):
         """The decode worker would wait for its KV."""
         links = {(ref("p0"), ref("d0")): 5e-3}

@@ -1,0 +1,68 @@
+"""Makes pages of one layout from pages of another. How many tokens a block holds may differ, and how a number is stored; whatever
+else says what a number in a page means must be equal.
+
+Heads come before tokens in a page, so a run of tokens (`regrouping.py`) is one piece of memory for each of K and V and each head: a row.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.kv_storage import loaded, stored
+from ..messages.errors import LayoutMismatch
+from .layout import KVLayout
+from .regrouping import Regrouping
+from .transport import IdArray, KVPool
+
+
+def require_convertible(source: KVLayout, target: KVLayout) -> None:
+    """Raises LayoutMismatch with what stands in the way, by name."""
+    difference = source.told.differences(replace(target, block_size=source.block_size, dtype=source.dtype).told)
+    if difference:
+        raise LayoutMismatch(f"KV cannot be converted: {difference}")
+
+
+class Converter:
+    """From one pool into another of the same process and device. `scales` [num_layers, 2, kv_heads] fp32 are the model's, for fp8."""
+
+    def __init__(self, source: KVPool, target: KVPool, scales: Tensor | None) -> None:
+        require_convertible(source.layout, target.layout)
+        self.regrouping = Regrouping(source.layout.block_size, target.layout.block_size)
+        self._layout = source.layout
+        self._dtypes = source.layout.dtype, target.layout.dtype
+        self._scales = scales
+        row = self.regrouping.run_tokens * source.layout.head_dim
+        self._source, self._target = _as_words(source.tensor, row), _as_words(target.tensor, row)
+
+    def make(self, pages: IdArray, targets: IdArray, src_blocks: IdArray) -> None:
+        """Page i of a prompt (its block in the receiver's terms × num_layers + layer) into page `targets[i]` of the target pool.
+        `src_blocks`: the blocks that hold the prompt here."""
+        num_layers, grouping = self._layout.num_layers, self.regrouping
+        runs = grouping.runs_into(pages // num_layers, len(src_blocks))
+        layers = (pages % num_layers)[runs.asked]
+        src_pages = src_blocks[runs.src_blocks] * num_layers + layers
+        rows = self._source.index_select(0, self._rows(src_pages, runs.src_places, grouping.src_size))
+        there = self._rows(targets[runs.asked], runs.places, grouping.dst_size)
+        self._target.index_copy_(0, there, self._as_stored_there(rows, layers))
+
+    def _rows(self, pages: IdArray, places: IdArray, block_size: int) -> Tensor:
+        """Of runs at `places` in `pages`, for K and V of every head → [runs × 2 × kv_heads]."""
+        heads = np.arange(2 * self._layout.num_kv_heads)
+        per_page = block_size // self.regrouping.run_tokens
+        rows = (pages[:, None] * len(heads) + heads) * per_page + places[:, None]
+        return torch.from_numpy(rows.ravel()).to(self._source.device)
+
+    def _as_stored_there(self, rows: Tensor, layers: IdArray) -> Tensor:
+        here, there = self._dtypes
+        if here is there:
+            return rows
+        scales = None if self._scales is None else self._scales[torch.from_numpy(layers)].reshape(-1, 1).to(rows.device)
+        return stored(loaded(rows.view(here), torch.float32, scales), there, scales).view(self._target.dtype)
+
+
+def _as_words(pool: Tensor, row: int) -> Tensor:
+    """Its numbers `row` by `row`, in the widest type that fits: moving them is not everywhere possible for fp8, and slower."""
+    rows = pool.view(-1, row)
+    return rows.view(torch.int64 if row * pool.itemsize % 8 == 0 else torch.uint8)
