@@ -9,7 +9,7 @@ clock, which all processes of a host share.
 import multiprocessing as mp
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, Protocol
@@ -165,11 +165,15 @@ class TransportEnd:
             self._transport = self._peer = self._pool = None
 
 
-def _serve(pipe: "Connection[Any, Any]", path: Path, cluster: str, name: str, gpu: str | None) -> None:
+MakeEnd = Callable[["Path", str, str], Any]
+"""Called in the new process; whoever makes an end knows its methods."""
+
+
+def _serve(pipe: "Connection[Any, Any]", path: Path, cluster: str, name: str, gpu: str | None, make: MakeEnd) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu                # CUDA has not been started yet
     torch.set_num_threads(1)
-    end = _make_end(path, cluster, name)
+    end = make(path, cluster, name)
     while True:
         method, arguments = pipe.recv()
         if method == "end":
@@ -181,7 +185,7 @@ def _serve(pipe: "Connection[Any, Any]", path: Path, cluster: str, name: str, gp
             pipe.send(error if isinstance(error, DiptychError) else TransferBenchError(f"{path.name}, {name}: {error!r}"))
 
 
-def _make_end(path: Path, cluster: str, name: str) -> End:
+def page_end(path: Path, cluster: str, name: str) -> End:
     if path.transport == "nixl":
         from .transfer_nixl import NixlEnd
 
@@ -190,13 +194,13 @@ def _make_end(path: Path, cluster: str, name: str) -> End:
 
 
 class Remote:
-    """An End's process, seen from the command."""
+    """An end's process, seen from the command."""
 
-    def __init__(self, path: Path, cluster: str, name: str, gpu: str | None) -> None:
+    def __init__(self, path: Path, cluster: str, name: str, gpu: str | None, make: MakeEnd) -> None:
         context = mp.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._name = f"{path.name}, {name}"
-        self._process = context.Process(target=_serve, args=(theirs, path, cluster, name, gpu), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, path, cluster, name, gpu, make), daemon=True)
         self._process.start()
 
     def call(self, method: str, *arguments: object) -> Any:
@@ -226,9 +230,9 @@ class Remote:
 
 
 @contextmanager
-def remote(path: Path, cluster: str, name: str, gpu: str | None) -> Iterator[Remote]:
+def remote(path: Path, cluster: str, name: str, gpu: str | None, make: MakeEnd = page_end) -> Iterator[Remote]:
     """`gpu`: the only one that it sees, None for all."""
-    end = Remote(path, cluster, name, gpu)
+    end = Remote(path, cluster, name, gpu, make)
     try:
         yield end
     finally:

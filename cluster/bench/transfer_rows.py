@@ -35,11 +35,30 @@ class LoadRow(Struct, frozen=True):
         return self.beside_ms / self.alone_ms - 1
 
 
+class HandoffStep(Struct, frozen=True):
+    name: str
+    p50_us: float
+    p99_us: float
+
+
+class HandoffRow(Struct, frozen=True):
+    """Of one block: offer to commit."""
+
+    path: str
+    page_bytes: int
+    count: int
+    p50_us: float
+    p99_us: float
+    steps: list[HandoffStep]        # in order; what they take together is the whole
+    idle_cpu: float                 # cores that both workers take together while they wait
+
+
 class TransferReport(Struct, frozen=True):
     machine: str
     versions: str
     rows: list[TransferRow]
     loads: list[LoadRow]
+    handoffs: list[HandoffRow]
     skipped: dict[str, str]         # transport → why
 
 
