@@ -154,15 +154,16 @@ def transfer(
     transports: Annotated[str, typer.Option(help="shm,ucx,nvlink,nixl; default: all that can be used here")] = "",
     programs: Annotated[str, typer.Option(help="nvlink: of its kernel, several to compare: 8,16,32")] = "",
     copy_engines: Annotated[bool, typer.Option("--copy-engines", help="nvlink: measure them too")] = False,
+    parts: Annotated[str, typer.Option(help="pages,handoff,decode; default: all")] = "",
     one_gpu: Annotated[bool, typer.Option("--one-gpu", help="both ends on the first GPU: no link, to see that it works")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="few pages and rounds, to see that it works")] = False,
     json: Annotated[Path | None, report_option()] = None,
 ) -> None:
-    """Move KV pages between two processes over each transport: GB/s, latency, and on GPUs the cost to work beside it."""
-    from .transfer_bench import TransferBench, run_transfer_bench  # torch, as above
+    """Move KV pages between two processes over each transport: GB/s, latency, a handoff's microseconds, the cost to work beside it."""
+    from .transfer_bench import PART_NAMES, TransferBench, run_transfer_bench  # torch, as above
 
     with _exit_codes():
-        plan = TransferBench(_names(transports), _numbers(programs), copy_engines, one_gpu, quick)
+        plan = TransferBench(_names(transports), _numbers(programs), copy_engines, one_gpu, quick, _names(parts) or PART_NAMES)
         report = run_transfer_bench(plan, Console())
         if json is not None:
             _save(json, report)

@@ -1,9 +1,9 @@
-"""Handoffs of one block, one after the other, between two production workers on an idle pair: `bench transfer --rows handoff`.
+"""Handoffs of one block, one after the other, between two production workers on an idle pair: `bench transfer --parts handoff`.
 
     this process: the gateway and the controller ──request──► prefill worker ═══ one page of 64 KiB ═══► decode worker ──token 1──► here
 
-KVWriter, KVReceiver, their sessions and the post are a deployment's; only the model computes nothing. A handoff lasts from the moment when the
-writer sends KVOffer until the receiver, with the blocks committed, sends KVCommitted: three messages and a page lie between.
+KVWriter, KVReceiver, their sessions and the post are a deployment's; only the model computes nothing. A handoff lasts from the moment
+when the writer sends KVOffer until the receiver, with the blocks committed, sends KVCommitted: three messages and a page lie between.
 """
 
 import time
@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from uuid import uuid4
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...messages.ids import RequestId
 from ...messages.membership import Member, Membership, Role
@@ -58,10 +59,14 @@ def summary(path: str, stamps: Iterable[Stamp], idle_cpu: float) -> HandoffRow:
         moments = np.array([[seen[message, sent] for _, message, sent in CAUSES] for seen in by_request.values()])
     except KeyError as missing:
         raise TransferBenchError(f"{path}: a handoff without {missing}") from None
-    took_us, steps_us = 1e6 * (moments[:, -1] - moments[:, 0]), 1e6 * np.diff(moments)
-    names = [name for name, _, _ in CAUSES[:-1]]
-    steps = [HandoffStep(name, float(p50), float(p99)) for name, p50, p99 in zip(names, *np.quantile(steps_us, [0.5, 0.99], axis=0), strict=True)]
-    return HandoffRow(path, LAYOUT.page_bytes, len(moments), *map(float, np.quantile(took_us, [0.5, 0.99])), steps, idle_cpu)
+    whole = _step("offer to commit", moments[:, -1] - moments[:, 0])
+    steps = [_step(name, took_s) for (name, _, _), took_s in zip(CAUSES, np.diff(moments).T, strict=False)]
+    return HandoffRow(path, LAYOUT.page_bytes, len(moments), whole.p50_us, whole.p99_us, steps, idle_cpu)
+
+
+def _step(name: str, took_s: NDArray[np.float64]) -> HandoffStep:
+    p50_us, p99_us = 1e6 * np.quantile(took_s, [0.5, 0.99])
+    return HandoffStep(name, float(p50_us), float(p99_us))
 
 
 class HandoffPair:
@@ -123,9 +128,7 @@ class HandoffPair:
 def _pair(path: Path, gpus: tuple[str | None, str | None]) -> Iterator[HandoffPair]:
     cluster, keyring = f"bench{uuid4().hex[:8]}", Keyring.new()
     with ExitStack() as stack:
-        ends = [
-            stack.enter_context(remote(path, cluster, f"{role}-0", gpu, WorkerEnd)) for role, gpu in zip(Role, gpus, strict=True)
-        ]
+        ends = [stack.enter_context(remote(path, cluster, f"{role}-0", gpu, WorkerEnd)) for role, gpu in zip(Role, gpus, strict=True)]
         post = ZmqPost(keyring)
         stack.callback(post.close)
         yield HandoffPair(post, ends[0], ends[1], keyring)

@@ -89,17 +89,20 @@ class TransportEnd:
         self._peer: Peer | None = None
 
     @property
-    def _running(self) -> tuple[Transport, Peer]:
+    def running(self) -> tuple[Transport, Peer]:
         assert self._transport is not None
         assert self._peer is not None
         return self._transport, self._peer
 
     def open(self, page_bytes: int, num_pages: int) -> MemoryDescriptor:
+        layout = KVLayout("bytes", torch.uint8, num_layers=1, num_kv_heads=1, head_dim=page_bytes // 32, block_size=16)
+        return self.allocate(layout, num_pages)
+
+    def allocate(self, layout: KVLayout, num_blocks: int) -> MemoryDescriptor:
         self.close()
         self._epoch += 1
         self._transport, self._busy_s = self._make(), 0.0
-        layout = KVLayout("bytes", torch.uint8, num_layers=1, num_kv_heads=1, head_dim=page_bytes // 32, block_size=16)
-        self._pool: KVPool | None = self._transport.allocate(layout, num_pages)
+        self._pool: KVPool | None = self._transport.allocate(layout, num_blocks)
         return self._transport.register(self._pool)
 
     def _make(self) -> Transport:
@@ -121,14 +124,14 @@ class TransportEnd:
         self._src, self._dst = src, dst
 
     def write(self, num_times: int) -> Written:
-        transport, peer = self._running
+        transport, peer = self.running
         started_s = time.monotonic()
         for _ in range(num_times):
             transport.write_pages(peer, self._src, self._dst, IMM)
         return Written(started_s, time.monotonic())
 
     def stop(self) -> float:
-        transport, peer = self._running
+        transport, peer = self.running
         if not transport.stop(peer, IMM, COUNT_TIMEOUT_S):
             raise TransferBenchError(f"writes have not ended in {COUNT_TIMEOUT_S} s")
         before, self._busy_s = self._busy_s, transport.stats.busy_s
