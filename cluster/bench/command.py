@@ -163,8 +163,34 @@ def transfer(
     from .transfer_bench import PART_NAMES, TransferBench, run_transfer_bench  # torch, as above
 
     with _exit_codes():
-        plan = TransferBench(_names(transports), _numbers(programs), copy_engines, one_gpu, quick, _names(parts) or PART_NAMES)
+        shapes = _numbers("--programs", programs)
+        plan = TransferBench(_names(transports), shapes, copy_engines, one_gpu, quick, _names(parts) or PART_NAMES)
         report = run_transfer_bench(plan, Console())
+        if json is not None:
+            _save(json, report)
+
+
+@app.command()
+def split(
+    url: Annotated[str, endpoint_option(help="of a deployment with both roles")],
+    colocated_url: Annotated[str | None, endpoint_option(help="default: the same deployment's local path (router.debug_headers)")] = None,
+    model: Annotated[str | None, endpoint_option(help="default: the first that /v1/models lists")] = None,
+    api_key: Annotated[str | None, endpoint_option(envvar="DIPTYCH_API_KEY")] = None,
+    lengths: Annotated[str, workload_option(help="of prompts, tokens")] = "1024,4096,8192",
+    pairs: Annotated[int, workload_option(min=1, help="of requests, for each length")] = 30,
+    output_tokens: Annotated[int, workload_option(min=2)] = 8,
+    seed: Annotated[int, workload_option(min=0)] = 0,
+    vocab_size: Annotated[int | None, prompt_option(min=1, help="default: from /v1/models")] = None,
+    json: Annotated[Path | None, report_option()] = None,
+) -> None:
+    """Compare TTFT and the second token of split and colocated, request by request, on idle workers."""
+    from .split_bench import SplitBench, run_split_bench  # not for every command that only names `bench`
+
+    with _exit_codes():
+        colocated = Address.parse(colocated_url, api_key) if colocated_url is not None else None
+        prompts = PromptSource(PromptMode.TOKEN_IDS, vocab_size, None, seed)
+        plan = SplitBench(Address.parse(url, api_key), colocated, _numbers("--lengths", lengths), pairs, output_tokens, prompts, model)
+        report = run_split_bench(plan, Console())
         if json is not None:
             _save(json, report)
 
@@ -197,11 +223,11 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Raises WorkloadError."""
     names = _names(text)
     if not all(name.isdecimal() and int(name) for name in names):
-        raise WorkloadError(f"--programs {text!r}: numbers from 1 on with commas between are wanted, such as 8,16,32")
+        raise WorkloadError(f"{option} {text!r}: numbers from 1 on with commas between are wanted, such as 8,16,32")
     return tuple(map(int, names))
 
 
