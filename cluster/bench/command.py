@@ -10,6 +10,7 @@ rate count: what fails beyond it is what the search looks for.
 import asyncio
 import contextlib
 import resource
+import secrets
 import signal
 import sys
 from collections.abc import Iterator
@@ -179,7 +180,7 @@ def split(
     lengths: Annotated[str, workload_option(help="of prompts, tokens")] = "1024,4096,8192",
     pairs: Annotated[int, workload_option(min=1, help="of requests, for each length")] = 30,
     output_tokens: Annotated[int, workload_option(min=2)] = 8,
-    seed: Annotated[int, workload_option(min=0)] = 0,
+    seed: Annotated[int | None, workload_option(min=0, help="default: drawn, so that no prefix cache knows the prompts")] = None,
     vocab_size: Annotated[int | None, prompt_option(min=1, help="default: from /v1/models")] = None,
     json: Annotated[Path | None, report_option()] = None,
 ) -> None:
@@ -188,7 +189,7 @@ def split(
 
     with _exit_codes():
         colocated = Address.parse(colocated_url, api_key) if colocated_url is not None else None
-        prompts = PromptSource(PromptMode.TOKEN_IDS, vocab_size, None, seed)
+        prompts = PromptSource(PromptMode.TOKEN_IDS, vocab_size, None, secrets.randbits(32) if seed is None else seed)
         plan = SplitBench(Address.parse(url, api_key), colocated, _numbers("--lengths", lengths), pairs, output_tokens, prompts, model)
         report = run_split_bench(plan, Console())
         if json is not None:

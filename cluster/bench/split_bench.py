@@ -65,6 +65,7 @@ class SplitRow(Struct, frozen=True):
 
 class SplitReport(Struct, frozen=True):
     model: str
+    seed: int                           # of the prompts
     split_url: str
     colocated_url: str
     rows: list[SplitRow]
@@ -89,7 +90,7 @@ async def _measure(bench: SplitBench, console: Console) -> SplitReport:
     finally:
         for way in ways:
             way.client.close()
-    return SplitReport(ways[0].card.id, str(ways[0].client.address), str(ways[1].client.address), rows)
+    return SplitReport(ways[0].card.id, bench.prompts.seed, str(ways[0].client.address), str(ways[1].client.address), rows)
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Way:
     async def ask(self, timed: TimedRequest, raw: bytes, deadline_s: float) -> RequestRecord:
         """Raises BenchError: a comparison with gaps is none."""
         record = await send(self.client, Call(timed, raw), deadline_s, time.perf_counter)
-        if record.outcome is not Outcome.OK or len(record.chunks) < 2:
-            what = f"{record.outcome.value}, {len(record.chunks)} chunks of {timed.output_tokens} tokens"
+        if record.outcome is not Outcome.OK or len(record.chunks) < 2 or record.cached_tokens:
+            what = f"{record.outcome.value}, {record.cached_tokens or 0} cached, {len(record.chunks)} chunks of {timed.output_tokens} tokens"
             raise BenchError(f"{self.client.address}, prompt of {timed.prompt_tokens} tokens: {what} {record.error}")
         await asyncio.sleep(PAUSE_S)
         return record
@@ -152,9 +153,9 @@ def _ttft_ms(record: RequestRecord) -> float:
 def print_split(report: SplitReport, console: Console) -> None:
     console.print(f"{report.model}: split at {report.split_url}, colocated at {report.colocated_url}", highlight=False)
     titles = "TTFT p50", "p90", "token 0 to 1 p50", "p90", "later"
-    table = Table("prompt", "", *titles, "split − colocated (quartiles)", title="milliseconds, as the client sees them")
+    table = Table("prompt", "", *titles, "split −", title="milliseconds, as the client sees them; split minus colocated: TTFT, quartiles")
     for row in report.rows:
-        difference = f"{row.difference_ms:+.2f} ({row.difference_p25_ms:+.2f} to {row.difference_p75_ms:+.2f})"
+        difference = f"{row.difference_p25_ms:+.2f} {row.difference_ms:+.2f} {row.difference_p75_ms:+.2f}"
         for name, way, last in (("split", row.split, difference), ("colocated", row.colocated, "")):
             figures = way.ttft_p50, way.ttft_p90, way.second_p50, way.second_p90, way.later_p50
             table.add_row(str(row.prompt_tokens) if last else "", name, *(f"{ms:.2f}" for ms in figures), last)
