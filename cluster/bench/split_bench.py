@@ -103,8 +103,8 @@ class Way:
         """Raises BenchError: a comparison with gaps is none."""
         record = await send(self.client, Call(timed, raw), deadline_s, time.perf_counter)
         if record.outcome is not Outcome.OK or len(record.chunks) < 2 or record.cached_tokens:
-            what = f"{record.outcome.value}, {record.cached_tokens or 0} cached, {len(record.chunks)} chunks of {timed.output_tokens} tokens"
-            raise BenchError(f"{self.client.address}, prompt of {timed.prompt_tokens} tokens: {what} {record.error}")
+            what = f"{record.outcome.value}, {record.cached_tokens or 0} of {timed.prompt_tokens} tokens cached"
+            raise BenchError(f"{self.client.address}: {what}, answer in {len(record.chunks)} chunks {record.error}")
         await asyncio.sleep(PAUSE_S)
         return record
 
