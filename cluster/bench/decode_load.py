@@ -232,7 +232,7 @@ def _config(path: Path, folder: Folder, shape: Shape) -> EngineConfig:
         block_size=block_size,
         num_blocks=decoding + shape.arriving_bytes // block_bytes,
         max_model_len=length,
-        max_step_tokens=max(BATCHES),
+        max_step_tokens=512,
         max_sequences=max(BATCHES),
         prefix_cache=False,
     )
