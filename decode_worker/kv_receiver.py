@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ..engine.block_pool import chain_hashes
 from ..engine.engine import Engine
 from ..engine.urgency import due_in_s
+from ..engine.worker import ATTENTION_S
 from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.session import HandoffState, Session
 from ..kvtransfer.transport import NUM_IMMS, KVPool
@@ -107,6 +108,10 @@ class KVReceiver:
     def is_waiting(self) -> bool:
         """Announced pages are still to be counted."""
         return any(h.landed is not None for h in self._handoffs.values())
+
+    def expects_announcement(self, now: float) -> bool:
+        """An offer has just been accepted: a short prompt may be there already."""
+        return any(h.session.live and h.imm is not None and now < h.offered_at + ATTENTION_S for h in self._handoffs.values())
 
     @property
     def wants_memory(self) -> bool:

@@ -68,7 +68,7 @@ class DecodeWorker(Worker):
         self._probes.update_membership(self.membership, gone, self.clock())
 
     def idle_wait_s(self) -> float:
-        if self._receiver.is_waiting:
+        if self._receiver.is_waiting or self._receiver.expects_announcement(self.clock()):
             return 0.0
         return min(0.001, super().idle_wait_s()) if self._probes.is_waiting else super().idle_wait_s()
 

@@ -9,6 +9,7 @@ A role adds its side of the KV handoff by overriding the methods at the end. Wha
 in doubt about its state does not go on; the gateways route its requests anew and the controller starts another.
 """
 
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -36,6 +37,8 @@ from .scheduler import StepPlan
 from .step_watch import StepWatch
 
 EXPIRY_PERIOD_S = 0.01         # between looks at who has run out of time
+ATTENTION_S = 0.0005
+"""So long after a question the loop looks for the answer without sleeping: to be woken takes as long as the answer does."""
 
 
 class WorkerStatus(Struct, frozen=True):
@@ -115,7 +118,10 @@ class Worker(ABC):
         """Until `stop`."""
         patience_s = 0.0
         while not self._stopping.is_set():
-            patience_s = 0.0 if self.turn(patience_s) else self.idle_wait_s()
+            if self.turn(patience_s):
+                patience_s = 0.0
+            elif (patience_s := self.idle_wait_s()) == 0.0:
+                os.sched_yield()              # what is looked for may need this core
 
     def close(self) -> None:
         self.replica.close()

@@ -78,7 +78,7 @@ class KVRefuse(Struct, frozen=True, tag=True):
 
 
 class KVLanded(Struct, frozen=True, tag=True):
-    """All pages are on their way, `num_pages` of them; with what the receiver needs to continue."""
+    """All pages are on their way or just about to be, `num_pages` of them; with what the receiver needs to continue."""
 
     ticket: Ticket
     writer: WorkerRef

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from ..engine.scheduler import Chunk, StepPlan
 from ..engine.sequence import Sequence
+from ..engine.worker import ATTENTION_S
 from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.plan import PagePlan
 from ..kvtransfer.session import HandoffState, Session
@@ -88,6 +89,10 @@ class KVWriter:
             handoff.session.state is HandoffState.CANCELLING or (handoff.accept and handoff.plan is None) or handoff.is_short
             for handoff in self._handoffs.values()
         )
+
+    def expects_answer(self, now: float) -> bool:
+        """An offer has just left."""
+        return any(h.session.state is HandoffState.OFFERED and now < h.offered_at + ATTENTION_S for h in self._handoffs.values())
 
     # what the worker's loop tells
 
@@ -255,19 +260,19 @@ class KVWriter:
         return self._staging.open(PagePlan(self._layout.num_layers, by_index, *where), sequence.blocks, peer, accept.imm)
 
     def _push(self, handoff: Outgoing, now: float) -> None:
-        """All that is ready leaves; with the first token there, all has left and is announced."""
+        """All that is ready leaves. With the first token there that is all, and announced before it leaves: the message travels while
+        the host starts the writes, and whether they have arrived is counted."""
         if handoff.plan is None or not handoff.session.live:
             return
+        if handoff.first is not None and handoff.broken is None and not handoff.announced:
+            self._announce(handoff, handoff.first, handoff.plan.num_pages, now)
         self._write(handoff, range(self._layout.num_layers), handoff.num_ready)
         if handoff.broken is not None:
             self._give_up(handoff, Failure(FailureKind.PEER_LOST, handoff.broken), now)
-            return
-        if handoff.first is not None and handoff.plan.finished and not handoff.announced:
-            self._announce(handoff, handoff.first, handoff.plan.num_pages, now)
 
     def _announce(self, handoff: Outgoing, first: TokenDelta, num_pages: int, now: float) -> None:
         if handoff.session.state is HandoffState.RESERVED:
-            handoff.session.move(HandoffState.MOVING)      # the receiver had every block
+            handoff.session.move(HandoffState.MOVING)      # accepted late, or the receiver had every block
         handoff.announced = True
         handoff.session.deadline = now + self._timeout_s
         self._post.send(handoff.decode.address, KVLanded(handoff.ticket, self._me, num_pages, first))

@@ -88,6 +88,8 @@ class PrefillWorker(Worker):
         self._prober.update_membership(self.membership, self.clock())
 
     def idle_wait_s(self) -> float:
+        if self._writer.expects_answer(self.clock()):
+            return 0.0
         is_waiting = self._writer.is_waiting or self._prober.is_waiting
         return min(0.001, super().idle_wait_s()) if is_waiting else super().idle_wait_s()
 

@@ -71,14 +71,14 @@ class Address:
     def _authority(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def request(self, method: str, path: str, body: bytes = b"") -> bytes:
-        """The whole request as bytes."""
+    def request(self, method: str, path: str, body: bytes = b"", headers: tuple[str, ...] = ()) -> bytes:
+        """The whole request as bytes; `headers` are whole lines."""
         lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {self._authority}", "User-Agent: diptych-bench", "Accept: */*"]
         if self.api_key is not None:
             lines.append(f"Authorization: Bearer {self.api_key}")
         if body:
             lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-        return "\r\n".join([*lines, "", ""]).encode() + body
+        return "\r\n".join([*lines, *headers, "", ""]).encode() + body
 
 
 class Connection(asyncio.Protocol):

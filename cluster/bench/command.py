@@ -10,6 +10,7 @@ rate count: what fails beyond it is what the search looks for.
 import asyncio
 import contextlib
 import resource
+import secrets
 import signal
 import sys
 from collections.abc import Iterator
@@ -154,16 +155,43 @@ def transfer(
     transports: Annotated[str, typer.Option(help="shm,ucx,nvlink,nixl; default: all that can be used here")] = "",
     programs: Annotated[str, typer.Option(help="nvlink: of its kernel, several to compare: 8,16,32")] = "",
     copy_engines: Annotated[bool, typer.Option("--copy-engines", help="nvlink: measure them too")] = False,
+    parts: Annotated[str, typer.Option(help="pages,handoff,decode; default: all")] = "",
     one_gpu: Annotated[bool, typer.Option("--one-gpu", help="both ends on the first GPU: no link, to see that it works")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="few pages and rounds, to see that it works")] = False,
     json: Annotated[Path | None, report_option()] = None,
 ) -> None:
-    """Move KV pages between two processes over each transport: GB/s, latency, and on GPUs the cost to work beside it."""
-    from .transfer_bench import TransferBench, run_transfer_bench  # torch, as above
+    """Move KV pages between two processes over each transport: GB/s, latency, a handoff's microseconds, the cost to work beside it."""
+    from .transfer_bench import PART_NAMES, TransferBench, run_transfer_bench  # torch, as above
 
     with _exit_codes():
-        plan = TransferBench(_names(transports), _numbers(programs), copy_engines, one_gpu, quick)
+        shapes = _numbers("--programs", programs)
+        plan = TransferBench(_names(transports), shapes, copy_engines, one_gpu, quick, _names(parts) or PART_NAMES)
         report = run_transfer_bench(plan, Console())
+        if json is not None:
+            _save(json, report)
+
+
+@app.command()
+def split(
+    url: Annotated[str, endpoint_option(help="of a deployment with both roles")],
+    colocated_url: Annotated[str | None, endpoint_option(help="default: the same deployment's local path (router.debug_headers)")] = None,
+    model: Annotated[str | None, endpoint_option(help="default: the first that /v1/models lists")] = None,
+    api_key: Annotated[str | None, endpoint_option(envvar="DIPTYCH_API_KEY")] = None,
+    lengths: Annotated[str, workload_option(help="of prompts, tokens")] = "1024,4096,8192",
+    pairs: Annotated[int, workload_option(min=1, help="of requests, for each length")] = 30,
+    output_tokens: Annotated[int, workload_option(min=2)] = 8,
+    seed: Annotated[int | None, workload_option(min=0, help="default: drawn, so that no prefix cache knows the prompts")] = None,
+    vocab_size: Annotated[int | None, prompt_option(min=1, help="default: from /v1/models")] = None,
+    json: Annotated[Path | None, report_option()] = None,
+) -> None:
+    """Compare TTFT and the second token of split and colocated, request by request, on idle workers."""
+    from .split_bench import SplitBench, run_split_bench  # not for every command that only names `bench`
+
+    with _exit_codes():
+        colocated = Address.parse(colocated_url, api_key) if colocated_url is not None else None
+        prompts = PromptSource(PromptMode.TOKEN_IDS, vocab_size, None, secrets.randbits(32) if seed is None else seed)
+        plan = SplitBench(Address.parse(url, api_key), colocated, _numbers("--lengths", lengths), pairs, output_tokens, prompts, model)
+        report = run_split_bench(plan, Console())
         if json is not None:
             _save(json, report)
 
@@ -196,11 +224,11 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Raises WorkloadError."""
     names = _names(text)
     if not all(name.isdecimal() and int(name) for name in names):
-        raise WorkloadError(f"--programs {text!r}: numbers from 1 on with commas between are wanted, such as 8,16,32")
+        raise WorkloadError(f"{option} {text!r}: numbers from 1 on with commas between are wanted, such as 8,16,32")
     return tuple(map(int, names))
 
 

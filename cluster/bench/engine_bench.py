@@ -112,7 +112,7 @@ def _prefill(replica: Replica, model: ModelConfig, count: int, length: int, repe
 
 def _prefill_once(engine: Engine, model: ModelConfig, count: int, length: int) -> float:
     for i in range(count):
-        engine.add(_request(i, length, 1, model), 0.0)
+        engine.add(request_of(i, length, 1, model), 0.0)
     started = time.perf_counter()
     while engine.has_work:
         engine.execute(engine.plan())
@@ -124,7 +124,7 @@ def _decode(replica: Replica, model: ModelConfig, count: int, context: int, step
     for i in range(count):
         blocks = engine.pool.take(-(-context // engine.limits.block_size))
         assert blocks is not None, "the pool was sized for this"
-        _adopt(engine, _request(i, context, WARM_UP_STEPS + steps + 2, model), blocks)
+        _adopt(engine, request_of(i, context, WARM_UP_STEPS + steps + 2, model), blocks)
     ends = []
     while engine.has_work:
         while engine.may_plan and engine.scheduler.running:
@@ -153,7 +153,7 @@ def _bare_replay_ms(replica: Replica, count: int) -> float | None:
     return time_ms(lambda: runner.replay_last(count), replica.pool.tensor.device)
 
 
-def _request(index: int, length: int, max_tokens: int, model: ModelConfig) -> GenerateRequest:
+def request_of(index: int, length: int, max_tokens: int, model: ModelConfig) -> GenerateRequest:
     generator = torch.Generator().manual_seed(index)
     ids = torch.randint(0, model.vocab_size, (length,), generator=generator).tolist()
     return GenerateRequest(

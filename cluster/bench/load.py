@@ -36,12 +36,12 @@ class LoadRun:
 
 async def replay(client: HttpClient, workload: Workload, raw_requests: Sequence[bytes], deadline_s: float, on_end: OnEnd) -> LoadRun:
     """`raw_requests[i]` is sent at `workload.requests[i].at_s`. Every request ends within `deadline_s` of its sending."""
-    with _no_collection():
+    with no_collection():
         return await _replay(client, workload, raw_requests, deadline_s, on_end)
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
@@ -61,7 +61,7 @@ async def _replay(client: HttpClient, workload: Workload, raw_requests: Sequence
     try:
         for timed, raw in zip(workload.requests, raw_requests, strict=True):
             await asyncio.sleep(max(0.0, timed.at_s - clock()))
-            tasks.append(asyncio.create_task(_send(client, Call(timed, raw), deadline_s, clock)))
+            tasks.append(asyncio.create_task(send(client, Call(timed, raw), deadline_s, clock)))
             tasks[-1].add_done_callback(lambda task: None if task.cancelled() else on_end(task.result()))
         await asyncio.wait(tasks)
     except asyncio.CancelledError:
@@ -72,7 +72,7 @@ async def _replay(client: HttpClient, workload: Workload, raw_requests: Sequence
     return LoadRun(len(workload), tuple(await asyncio.gather(*tasks)), interrupted)
 
 
-async def _send(client: HttpClient, call: Call, deadline_s: float, clock: Callable[[], float]) -> RequestRecord:
+async def send(client: HttpClient, call: Call, deadline_s: float, clock: Callable[[], float]) -> RequestRecord:
     tally = StreamTally(clock)
     sent_s = clock()
     failure: tuple[Outcome, str] | None = None

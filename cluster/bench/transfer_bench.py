@@ -1,6 +1,8 @@
 """`diptych bench transfer`: KV pages between two processes of this machine, over every transport that there is.
 
-    paths (shm, ucx, nvlink, NIXL) ─► per page size: one page, one call, a burst of calls ─► nvlink: the cost to work beside it
+    paths (shm, ucx, nvlink, NIXL) ─► pages:   per page size one page, one call, a burst of calls; nvlink: the cost to work beside it
+                                      handoff: of one block, by production workers (handoff_bench.py)
+                                      decode:  steps of a model while pages arrive beside them (decode_load.py)
 
 Pages are scattered on both sides. Time runs from the call of the public `write_pages` until the receiver, a process of its own that looks
 at its counter without a pause, has seen all pages. Paths take turns and never run at the same time.
@@ -23,7 +25,9 @@ from ...kvtransfer.selection import KINDS
 from ...kvtransfer.transport import IdArray
 from ...messages.errors import ClusterError
 from . import transfer_nixl
+from .decode_load import decode_rows
 from .errors import TransferBenchError
+from .handoff_bench import handoff_row
 from .transfer_load import PREFILL_KV_BYTES
 from .transfer_peer import Path, Remote, remote
 from .transfer_rows import BURST, LoadRow, TransferReport, TransferRow, print_report
@@ -35,6 +39,7 @@ QUICK_ROUNDS, QUICK_LATENCIES = 3, 20
 LOAD_CASE = (64 << 10, 2048)
 LOAD_ROUNDS = 5
 PREFILL_LAYERS, DECODE_STEPS = 64, 60
+PART_NAMES = ("pages", "handoff", "decode")
 FLOODING_WRITES = 5             # of LOAD_CASE, which last longer than one piece of work beside them
 
 
@@ -45,6 +50,7 @@ class TransferBench:
     copy_engines: bool              # nvlink: a path of theirs too
     one_gpu: bool                   # both ends on the first GPU: no link, a dry run
     quick: bool
+    parts: tuple[str, ...] = PART_NAMES
 
     @property
     def cases(self) -> list[tuple[int, int]]:
@@ -57,19 +63,29 @@ def run_transfer_bench(bench: TransferBench, console: Console) -> TransferReport
     paths, skipped = choose_paths(bench, torch.cuda.device_count())
     for name, reason in skipped.items():
         console.print(f"{name} not measured: {reason}", style="yellow", highlight=False)
-    rows: list[TransferRow] = []
-    loads: list[LoadRow] = []
-    for path in paths:
-        with _pair(path, bench.one_gpu) as pair:
-            for case in bench.cases:
-                rows.append(pair.row(*case, bench.quick))
-                console.print(f"{path.name}, {rows[-1].page_bytes >> 10} KiB: {rows[-1].call_gbps:.2f} GB/s", style="dim", highlight=False)
-            if path.transport == "nvlink":
-                loads += pair.loads()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    report = TransferReport(", ".join(devices) or "CPU", _versions(), rows, loads, skipped)
+    report = TransferReport(", ".join(devices) or "CPU", _versions(), skipped=skipped)
+    for path in paths:
+        if "pages" in bench.parts:
+            _measure_pages(path, bench, report, console)
+        if path.transport != "nixl" and not (path.programs or path.copy_engines):  # the others as deployments have them
+            gpus = _gpus_of(path, bench.one_gpu)
+            if "handoff" in bench.parts:
+                report.handoffs.append(handoff_row(path, gpus, bench.quick))
+            if "decode" in bench.parts:
+                report.loads.extend(decode_rows(path, gpus, bench.quick))
     print_report(report, console)
     return report
+
+
+def _measure_pages(path: Path, bench: TransferBench, report: TransferReport, console: Console) -> None:
+    with _pair(path, bench.one_gpu) as pair:
+        for case in bench.cases:
+            row = pair.row(*case, bench.quick)
+            report.rows.append(row)
+            console.print(f"{path.name}, {row.page_bytes >> 10} KiB: {row.call_gbps:.2f} GB/s", style="dim", highlight=False)
+        if path.transport == "nvlink":
+            report.loads.extend(pair.loads())
 
 
 def choose_paths(bench: TransferBench, num_gpus: int) -> tuple[list[Path], dict[str, str]]:
@@ -77,6 +93,9 @@ def choose_paths(bench: TransferBench, num_gpus: int) -> tuple[list[Path], dict[
     unknown = set(bench.transports) - set(KINDS) - {"nixl"}
     if unknown:
         raise TransferBenchError(f"no transport {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}, nixl")
+    unknown = set(bench.parts) - set(PART_NAMES)
+    if unknown:
+        raise TransferBenchError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PART_NAMES)}")
     skipped = {name: reason for name in (*KINDS, "nixl") if (reason := _why_not(name, num_gpus, bench.one_gpu))}
     wanted = bench.transports or tuple(name for name in (*KINDS, "nixl") if name not in skipped)
     impossible = [f"{name}: {skipped[name]}" for name in wanted if name in skipped]
@@ -217,13 +236,15 @@ class _Rounds:
 @contextmanager
 def _pair(path: Path, one_gpu: bool) -> Iterator[Pair]:
     cluster = f"bench{uuid4().hex[:8]}"
-    gpus = _gpus(one_gpu) if path.device == "cuda" else (None, None)
+    gpus = _gpus_of(path, one_gpu)
     with remote(path, cluster, "writer", gpus[0]) as writer, remote(path, cluster, "receiver", gpus[1]) as receiver:
         yield Pair(path, writer, receiver)
 
 
-def _gpus(one_gpu: bool) -> tuple[str, str]:
-    """What each end sees, in the words of CUDA_VISIBLE_DEVICES."""
+def _gpus_of(path: Path, one_gpu: bool) -> tuple[str | None, str | None]:
+    """What each end sees, in the words of CUDA_VISIBLE_DEVICES; None: as this process."""
+    if path.device != "cuda":
+        return None, None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else ["0", "1"]
     return names[0], names[0 if one_gpu else 1]

@@ -9,7 +9,7 @@ clock, which all processes of a host share.
 import multiprocessing as mp
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, Protocol
@@ -89,17 +89,20 @@ class TransportEnd:
         self._peer: Peer | None = None
 
     @property
-    def _running(self) -> tuple[Transport, Peer]:
+    def running(self) -> tuple[Transport, Peer]:
         assert self._transport is not None
         assert self._peer is not None
         return self._transport, self._peer
 
     def open(self, page_bytes: int, num_pages: int) -> MemoryDescriptor:
+        layout = KVLayout("bytes", torch.uint8, num_layers=1, num_kv_heads=1, head_dim=page_bytes // 32, block_size=16)
+        return self.allocate(layout, num_pages)
+
+    def allocate(self, layout: KVLayout, num_blocks: int) -> MemoryDescriptor:
         self.close()
         self._epoch += 1
         self._transport, self._busy_s = self._make(), 0.0
-        layout = KVLayout("bytes", torch.uint8, num_layers=1, num_kv_heads=1, head_dim=page_bytes // 32, block_size=16)
-        self._pool: KVPool | None = self._transport.allocate(layout, num_pages)
+        self._pool: KVPool | None = self._transport.allocate(layout, num_blocks)
         return self._transport.register(self._pool)
 
     def _make(self) -> Transport:
@@ -121,14 +124,14 @@ class TransportEnd:
         self._src, self._dst = src, dst
 
     def write(self, num_times: int) -> Written:
-        transport, peer = self._running
+        transport, peer = self.running
         started_s = time.monotonic()
         for _ in range(num_times):
             transport.write_pages(peer, self._src, self._dst, IMM)
         return Written(started_s, time.monotonic())
 
     def stop(self) -> float:
-        transport, peer = self._running
+        transport, peer = self.running
         if not transport.stop(peer, IMM, COUNT_TIMEOUT_S):
             raise TransferBenchError(f"writes have not ended in {COUNT_TIMEOUT_S} s")
         before, self._busy_s = self._busy_s, transport.stats.busy_s
@@ -165,11 +168,15 @@ class TransportEnd:
             self._transport = self._peer = self._pool = None
 
 
-def _serve(pipe: "Connection[Any, Any]", path: Path, cluster: str, name: str, gpu: str | None) -> None:
+MakeEnd = Callable[["Path", str, str], Any]
+"""Called in the new process; whoever makes an end knows its methods."""
+
+
+def _serve(pipe: "Connection[Any, Any]", path: Path, cluster: str, name: str, gpu: str | None, make: MakeEnd) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu                # CUDA has not been started yet
     torch.set_num_threads(1)
-    end = _make_end(path, cluster, name)
+    end = make(path, cluster, name)
     while True:
         method, arguments = pipe.recv()
         if method == "end":
@@ -181,7 +188,7 @@ def _serve(pipe: "Connection[Any, Any]", path: Path, cluster: str, name: str, gp
             pipe.send(error if isinstance(error, DiptychError) else TransferBenchError(f"{path.name}, {name}: {error!r}"))
 
 
-def _make_end(path: Path, cluster: str, name: str) -> End:
+def page_end(path: Path, cluster: str, name: str) -> End:
     if path.transport == "nixl":
         from .transfer_nixl import NixlEnd
 
@@ -190,13 +197,13 @@ def _make_end(path: Path, cluster: str, name: str) -> End:
 
 
 class Remote:
-    """An End's process, seen from the command."""
+    """An end's process, seen from the command."""
 
-    def __init__(self, path: Path, cluster: str, name: str, gpu: str | None) -> None:
+    def __init__(self, path: Path, cluster: str, name: str, gpu: str | None, make: MakeEnd) -> None:
         context = mp.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._name = f"{path.name}, {name}"
-        self._process = context.Process(target=_serve, args=(theirs, path, cluster, name, gpu), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, path, cluster, name, gpu, make), daemon=True)
         self._process.start()
 
     def call(self, method: str, *arguments: object) -> Any:
@@ -226,9 +233,9 @@ class Remote:
 
 
 @contextmanager
-def remote(path: Path, cluster: str, name: str, gpu: str | None) -> Iterator[Remote]:
+def remote(path: Path, cluster: str, name: str, gpu: str | None, make: MakeEnd = page_end) -> Iterator[Remote]:
     """`gpu`: the only one that it sees, None for all."""
-    end = Remote(path, cluster, name, gpu)
+    end = Remote(path, cluster, name, gpu, make)
     try:
         yield end
     finally:

@@ -60,9 +60,9 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
 
 
 class RequestWriter:
-    def __init__(self, address: Address, card: ModelCard, source: PromptSource) -> None:
-        """Raises PromptError where neither the options nor the endpoint tell what prompts can be made of."""
-        self._address, self._card, self._source = address, card, source
+    def __init__(self, address: Address, card: ModelCard, source: PromptSource, headers: tuple[str, ...] = ()) -> None:
+        """`headers` are whole lines. Raises PromptError where neither the options nor the endpoint tell what prompts can be made of."""
+        self._address, self._card, self._source, self._headers = address, card, source, headers
         self._words = _words(source)
         self._vocab_size = len(self._words) if self._words is not None else _vocab_size(card, source)
         self._path = "/v1/chat/completions" if source.mode is PromptMode.CHAT else "/v1/completions"
@@ -73,7 +73,7 @@ class RequestWriter:
         seed, is_text = (self._source.seed, salt), self._words is not None
         prompts = PromptMaker(self._vocab_size, workload.block_tokens, seed, keep_ends=is_text)
         bodies = (self._body(prompts.token_ids(index, timed), timed.output_tokens) for index, timed in enumerate(workload.requests))
-        return [self._address.request("POST", self._path, msgspec.json.encode(body)) for body in bodies]
+        return [self._address.request("POST", self._path, msgspec.json.encode(body), self._headers) for body in bodies]
 
     def _body(self, ids: list[int], max_tokens: int) -> GenerateBody:
         if self._words is None:

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from ..router.policy import Objectives
+from ..router.policy import Objectives, Path
 from .choice import Choice, Piece
 from .detokenizer import Vocabulary
 from .dialects import PromptTokensDetails, Usage
@@ -20,7 +20,14 @@ from .jobs import Job
 
 class Answer:
     def __init__(
-        self, job: Job, dispatcher: Dispatcher, vocabulary: Vocabulary, arrived_at: float, deadline: float, objectives: Objectives
+        self,
+        job: Job,
+        dispatcher: Dispatcher,
+        vocabulary: Vocabulary,
+        arrived_at: float,
+        deadline: float,
+        objectives: Objectives,
+        path: Path | None = None,
     ) -> None:
         self._job = job
         self._dispatcher = dispatcher
@@ -40,6 +47,7 @@ class Answer:
                     deadline=deadline,
                     objectives=objectives,
                     service_class=job.service_class,
+                    path=path,
                 ),
                 wake=partial(self._wake, index),
                 arrived_at=arrived_at,

@@ -24,7 +24,7 @@ from .bodies import ChatBody, CompletionBody, parse, refuse_unsupported
 from .chat import ChatDialect
 from .completions import CompletionDialect
 from .core import Core
-from .debug_headers import debug_headers
+from .debug_headers import debug_headers, path_asked
 from .dialects import Dialect
 from .errors import BadRequest, ErrorText, HttpError, to_http
 from .exchange import ClientGone, Exchange, Headers
@@ -137,7 +137,8 @@ class App:
         timeout_s = self._core.config.limits.request_timeout_s
         core, deadline = self._core, call.arrived_at + timeout_s
         objectives = objectives_for(job.service_class, call.exchange, core.config.objectives, core.config.class_objectives)
-        answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, objectives)
+        path = path_asked(call.exchange, core.config.debug_headers)
+        answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, objectives, path)
         limits = self._limiter.admit(_key_of(call.exchange, self._keys) or b"", 1, job.max_tokens)
         core.decisions.begin(job.response_id, call.request_id)
         debug = core.config.debug_headers

@@ -1,10 +1,15 @@
-"""`x-diptych-*`: where an answer came from and what was predicted of it, for who asked for `debug_headers`. Of its first choice."""
+"""`x-diptych-*`, for who asked for `debug_headers`: where an answer came from and what was predicted of it (of its first choice); which
+way a request is to go."""
 
 import math
 
 from ...messages.requests import Route
-from .exchange import Headers
+from ..router.policy import Path
+from .errors import BadRequest
+from .exchange import Exchange, Headers
 from .generation import Generation
+
+PATH_HEADER = "x-diptych-path"
 
 
 def debug_headers(generation: Generation) -> Headers:
@@ -22,3 +27,15 @@ def debug_headers(generation: Generation) -> Headers:
 def _route_text(route: Route) -> str:
     """`prefill-0>decode-1`, or the decode worker alone that did both."""
     return route.decode.worker_id if route.prefill is None else f"{route.prefill.worker_id}>{route.decode.worker_id}"
+
+
+def path_asked(exchange: Exchange, allowed: bool) -> Path | None:
+    """None: the policy is to choose. Raises BadRequest."""
+    text = exchange.header(PATH_HEADER)
+    if text is None:
+        return None
+    if not allowed:
+        raise BadRequest(f"the header {PATH_HEADER} is only taken where the spec says router.debug_headers", param=PATH_HEADER)
+    if text not in list(Path):
+        raise BadRequest(f"the header {PATH_HEADER} must be {' or '.join(Path)}, not {text!r}", param=PATH_HEADER)
+    return Path(text)

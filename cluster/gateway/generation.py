@@ -22,7 +22,7 @@ from ...engine.urgency import due_in_s
 from ...messages.errors import DiptychError
 from ...messages.ids import Address, RequestId
 from ...messages.requests import GenerateRequest, Route, SamplingParams, ServiceClass, TokenDelta, WorkerRef
-from ..router.policy import NO_OBJECTIVES, Objectives, Prediction, Queue, RoutingRequest
+from ..router.policy import NO_OBJECTIVES, Objectives, Path, Prediction, Queue, RoutingRequest
 from .ordering import InOrder
 
 
@@ -57,6 +57,7 @@ class Prompt:
     deadline: float                           # on the dispatcher's clock
     objectives: Objectives = NO_OBJECTIVES
     service_class: ServiceClass = ServiceClass.DEFAULT
+    path: Path | None = None                  # that the client asks for
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Generation:
     last_token_at: float | None = None
     error: DiptychError | None = None         # of REFUSED and FAILED
     last_failure: str = ""
-    path: str | None = None                   # split or local, of the last attempt
+    path: Path | None = None                  # of the last attempt
     route: Route | None = None                # of the last attempt, as are the two below
     routed_at: float = 0.0
     prediction: Prediction | None = None      # None: the policy predicts nothing
@@ -154,12 +155,13 @@ class Generation:
             objectives=self.prompt.objectives,
             arrived_at=self.arrived_at,
             may_be_late=self.num_attempts > 0 or self.prompt.service_class is ServiceClass.BATCH,
+            path=self.prompt.path,
         )
 
     def start_attempt(self, route: Route, gateway: Address, now: float) -> GenerateRequest:
         """The next attempt continues after what has been delivered, with the same seed."""
         self.num_attempts += 1
-        self.path, self.route = "local" if route.prefill is None else "split", route
+        self.path, self.route = Path.LOCAL if route.prefill is None else Path.SPLIT, route
         request_id = RequestId(f"{self.prompt.name}-{self.num_attempts}")
         self.attempt = Attempt(request_id, route, InOrder(len(self.outputs)), progress_at=now)
         self.move(GenerationState.RUNNING)

@@ -25,7 +25,19 @@ from msgspec import Struct
 from ...engine.pace import AIM
 from ...messages.requests import Route, WorkerRef
 from .estimate import Inflow, PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill
-from .policy import ClusterView, Decision, Explanation, Prediction, Queue, Refuse, RoutingRequest, WorkerLoad
+from .policy import (
+    ClusterView,
+    Decision,
+    Explanation,
+    Path,
+    Prediction,
+    Queue,
+    Refuse,
+    RoutingRequest,
+    WorkerLoad,
+    prefill_pool,
+    what_is_missing,
+)
 from .prefix_aware import PrefixIndex, chain
 
 ALL_UP_TO = 4
@@ -94,8 +106,8 @@ class Goodput:
 
     def _explain(self, request: RoutingRequest, view: ClusterView, now: float, hashes: Sequence[int]) -> Explanation:
         work = _work(request, view, now)
-        if not view.decode:
-            return Explanation(Queue("no decode worker is alive"), (), work.num_outputs, work.ttft_slack_s)
+        if (missing := what_is_missing(request, view)) is not None:
+            return Explanation(Queue(missing), (), work.num_outputs, work.ttft_slack_s)
         predictions = self._predictions(request, work, view, now, hashes)
         decision = self._decide(request, work, predictions)
         return Explanation(decision, tuple(predictions), work.num_outputs, work.ttft_slack_s)
@@ -103,7 +115,7 @@ class Goodput:
     def _predictions(
         self, request: RoutingRequest, work: Work, view: ClusterView, now: float, hashes: Sequence[int]
     ) -> list[Prediction]:
-        prefill = () if self._options.local_only else view.prefill
+        prefill = prefill_pool(request, view, self._options.local_only)
         depths = self._index.holders(hashes)
 
         def prefilled(worker: WorkerLoad, inflow: Inflow) -> PrefillEstimate:
@@ -114,8 +126,9 @@ class Goodput:
         senders = [(worker, prefilled(worker, there)) for worker in self._sample(request, prefill, depths)]
         predictions = []
         for decode in self._sample(request, view.decode, depths):
-            own = prefilled(decode, here)
-            predictions.append(_predict(request, work, decode, None, own, own.ttft_s, here))
+            if request.path is not Path.SPLIT:
+                own = prefilled(decode, here)
+                predictions.append(_predict(request, work, decode, None, own, own.ttft_s, here))
             for sender, estimate in senders:
                 moved_s = view.links.get((sender.ref, decode.ref), 0.0) * work.num_tokens
                 predictions.append(_predict(request, work, decode, sender, estimate, max(estimate.ttft_s, moved_s), here))
@@ -146,7 +159,7 @@ class Goodput:
 
     def _decide(self, request: RoutingRequest, work: Work, predictions: list[Prediction]) -> Decision:
         if not predictions:
-            return Refuse(f"every decode worker has {self._options.max_requests_per_worker} requests or more", FULL_RETRY_AFTER_S)
+            return Refuse(f"every worker has {self._options.max_requests_per_worker} requests or more", FULL_RETRY_AFTER_S)
         if predictions[0].keeps_both:
             return predictions[0].route
         if request.may_be_late or self._options.serves_late or (request.objectives.ttft_s is None and request.objectives.tpot_s is None):

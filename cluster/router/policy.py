@@ -11,6 +11,7 @@ simulator runs it unchanged. A Route that it returns is taken.
 
 import math
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Protocol
 
 from msgspec import Struct
@@ -29,6 +30,11 @@ class Objectives(Struct, frozen=True):
 NO_OBJECTIVES = Objectives()
 
 
+class Path(StrEnum):
+    SPLIT = "split"                           # a prefill worker computes the prompt
+    LOCAL = "local"                           # the decode worker does
+
+
 class RoutingRequest(Struct, frozen=True):
     token_ids: tuple[int, ...]                # prompt, then outputs of earlier attempts
     max_new_tokens: int                       # still to come, at most
@@ -36,6 +42,7 @@ class RoutingRequest(Struct, frozen=True):
     objectives: Objectives = NO_OBJECTIVES
     arrived_at: float | None = None           # policy's clock: what the TTFT objective counts from; None: now
     may_be_late: bool = False                 # it is not refused for an objective that cannot be met (any more)
+    path: Path | None = None                  # asked for; None: the policy's to choose
 
 
 class WorkerLoad(Struct, frozen=True):
@@ -70,6 +77,21 @@ class ClusterView(Struct, frozen=True):
     links: Mapping[tuple[WorkerRef, WorkerRef], float] = {}    # (prefill, decode) → seconds per prompt token moved, as measured
     num_gateways: int = 1                     # that send to these workers, this one included
     mean_outputs: float | None = None         # tokens of an answer, of those that ended lately; None: none has
+
+
+def prefill_pool(request: RoutingRequest, view: ClusterView, local_only: bool) -> tuple[WorkerLoad, ...]:
+    """Who may compute the prompt, beside the decode worker itself. What the request asks for goes before `local_only`."""
+    is_local = local_only if request.path is None else request.path is Path.LOCAL
+    return () if is_local else view.prefill
+
+
+def what_is_missing(request: RoutingRequest, view: ClusterView) -> str | None:
+    """Without which there is no route at all."""
+    if not view.decode:
+        return "no decode worker is alive"
+    if request.path is Path.SPLIT and not view.prefill:
+        return "no prefill worker is alive, and the request asks for one"
+    return None
 
 
 class Queue(Struct, frozen=True):

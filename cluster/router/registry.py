@@ -8,7 +8,7 @@ from ...messages.errors import SpecError
 from ...messages.requests import Route
 from .goodput import Goodput, GoodputOptions
 from .pickers import LeastLoaded, LoadKey, Picker, PowerOfTwo, Random, RoundRobin, decode_load, prefill_load
-from .policy import ClusterView, Decision, Explanation, Policy, Queue, Refuse, RoutingRequest, WorkerLoad
+from .policy import ClusterView, Decision, Explanation, Policy, Queue, Refuse, RoutingRequest, WorkerLoad, prefill_pool, what_is_missing
 from .prefix_aware import PrefixAware
 
 RETRY_AFTER_S = 1.0
@@ -30,17 +30,17 @@ class PerPool:
         self._options = options
 
     def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision:
-        prefill_pool = () if self._options.local_path else view.prefill
-        if not view.decode:
-            return Queue("no decode worker is alive")
-        for name, pool in (("decode", view.decode), ("prefill", prefill_pool)):
+        prefill = prefill_pool(request, view, self._options.local_path)
+        if (missing := what_is_missing(request, view)) is not None:
+            return Queue(missing)
+        for name, pool in (("decode", view.decode), ("prefill", prefill)):
             if pool and not self._below_limit(pool):
                 limit = self._options.max_requests_per_worker
                 return Refuse(f"each of {len(pool)} {name} workers has {limit} requests or more", RETRY_AFTER_S)
         decode = self._decode.pick(request, self._candidates(request, view.decode)).ref
-        if not prefill_pool:
+        if not prefill:
             return Route(decode=decode)
-        return Route(decode=decode, prefill=self._prefill.pick(request, self._candidates(request, prefill_pool)).ref)
+        return Route(decode=decode, prefill=self._prefill.pick(request, self._candidates(request, prefill)).ref)
 
     def decide(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
         return Explanation(self.choose(request, view, now))

@@ -23,6 +23,7 @@ class Behaviour:
     close: bool = False                 # the connection, silently, once the answer is complete
     per_chunk: int = 1
     with_usage: bool = True
+    cached_share: float = 0.5           # of the prompt
     finish: bool = True
 
 
@@ -95,7 +96,8 @@ async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, bod
     if behaviour.with_usage:
         prompt_tokens = len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens}
-        event(writer, {"choices": [], "usage": usage | {"prompt_tokens_details": {"cached_tokens": prompt_tokens // 2}}})
+        details = {"cached_tokens": int(prompt_tokens * behaviour.cached_share)}
+        event(writer, {"choices": [], "usage": usage | {"prompt_tokens_details": details}})
     chunk(writer, b"data: [DONE]\n\n")
     writer.write(b"0\r\n\r\n")
     await writer.drain()

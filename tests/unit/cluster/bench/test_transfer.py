@@ -26,7 +26,8 @@ def no_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_writes_a_row_for_each_page_size(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["transfer", "--transports", "shm", "--quick", "--json", str(tmp_path / "pages.json")])
+    options = ["--transports", "shm", "--parts", "pages", "--quick", "--json", str(tmp_path / "pages.json")]
+    done = CliRunner().invoke(app, ["transfer", *options])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "pages.json").read_text())
     assert [(row["path"], row["page_bytes"], row["num_pages"]) for row in report["rows"]] == [
@@ -36,7 +37,30 @@ def test_the_command_writes_a_row_for_each_page_size(tmp_path: Path) -> None:
         assert 0 < row["page_us"] <= row["page_p99_us"]
         assert all(row[name] > 0 for name in ("page_call_us", "page_busy_us", "call_call_us", "burst_call_us", "burst_gbps", "busy_gbps"))
         assert row["call_gbps"] == pytest.approx(row["num_pages"] * row["page_bytes"] / row["call_us"] / 1e3)
-    assert (report["loads"], report["skipped"]) == ([], {})
+    assert (report["loads"], report["handoffs"], report["skipped"]) == ([], [], {})
+
+
+def test_the_command_times_handoffs_and_decode_steps(tmp_path: Path) -> None:
+    options = ["--transports", "shm", "--parts", "handoff,decode", "--quick", "--json", str(tmp_path / "parts.json")]
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["transfer", *options])
+    assert done.exit_code == 0, done.output
+    assert "offer to commit" in done.output
+    report = json.loads((tmp_path / "parts.json").read_text())
+    assert report["rows"] == []
+    (handoff,) = report["handoffs"]
+    assert (handoff["path"], handoff["page_bytes"], handoff["count"]) == ("shm", 64 << 10, 50)
+    assert 0 < handoff["p50_us"] <= handoff["p99_us"]
+    assert sum(step["p50_us"] for step in handoff["steps"]) < 2 * handoff["p99_us"]
+    assert [row["work"].split("steps of ")[1] for row in report["loads"]] == [
+        "1, a prompt arrives", "1, pages without a pause", "64, a prompt arrives", "64, pages without a pause",
+    ]  # fmt: skip
+    assert all(row["alone_ms"] > 0 and row["beside_ms"] > 0 and row["gbps"] > 0 for row in report["loads"])
+
+
+def test_an_unknown_part_is_a_usage_error() -> None:
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["transfer", "--transports", "shm", "--parts", "pages,handshake"])
+    assert done.exit_code == 2
+    assert "no part handshake; there are pages, handoff, decode" in done.output
 
 
 @pytest.mark.usefixtures("no_nixl")

@@ -117,3 +117,22 @@ class TestDebugHeaders:
     async def test_they_are_off_by_default(self, tmp_path):
         async with House(tmp_path, policy="goodput", objectives=SLO) as house:
             assert not (await house.post("/v1/completions", ASK)).headers.keys() & DEBUG
+
+    @pytest.mark.parametrize("policy", ["least_loaded", "goodput"])
+    @in_loop
+    async def test_a_request_can_name_its_path(self, tmp_path, policy):
+        async with House(tmp_path, policy=policy, debug_headers=True) as house:
+            for path, route in (("split", "prefill-0>decode-0"), ("local", "decode-0")) * 2:
+                reply = await house.post("/v1/completions", ASK, {"x-diptych-path": path})
+                assert (reply.status, reply.headers["x-diptych-route"]) == (200, route)
+
+    @pytest.mark.parametrize(
+        ("on", "path", "why"), [(True, "sideways", "must be split or local, not 'sideways'"), (False, "local", "router.debug_headers")]
+    )
+    @in_loop
+    async def test_a_path_that_cannot_be_asked_for_is_refused(self, tmp_path, on, path, why):
+        async with House(tmp_path, debug_headers=on) as house:
+            reply = await house.post("/v1/completions", ASK, {"x-diptych-path": path})
+            assert (reply.status, reply.error["param"]) == (400, "x-diptych-path")
+            assert why in reply.error["message"]
+            assert not any(worker.received for worker in house.workers)

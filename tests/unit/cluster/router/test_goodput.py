@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diptych.cluster.router.estimate import Inflow, Work, estimate_decode, estimate_prefill
 from diptych.cluster.router.goodput import PATIENCE_S, Goodput, GoodputOptions
 from diptych.cluster.router.load_view import LoadView
-from diptych.cluster.router.policy import ClusterView, Objectives, Queue, Refuse, RoutingRequest, WorkerLoad
+from diptych.cluster.router.policy import ClusterView, Objectives, Path, Queue, Refuse, RoutingRequest, WorkerLoad
 from diptych.cluster.router.registry import PolicyOptions, make_policy
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
@@ -92,6 +92,19 @@ class TestChoice:
         assert (explanation.chosen is None) == isinstance(explanation.decision, Refuse)
         if explanation.chosen is not None:
             assert explanation.chosen.route == explanation.decision
+
+    @given(st.sampled_from(Path), st.booleans(), sequences, waiting_tokens, st.integers(0, 99))
+    def test_a_request_goes_the_way_that_it_asks_for_or_none(self, path, local_only, decoding, waiting, seed):
+        cluster = view([load("p0", waiting=waiting)], [load("d0", decoding=decoding), load("d1")])
+        asked = msgspec.structs.replace(REQUEST, path=path)
+        explanation = policy(local_only=local_only, seed=seed).decide(asked, cluster, 0.0)
+        assert {each.route.prefill is None for each in explanation.predictions} == {path is Path.LOCAL}
+        if isinstance(explanation.decision, Route):
+            assert (explanation.decision.prefill is None) == (path is Path.LOCAL)
+
+    def test_a_request_that_asks_for_a_prefill_worker_waits_for_one(self):
+        asked = msgspec.structs.replace(REQUEST, path=Path.SPLIT)
+        assert policy().choose(asked, view([], [load("d0")]), 0.0) == Queue("no prefill worker is alive, and the request asks for one")
 
     def test_a_decision_is_remembered_whichever_way_it_is_asked_for(self):
         request = msgspec.structs.replace(REQUEST, token_ids=tuple(range(6000)))

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.cluster.router.pickers import decode_load, prefill_load
-from diptych.cluster.router.policy import ClusterView, Queue, Refuse, RoutingRequest, WorkerLoad
+from diptych.cluster.router.policy import ClusterView, Path, Queue, Refuse, RoutingRequest, WorkerLoad
 from diptych.cluster.router.prefix_aware import PrefixAware, PrefixIndex, chain
 from diptych.cluster.router.registry import POLICIES, PolicyOptions, make_policy
 from diptych.messages.errors import SpecError
@@ -39,6 +39,18 @@ class TestEveryPolicyPerPool:
     def test_is_local_without_prefill_workers_or_when_told(self, name):
         for options, prefill in ((PolicyOptions(), ()), (PolicyOptions(local_path=True), pool("prefill", 2))):
             assert routes(make_policy(name, options), ClusterView(prefill, pool("decode", 2)), 1)[0].prefill is None
+
+    @pytest.mark.parametrize("local_path", [False, True])
+    def test_goes_the_way_that_a_request_asks_for(self, name, local_path):
+        view, policy = ClusterView(pool("prefill", 2), pool("decode", 2)), make_policy(name, PolicyOptions(local_path=local_path))
+        for path in Path:
+            asked = msgspec.structs.replace(REQUEST, path=path)
+            assert {route.prefill is None for route in routes(policy, view, 10, asked)} == {path is Path.LOCAL}
+
+    def test_waits_for_a_prefill_worker_if_a_request_asks_for_one(self, name):
+        asked = msgspec.structs.replace(REQUEST, path=Path.SPLIT)
+        decision = make_policy(name, PolicyOptions()).choose(asked, ClusterView((), pool("decode", 2)), 0.0)
+        assert decision == Queue("no prefill worker is alive, and the request asks for one")
 
     def test_says_at_least_its_choice(self, name):
         view = ClusterView(pool("prefill", 2), pool("decode", 2))

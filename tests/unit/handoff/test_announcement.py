@@ -1,0 +1,112 @@
+"""A handoff that was accepted late is announced before its pages leave, and its short waits are not slept through."""
+
+from typing import Any
+
+import pytest
+from harness.fake_cluster import Answer, FakeCluster
+
+from diptych.engine.worker import ATTENTION_S, Worker
+from diptych.messages.errors import PeerGone
+from diptych.messages.handoff import KVAccept, KVLanded, KVOffer
+from diptych.messages.ids import WorkerId
+
+PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
+PROMPT = list(range(20))
+
+
+def accept_late(cluster: FakeCluster) -> Answer:
+    """Until the accept waits in the mailbox of a writer that has computed everything."""
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    while not answer.tokens:
+        deliver_all_but_offers(cluster)
+        cluster.turn(PREFILL)
+    cluster.network.deliver_all()
+    cluster.turn(DECODE)
+    assert [type(letter.message) for letter in cluster.network.in_flight if letter.to != cluster.gateway.address] == [KVAccept]
+    cluster.network.deliver_all()
+    return answer
+
+
+def deliver_all_but_offers(cluster: FakeCluster) -> None:
+    while letters := [i for i, letter in enumerate(cluster.network.in_flight) if not isinstance(letter.message, KVOffer)]:
+        cluster.network.deliver(letters[0])
+
+
+def test_the_announcement_is_on_its_way_while_the_writes_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster()
+    transport, before = cluster.transports[PREFILL], list[list[type]]()
+    write = transport.write_pages
+
+    def watch(*arguments: Any) -> None:
+        before.append([type(letter.message) for letter in cluster.network.in_flight])
+        write(*arguments)
+
+    monkeypatch.setattr(transport, "write_pages", watch)
+    answer = accept_late(cluster)
+    cluster.turn(PREFILL)
+    assert [KVLanded in sent for sent in before] == [True]
+    cluster.settle()
+    assert answer.complete
+    cluster.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("landed_first", [True, False])
+def test_announced_pages_that_never_leave_are_no_kv(monkeypatch: pytest.MonkeyPatch, landed_first: bool) -> None:
+    cluster = FakeCluster()
+
+    def refuse(*_: object) -> None:
+        raise PeerGone("the link is down")
+
+    monkeypatch.setattr(cluster.transports[PREFILL], "write_pages", refuse)
+    answer = accept_late(cluster)
+    cluster.turn(PREFILL)
+    if not landed_first:
+        cluster.network.in_flight.reverse()
+    cluster.settle()
+    assert answer.failure is not None
+    assert answer.failure.retryable
+    assert list(answer.tokens) == [0], "decoded from KV that did not come"
+    cluster.assert_nothing_leaked()
+
+
+@pytest.fixture
+def offered() -> FakeCluster:
+    """The offer is on its way, and the prompt has been computed."""
+    cluster = FakeCluster()
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    while not answer.tokens:
+        deliver_all_but_offers(cluster)
+        cluster.turn(PREFILL)
+    return cluster
+
+
+def waits_s(cluster: FakeCluster, worker: Worker) -> list[float]:
+    """Now, and when the time for attention is over."""
+    began, waits = cluster.now, []
+    for cluster.now in (began, began + ATTENTION_S + 1e-6):
+        waits.append(worker.idle_wait_s())
+    cluster.now = began
+    return waits
+
+
+def test_a_writer_looks_for_the_answer_to_its_offer_but_not_for_long(offered: FakeCluster) -> None:
+    writer = offered.workers[PREFILL]
+    attentive_s, later_s = waits_s(offered, writer)
+    assert attentive_s == 0.0
+    assert later_s > 0.0
+    offered.network.deliver_all()
+    offered.turn(DECODE)
+    offered.network.deliver_all()
+    offered.turn(PREFILL)
+    assert waits_s(offered, writer)[0] > 0.0, "it has its answer"
+
+
+def test_a_receiver_looks_for_the_announcement_but_not_for_long(offered: FakeCluster) -> None:
+    receiver = offered.workers[DECODE]
+    offered.turn(DECODE)
+    assert waits_s(offered, receiver)[0] > 0.0, "nobody has asked"
+    offered.network.deliver_all()
+    offered.turn(DECODE)
+    attentive_s, later_s = waits_s(offered, receiver)
+    assert attentive_s == 0.0
+    assert later_s > 0.0
