@@ -135,6 +135,16 @@ def test_batch_mates_order_and_padding_change_nothing(count: int, folders: dict[
     assert serve(engine, wanted[::-1])[::-1] == alone
 
 
+def test_keys_and_values_in_fp8(folders: dict[str, Path]) -> None:
+    """What a step computes is rounded differently on a GPU, so a key may fall on the other side of a boundary: first tokens agree."""
+    wanted = [(prompt, GREEDY) for prompt in prompts(12)]
+    ours, theirs = (serve(engine_on(device, folders["llama"], kv_dtype="fp8_e4m3"), wanted) for device in ("cuda", "cpu"))
+    assert [len(one.tokens) for one in ours] == [12] * 12
+    assert sum(a.tokens[0] == b.tokens[0] for a, b in zip(ours, theirs, strict=True)) >= 11
+    exact = serve(engine_on("cuda", folders["llama"]), wanted)
+    assert ours != exact, "KV was not rounded"
+
+
 def test_tokens_sampled_on_the_host_beside_tokens_sampled_on_the_device(folders: dict[str, Path]) -> None:
     scored = replace(GREEDY, logprobs=0)
     punished = replace(GREEDY, repetition_penalty=1.5, presence_penalty=0.5, max_tokens=9)
