@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile import attend_tile
-from .context_shares import num_programs
+from .context_shares import RESIDENT, num_programs, resident
 from .ops import Paging
 from .overlap import after_predecessor, overlapping
 
@@ -40,11 +40,17 @@ class DecodeTile:
     num_stages: int
 
     @classmethod
-    def of(cls, width: int, element_bytes: int) -> "DecodeTile":
-        """16 KiB of keys and as much of values. Of five stages the block table's load takes three, so two tiles are in flight."""
+    def of(cls, width: int, element_bytes: int, kv_bytes: int, pairs: int, num_sms: int) -> "DecodeTile":
+        """16 KiB of keys and as much of values. Of five stages the block table's load takes three, so two tiles are in flight, and three
+        programs fit onto a multiprocessor; with four stages four. Where there is at least one for each, two warps do as well as four.
+        Converting fp8 takes the registers of four.
+        """
         if element_bytes == 4:
             return cls(keys=32, num_warps=4, num_stages=1)
-        return cls(keys=8192 // width, num_warps=4, num_stages=5)
+        if kv_bytes == 1:
+            return cls(keys=8192 // width, num_warps=4, num_stages=5)
+        stages = 5 if resident(pairs, num_sms) == RESIDENT[0] else 4
+        return cls(keys=8192 // width, num_warps=4 if pairs <= num_sms else 2, num_stages=stages)
 
 
 def decode_attention(
@@ -62,12 +68,12 @@ def decode_attention(
     num_sequences = len(paging.context_lens)
     group = num_heads // kv_heads
     width = triton.next_power_of_2(head_dim)
-    tile = tile or DecodeTile.of(width, q.element_size())
+    tile = tile or DecodeTile.of(width, q.element_size(), kv_pool.element_size(), num_sequences * kv_heads, num_sms)
     partial, log_sums = out, out        # not used when there is one split
     if splits > 1:
         partial = torch.empty(num_sequences, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         log_sums = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
-    _decode_kernel[(num_programs(num_sequences, kv_heads, splits, num_sms),)](
+    _decode_kernel[(num_programs(num_sequences * kv_heads, splits, num_sms),)](
         out, partial, log_sums, q, kv_pool, None if kv_scales is None else kv_scales[layer],
         paging.query_starts, paging.context_lens, paging.block_tables, paging.share_tokens, scale * LOG2_E,
         num_sequences, kv_heads, splits,

@@ -106,7 +106,7 @@ class _Kernels:
 
     def sampling(self, batch: int) -> Row:
         """Of half greedy rows and half with top-k, top-p and min-p."""
-        logits = torch.randn(batch, self._model.vocab_size, device=self._device)
+        logits = self._random(batch, self._model.vocab_size)
         heat = torch.tensor([0.0, 0.8] * batch, device=self._device)[:batch]
         ones, many = torch.ones_like(heat), torch.full_like(heat, 50, dtype=torch.int32)
         draws = Draws(heat, many, 0.9 * ones, 0.02 * ones, 0.5 * ones)

@@ -26,7 +26,7 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, MAX_CONTEXT = 32, 8, 128, 64, 16_384
 SCALE = HEAD_DIM**-0.5
 SHAPES = ((1, 1024), (1, 16_000), (8, 1024), (32, 1024), (64, 1024), (64, 4096), (128, 1024), (256, 1024))
 SPLITS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
-TILES = tuple(DecodeTile(*tile) for tile in ((64, 4, 5), (128, 4, 3), (128, 8, 4), (64, 4, 3), (64, 2, 5), (32, 4, 6)))
+TILES = tuple(DecodeTile(*tile) for tile in ((64, 4, 5), (64, 2, 5), (64, 4, 4), (64, 2, 4), (128, 8, 4), (32, 4, 8)))
 PROGRAMS = (64, 8192)      # fewer do not fill a GPU, more are only overhead
 COLD_BYTES = 400 * 2**20
 

@@ -9,7 +9,18 @@ pytest.importorskip("triton")
 
 from harness.hopper import Launch, Resources, captured, resources
 
-from diptych.kernels import decode_attention, decode_inputs, norms, page_push, prefill_attention, rope_kv, sampling, silu_mul, skinny_linear
+from diptych.kernels import (
+    context_shares,
+    decode_attention,
+    decode_inputs,
+    norms,
+    page_push,
+    prefill_attention,
+    rope_kv,
+    sampling,
+    silu_mul,
+    skinny_linear,
+)
 from diptych.kernels.ops import HeadNorms, Paging
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -53,16 +64,18 @@ def test_attention(
 ) -> None:
     pool = meta(20_000, 32, 2, heads[1], block_size, head_dim, dtype=kv_dtype)
     scales = meta(32, 2, heads[1], dtype=torch.float32) if kv_dtype is FP8 else None
-    q = meta(64, heads[0] + 2 * heads[1], head_dim, dtype=dtype)[:, : heads[0]]
+    q = meta(96, heads[0] + 2 * heads[1], head_dim, dtype=dtype)[:, : heads[0]]
     out = meta(*q.shape, dtype=dtype)
-    with captured(decode_attention, "_decode_kernel", "_merge_kernel") as launches:
-        decode_attention.decode_attention(out, q, pool, 31, paging(64), 0.1, window, scales, 4)
-    decode, merge = map(compiled, launches)
-    threads = 32 * launches[0].options["num_warps"]
-    assert 2 * decode.shared_bytes <= SHARED_BYTES_OF_AN_SM, "two programs must share an SM, to hide each other's latency"
-    assert 2 * decode.registers * threads <= REGISTERS_OF_AN_SM
-    assert "cp.async.cg" in decode.ptx, "keys and values are not copied asynchronously"
-    assert merge.registers <= 128
+    for batch, splits in ((1, 4), (64, 4), (64, 1), (96, 1)):
+        with captured(decode_attention, "_decode_kernel", "_merge_kernel") as launches:
+            decode_attention.decode_attention(out[:batch], q[:batch], pool, 31, paging(batch), 0.1, window, scales, splits)
+        decode, *merge = map(compiled, launches)
+        threads = 32 * launches[0].options["num_warps"]
+        at_once = 2 if kv_dtype is FP8 else context_shares.resident(batch * heads[1], 132)
+        assert at_once * (decode.shared_bytes + 1024) <= 228 << 10, "an SM has fewer programs at once than contexts are cut for"
+        assert at_once * decode.registers * threads <= REGISTERS_OF_AN_SM
+        assert "cp.async.cg" in decode.ptx, "keys and values are not copied asynchronously"
+        assert len(merge) == (splits > 1)
     with captured(prefill_attention, "_prefill_kernel") as launches:
         prefill_attention.prefill_attention(out, q, pool, 31, paging(4), 0.1, window, scales)
     assert "wgmma.mma_async" in compiled(launches[0]).ptx, "products are not on Hopper's own matrix instructions"

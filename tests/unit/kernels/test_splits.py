@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.kernels.context_shares import FEWEST_TOKENS, RESIDENT, most_shares, num_programs, share_tokens
+from diptych.kernels.context_shares import FEWEST_TOKENS, most_shares, num_programs, resident, share_tokens
 
 SMS = 132
 CONTEXTS = st.lists(st.integers(1, 131_072), min_size=1, max_size=256)
@@ -37,12 +37,13 @@ def test_longer_contexts_have_no_fewer_shares(contexts: list[int]) -> None:
 
 
 def test_one_sequence_fills_the_gpu() -> None:
-    assert 0.8 * SMS <= 8 * cut([16_000], 8)[0] <= RESIDENT * SMS
+    assert 0.8 * SMS <= 8 * cut([16_000], 8)[0] <= 3 * SMS
 
 
 def test_batches_as_measured() -> None:
     """The fastest of what was tried with even contexts, or within 2 % of it."""
-    assert [cut([1061] * count, 8)[0] for count in (1, 4, 8, 16, 32, 48, 64, 96, 128, 256)] == [15, 4, 2, 1, 1, 1, 2, 1, 1, 1]
+    assert [cut([1061] * count, 8)[0] for count in (1, 4, 8, 16, 32, 48, 64, 80, 96, 128, 256)] == [15, 4, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert [resident(8 * count, SMS) for count in (1, 48, 64, 80, 96, 128, 192, 256)] == [3, 3, 4, 3, 3, 4, 3, 4]
 
 
 def test_one_long_context_among_short_ones_is_cut() -> None:
@@ -52,10 +53,10 @@ def test_one_long_context_among_short_ones_is_cut() -> None:
 
 @given(num_sequences=st.integers(1, 512), kv_heads=st.integers(1, 32), splits=st.integers(1, 16))
 def test_programs_are_all_resident_or_one_for_each_item(num_sequences: int, kv_heads: int, splits: int) -> None:
-    items = num_sequences * kv_heads * splits
-    programs = num_programs(num_sequences, kv_heads, splits, SMS)
-    assert 1 <= programs <= items
-    assert programs == items or num_sequences * kv_heads <= programs <= RESIDENT * SMS
+    pairs = num_sequences * kv_heads
+    programs = num_programs(pairs, splits, SMS)
+    assert 1 <= programs <= pairs * splits
+    assert programs == pairs * splits or pairs <= programs <= resident(pairs, SMS) * SMS
 
 
 def test_no_decodes() -> None:
