@@ -61,6 +61,7 @@ class Outgoing:
     accepted_at: float = 0.0
     plan: PagePlan | None = None
     peer: Peer | None = None
+    busy_before_s: float = 0.0              # the counter's, of an earlier use whose books the transport had not closed
     num_ready: int = 0                      # leading blocks that are complete in all layers
     first: TokenDelta | None = None
     announced: bool = False                 # KVLanded is out
@@ -224,6 +225,8 @@ class KVWriter:
         self._give_up(handoff, Failure(kind, text, retryable), now)
 
     def _committed(self, handoff: Outgoing, now: float) -> None:
+        """The receiver has counted every page, so nothing can still land, though the transport may not have noticed yet: `stop` only
+        closes its books here. Asking again until it has would be wrong: the receiver may lend the counter anew, and its pages were dropped."""
         assert handoff.plan is not None
         assert handoff.peer is not None
         assert handoff.accept is not None
@@ -236,7 +239,7 @@ class KVWriter:
             num_pages=handoff.plan.num_pages,
             num_bytes=handoff.plan.num_pages * self._layout.page_bytes,
             num_skipped_blocks=handoff.plan.num_skipped,
-            transfer_s=self._transport.busy_s(handoff.peer, handoff.accept.imm),
+            transfer_s=self._transport.busy_s(handoff.peer, handoff.accept.imm) - handoff.busy_before_s,
             handoff_s=now - handoff.offered_at,
         )
         self._transport.stop(handoff.peer, handoff.accept.imm, 0.0)
@@ -260,7 +263,7 @@ class KVWriter:
         if peer is None:
             return                                         # tick asks again
         assert handoff.accept is not None
-        handoff.peer = peer
+        handoff.peer, handoff.busy_before_s = peer, self._transport.busy_s(peer, handoff.accept.imm)
         handoff.session.deadline = handoff.sequence.deadline
         handoff.plan = PagePlan(
             self._layout.num_layers, list(handoff.sequence.blocks), handoff.accept.block_ids, handoff.accept.num_cached_blocks

@@ -81,7 +81,7 @@ class FakeCluster:
         self.workers: dict[WorkerId, Worker] = {}
         self.transports: dict[WorkerId, FakeTransport] = {}
         self.answers: dict[RequestId, Answer] = {}
-        self.num_spans = 0
+        self.spans: list[RequestSpan] = []
         self.transfer_failures: list[TransferFailed] = []
         self._epoch = 0
         self._version = 0
@@ -167,7 +167,7 @@ class FakeCluster:
                         answer.failure = message
                         self._send_aborts(answer.request)
                 case RequestSpan():
-                    self.num_spans += 1
+                    self.spans.append(message)
                 case TransferFailed():
                     self.transfer_failures.append(message)
                 case LinkMeasured():

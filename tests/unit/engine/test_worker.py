@@ -352,7 +352,7 @@ def test_an_answer_is_right(cluster: FakeCluster, prefill: str | None) -> None:
     cluster.settle()
     assert answer.complete
     assert len(answer.tokens) == 9
-    assert cluster.num_spans == (prefill is not None)
+    assert len(cluster.spans) == (prefill is not None)
 
 
 def test_run_ends_when_it_is_stopped(worker: Worker) -> None:

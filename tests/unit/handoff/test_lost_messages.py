@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import msgspec
 import pytest
-from harness.fake_cluster import BLOCK_SIZE, TIMEOUT_S, FakeCluster
+from harness.fake_cluster import BLOCK_SIZE, PAGE_S, TIMEOUT_S, FakeCluster
 
 from diptych.kvtransfer.fake import FakeTransport
 from diptych.kvtransfer.transport import NUM_IMMS
@@ -147,4 +147,18 @@ def test_a_request_that_comes_twice_does_not_end_its_handoff_twice() -> None:
         cluster.now += TIMEOUT_S / 20
     assert decode.engine.pool.num_held == 5, "reused although pages of the first are still on their way"
     cluster.settle(20.0)
+    cluster.assert_nothing_leaked()
+
+
+def test_what_a_counter_was_busy_with_before_is_no_part_of_a_handoffs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handoff may be committed before its writer's transport has noticed that all is there; the next one may get the same counter."""
+    cluster = FakeCluster()
+    writer = cluster.transports[WorkerId("prefill-0")]
+    writer.page_s = PAGE_S
+    monkeypatch.setattr(writer, "stop", lambda peer, imm, timeout_s: False)
+    for first in range(3):
+        assert cluster.submit([first, *PROMPT], max_tokens=3)
+        cluster.settle()
+    assert [answer.complete for answer in cluster.answers.values()] == [True] * 3
+    assert [span.transfer_s for span in cluster.spans] == pytest.approx([span.num_pages * PAGE_S for span in cluster.spans])
     cluster.assert_nothing_leaked()
