@@ -256,7 +256,7 @@ class Controller:
         workers, gateways = present(self.places)
         if self.published is not None and (self.published.workers, self.published.gateways) == (workers, gateways):
             return []
-        self.published = Membership(self.next_version, workers, gateways)
+        self.published = Membership(self.next_version, workers, gateways, self.next_epoch, unlisted(self.places))
         self.next_version += 1
         return [Publish(self.published)]
 
@@ -275,6 +275,11 @@ def present(places: Mapping[PlaceName, Place]) -> tuple[tuple[Member, ...], tupl
             case str() as address:
                 gateways.append(address)
     return tuple(workers), tuple(gateways)
+
+
+def unlisted(places: Mapping[PlaceName, Place]) -> tuple[Epoch, ...]:
+    """Of lives that may exist and have never been ready."""
+    return tuple(sorted(place.life.epoch for place in places.values() if place.life is not None and place.life.presence is None))
 
 
 def backoff_s(num_failures: int) -> float:

@@ -225,8 +225,8 @@ class KVWriter:
         self._give_up(handoff, Failure(kind, text, retryable), now)
 
     def _committed(self, handoff: Outgoing, now: float) -> None:
-        """The receiver has counted every page, so nothing can still land, though the transport may not have noticed yet: `stop` only
-        closes its books here. Asking again until it has would be wrong: the receiver may lend the counter anew, and its pages were dropped."""
+        """The receiver has counted every page, so nothing can still land, though the transport may not have noticed yet: `stop` only closes
+        its books here. Asking until it has would be wrong: the receiver may have lent the counter anew, and its pages would be dropped."""
         assert handoff.plan is not None
         assert handoff.peer is not None
         assert handoff.accept is not None

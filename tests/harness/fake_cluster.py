@@ -83,6 +83,7 @@ class FakeCluster:
         self.answers: dict[RequestId, Answer] = {}
         self.spans: list[RequestSpan] = []
         self.transfer_failures: list[TransferFailed] = []
+        self.uninformed: set[WorkerId] = set()               # whom news of members does not reach
         self._epoch = 0
         self._version = 0
         self._num_requests = 0
@@ -111,9 +112,10 @@ class FakeCluster:
         """All members learn who lives, at once: membership does not travel on the faulty network."""
         self._version += 1
         members = tuple(worker.member for worker in self.workers.values())
-        membership = Membership(self._version, members, (self.gateway.address,))
-        for worker in self.workers.values():
-            worker.update_membership(membership)
+        membership = Membership(self._version, members, (self.gateway.address,), Epoch(self._epoch + 1))
+        for worker_id, worker in self.workers.items():
+            if worker_id not in self.uninformed:
+                worker.update_membership(membership)
 
     def kill(self, worker_id: WorkerId) -> None:
         worker = self.workers.pop(worker_id)

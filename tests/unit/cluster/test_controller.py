@@ -137,6 +137,7 @@ class Chaos(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 0.25, 3.0, 30.0]))
     def tick(self, seconds: float) -> None:
         self.world.tick(seconds)
+        self.assert_the_dead_are_declared()
 
     @rule(index=st.integers(0, 7))
     def become_ready(self, index: int) -> None:
@@ -187,6 +188,14 @@ class Chaos(RuleBasedStateMachine):
         for name, epoch in self.world.processes:
             worker_id = WorkerId(str(name))
             assert published.lives(worker_id, epoch) or (worker_id, epoch) not in self.ever_published
+            assert name.kind is PlaceKind.GATEWAY or not published.has_ended(WorkerRef(worker_id, epoch, Address("")))
+
+    def assert_the_dead_are_declared(self) -> None:
+        """Of all lives that were ever listed; unless nothing may be published yet."""
+        alive = {(WorkerId(str(name)), epoch) for name, epoch in self.world.processes}
+        if self.world.membership is not None:
+            for worker_id, epoch in self.ever_published - alive:
+                assert self.world.membership.has_ended(WorkerRef(worker_id, epoch, Address("")))
 
     def teardown(self) -> None:
         for key in [key for key, process in self.world.processes.items() if process.killed]:
