@@ -1,7 +1,7 @@
 """What to do next so that the observed deployment becomes the desired one. Values in, values out; the clock is an argument.
 
     a life:   STARTING ──Ready──► READY ──► DRAINING ──► STOPPING ──Died──► (gone; the place is free)
-                  └── start timeout ──┴── silent ──┴─────────►┘                 │
+                  └── start timeout ──┴─ silent, hung ─┴─────►┘                 │
                   └────────────────── Died ────────────────────────────────────►┘  backoff, then the next epoch
 
 The runtime reports events with `observe`, asks `decide` for actions, and does them. Two rules carry the handoff's safety:
@@ -47,6 +47,7 @@ TRANSITIONS = {
 class Timeouts:
     start_s: float
     answer_s: float
+    stall_s: float
     drain_s: float
 
 
@@ -56,6 +57,7 @@ class Life:
     state: LifeState
     since_s: float                            # in this state
     answered_s: float                         # when it last answered
+    still_s: float = 0.0                      # how long its loop had stood still by then
     presence: Member | Address | None = None  # a worker's or a gateway's, once it is ready
     drained: bool = False
     fault: str = ""                           # why it cannot serve, in its own words
@@ -88,6 +90,7 @@ class Answered:
     epoch: Epoch
     presence: Member | Address | None = None  # once it is ready
     drained: bool = False                     # it was asked to drain and has nothing left
+    still_s: float = 0.0                      # for how long its loop has not moved: the answer is another thread's
 
 
 @dataclass(frozen=True)
@@ -247,6 +250,8 @@ class Controller:
             return f"not drained within {limits.drain_s:g} s"
         if life.state is not LifeState.STARTING and now_s - life.answered_s > limits.answer_s:
             return f"no answer for {limits.answer_s:g} s"
+        if life.still_s > limits.stall_s:
+            return f"its loop has stood still for {life.still_s:.0f} s"
         return ""
 
     def _publish(self) -> list[Action]:
@@ -293,7 +298,7 @@ def _is_ready(place: Place | None) -> bool:
 def _after(place: Place, life: Life, event: Answered | StartFailed | Died, now_s: float) -> Place:
     match event:
         case Answered():
-            life = replace(life, answered_s=now_s, drained=event.drained, unheard=False)
+            life = replace(life, answered_s=now_s, still_s=event.still_s, drained=event.drained, unheard=False)
             if life.state is LifeState.STARTING and event.presence is not None:
                 life = replace(life.moved(LifeState.READY, now_s), presence=event.presence)
                 return replace(place, life=life, was_ready=True, error="")

@@ -36,7 +36,7 @@ class ControllerShell:
         started_ms = time.time_ns() // 1_000_000              # epochs and versions of a later controller are larger
         self._controller = Controller(
             desired=places_of(self._spec),
-            timeouts=Timeouts(timeouts.start_s, timeouts.answer_s, timeouts.drain_s),
+            timeouts=Timeouts(timeouts.start_s, timeouts.answer_s, timeouts.stall_s, timeouts.drain_s),
             next_epoch=Epoch(started_ms),
             next_version=started_ms,
         )

@@ -30,6 +30,7 @@ class Pulse(Struct, frozen=True):
     load: LoadReport | None = None
     gateway: GatewayStatus | None = None
     drained: bool = False
+    still_s: float = 0.0                      # for how long its loop has not moved
     links: tuple[LinkMeasured, ...] = ()      # a prefill worker's
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -176,6 +176,9 @@ class RayRuntime:
             process.pulse = msgspec.msgpack.decode(ray.get(answer), type=Pulse)
         except ActorUnavailableError:
             return []                         # Ray cannot reach it just now; if that lasts, it is killed for its silence
+        except RayTaskError as error:         # it lives, but could not say how it is: silence, too
+            logger.warning("%s epoch %d does not answer: %s", process.name, process.epoch, error)
+            return []
         except RayError as error:
             logger.warning("%s epoch %d is lost: %s", process.name, process.epoch, error)
             process.lost = isinstance(error, RayActorError)
@@ -184,7 +187,7 @@ class RayRuntime:
         if process.pulse.state is ShellState.FAILED:
             return [StartFailed(process.name, process.epoch, process.pulse.error, hopeless=process.pulse.is_typed)]
         presence = process.pulse.member or process.pulse.address
-        return [Answered(process.name, process.epoch, presence, process.pulse.drained)]
+        return [Answered(process.name, process.epoch, presence, process.pulse.drained, process.pulse.still_s)]
 
     def _is_gone(self, process: _Process, now_s: float) -> bool:
         """Helps a dying process along. One that never answered is known through Ray alone, to us as to everybody."""

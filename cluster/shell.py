@@ -4,6 +4,8 @@
                               │ fails: FAILED, the text is kept       │ raises: logged, exit at once
     Ray's thread:   pulse()   update_membership()   drain()   leave()
 
+That Ray's thread answers proves nothing about the member's, so the pulse says for how long that one has not moved (`still_s`).
+
 Fail-closed: a member in doubt about its own state does not go on. Ray carries these four calls, a gateway's `explain`, and nothing else.
 """
 

@@ -41,6 +41,7 @@ EXPIRY_PERIOD_S = 0.01         # between looks at who has run out of time
 class WorkerStatus(Struct, frozen=True):
     """For people and metrics; a consistent snapshot as of the last heartbeat."""
 
+    taken_at: float                           # on the worker's clock
     load: LoadReport
     num_cached_blocks: int
     num_steps: int
@@ -55,7 +56,7 @@ class WorkerStatus(Struct, frozen=True):
 
 
 class Worker(ABC):
-    """`run` belongs to one thread; `stop`, `drain`, `update_membership`, `status` and `member` may be called from any other."""
+    """`run` belongs to one thread; `stop`, `drain`, `update_membership`, `status`, `still_s` and `member` may be called from any other."""
 
     role: ClassVar[Role]
 
@@ -100,6 +101,11 @@ class Worker(ABC):
 
     def status(self) -> WorkerStatus:
         return self._status
+
+    @property
+    def still_s(self) -> float:
+        """How long ago the loop had its last heartbeat. Who answers for it from another thread proves nothing."""
+        return self.clock() - self._status.taken_at
 
     def stop(self) -> None:
         self._stopping.set()
@@ -259,6 +265,7 @@ class Worker(ABC):
     def _snapshot(self) -> WorkerStatus:
         transfer: TransferStats = self.replica.transport.stats
         return WorkerStatus(
+            taken_at=self.clock(),
             load=self.load(),
             num_cached_blocks=self.engine.pool.num_cached,
             num_steps=self._num_steps,

@@ -36,7 +36,7 @@ P0, D0, D1, G0 = (
     PlaceName(PlaceKind.GATEWAY, 0),
 )
 ALL = frozenset({P0, D0, D1, G0})
-TIMEOUTS = Timeouts(start_s=60.0, answer_s=5.0, drain_s=20.0)
+TIMEOUTS = Timeouts(start_s=60.0, answer_s=5.0, stall_s=25.0, drain_s=20.0)
 FIRST = Epoch(1000)
 
 
@@ -52,6 +52,7 @@ def presence(name: PlaceName, epoch: Epoch) -> Member | Address:
 class Process:
     ready: bool = False
     hung: bool = False
+    still_s: float | None = None              # its loop hangs, but another thread answers
     draining: bool = False
     killed: bool = False
 
@@ -72,7 +73,9 @@ class World:
                 self.die(name, epoch)
             elif not process.hung:
                 here = presence(name, epoch) if process.ready else None
-                self.controller.observe(Answered(name, epoch, here, drained=process.draining), self.now_s)
+                process.still_s = None if process.still_s is None or here is None else process.still_s + seconds
+                drained = process.draining and process.still_s is None
+                self.controller.observe(Answered(name, epoch, here, drained, process.still_s or 0.0), self.now_s)
         for action in self.controller.decide(self.now_s):
             self.do(action)
 
@@ -95,7 +98,7 @@ class World:
 
     def make_ready(self) -> None:
         for process in self.processes.values():
-            process.ready, process.hung = True, False
+            process.ready, process.hung, process.still_s = True, False, None
 
     def settle(self) -> None:
         """Faults have ended: whoever starts comes up."""
@@ -148,6 +151,11 @@ class Chaos(RuleBasedStateMachine):
     def hang(self, index: int) -> None:
         if key := self.pick(index):
             self.world.processes[key].hung = True
+
+    @rule(index=st.integers(0, 7))
+    def hang_the_loop(self, index: int) -> None:
+        if key := self.pick(index):
+            self.world.processes[key].still_s = 0.0
 
     @rule(index=st.integers(0, 7))
     def die(self, index: int) -> None:
@@ -261,6 +269,32 @@ def test_replacement_waits_for_the_confirmed_death() -> None:
     assert not made.membership.lives(WorkerId("decode-0"), epoch)
     made.settle()
     assert epoch_of(made, D0) > epoch
+
+
+@pytest.mark.parametrize("name", [D0, G0])
+def test_a_loop_that_hangs_is_replaced_though_its_process_answers(name: PlaceName) -> None:
+    made = ready_world()
+    process = made.processes[name, epoch_of(made, name)]
+    process.still_s = 0.0
+    made.tick(TIMEOUTS.stall_s)
+    assert not process.killed, "a step or a compilation may take so long"
+    made.tick(1.0)
+    assert process.killed
+    assert made.controller.places[name].error == "its loop has stood still for 26 s"
+    made.tick()
+    made.settle()
+    assert made.controller.phase is Phase.READY
+
+
+def test_a_loop_that_moves_again_in_time_is_kept() -> None:
+    made = ready_world()
+    process = made.processes[D0, epoch_of(made, D0)]
+    for _ in range(5):
+        process.still_s = 0.0
+        made.tick(TIMEOUTS.stall_s)
+        process.still_s = None
+        made.tick()
+    assert not process.killed
 
 
 def test_backoff_grows_and_ends() -> None:
