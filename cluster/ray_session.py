@@ -30,6 +30,10 @@ from .records import Record
 from .spec import Spec
 
 ANSWER_TIMEOUT_S = 20.0
+CONNECT_TIMEOUT_S = 2.0
+JOIN_LIMITS = {"RAY_NUM_REDIS_GET_RETRIES": "2", "RAY_gcs_rpc_server_connect_timeout_s": "1", "RAY_py_gcs_connect_timeout_s": "2"}
+"""Ray's own, for connecting alone: 10 s for a head that listens and does not answer, where it tries for minutes, then ends the process."""
+
 POLL_S = 0.1
 STOP_MARGIN_S = 20.0
 
@@ -196,16 +200,17 @@ def _running_ray() -> tuple[str | None, Head | None]:
 def _accepts(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0):
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S):
             return True
     except (OSError, ValueError):
         return False
 
 
 def _join(record: Record) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **JOIN_LIMITS}.items():
+        os.environ.setdefault(name, value)
     if record.head is not None:
-        os.environ.update(record.head.environment)            # read by Ray when it is imported
+        os.environ.update(record.head.environment)            # read by Ray when it is imported, as are those above
     import ray
 
     from .ray_runtime import NAMESPACE
@@ -214,10 +219,13 @@ def _join(record: Record) -> None:
         if ray.get_runtime_context().gcs_address != record.address:
             raise ClusterError(f"this process is connected to Ray at {ray.get_runtime_context().gcs_address}, not {record.address}")
         return
+    if not _accepts(record.address):
+        raise ClusterError(f"cannot join Ray at {record.address}: nothing listens there, asked for {CONNECT_TIMEOUT_S:g} s")
+    began = time.monotonic()
     try:
         ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"cannot join Ray at {record.address}: {error}") from None
+        raise ClusterError(f"cannot join Ray at {record.address}, tried for {time.monotonic() - began:.0f} s: {error}") from None
 
 
 def _start_controller(spec: Spec) -> Any:

@@ -1,9 +1,12 @@
 """A deployment on real Ray: it comes up, heals, says why it cannot, and leaves nothing behind."""
 
 import json
+import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -13,6 +16,7 @@ import pytest
 from diptych.cluster import ray_session, records
 from diptych.cluster.controller import Phase
 from diptych.cluster.ray_session import is_serving
+from diptych.cluster.records import Record
 from diptych.messages.errors import ClusterError, SpecError
 from diptych.models.embedded.path import embedded_model_path
 
@@ -113,6 +117,23 @@ def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(cluster
     second = cluster(name=name, pools={"decode": SMALL})
     assert not set(second.pids.values()) & set(pids.values())
     second.complete()
+
+
+@pytest.mark.parametrize(
+    ("listens", "reason"), [(False, "nothing listens there, asked for 2 s"), (True, r"tried for \d+ s: Failed to connect")]
+)
+def test_a_head_that_does_not_answer_is_said_in_time(listens: bool, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own patience is minutes, at whose end it sends the command a SIGTERM."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        records.write(Record("chat", address, None))
+        if not listens:
+            mute.close()
+        command = [sys.executable, "-c", "from diptych.cluster.cli import main; main()", "status", "chat"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
+    assert ended.returncode == 1
+    assert re.search(f"cannot join Ray at {address}[:,] {reason}", " ".join(ended.stderr.split()))
 
 
 def test_a_name_is_used_once(colocated: Cluster, cluster: StartCluster) -> None:
