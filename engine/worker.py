@@ -21,7 +21,7 @@ from msgspec import Struct
 from ..kvtransfer.transport import TransferStats
 from ..messages.codec import Message
 from ..messages.errors import ContextOverflow, LinkTooSlow
-from ..messages.ids import Address, RequestId
+from ..messages.ids import RequestId
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
 from ..messages.requests import Abort, FailureKind, GenerateRequest, LinkMeasured, LoadReport, LoadUpdate, RequestFailed, WorkerRef
@@ -251,16 +251,10 @@ class Worker(ABC):
         old, self.membership = self.membership, new
         gone = [m.ref for m in old.workers if not new.lives(m.ref.worker_id, m.ref.epoch)]
         self.members_changed(gone)
-        for ref in gone:
-            self.post.forget(ref.address)
-        for gateway in set(old.gateways) - set(new.gateways):
-            self._forget_gateway(gateway)
-
-    def _forget_gateway(self, gateway: Address) -> None:
-        for request in self.requests():
-            if request.gateway == gateway:
-                self.abort(request.request_id)
-        self.post.forget(gateway)
+        left = set(old.gateways) - set(new.gateways)
+        for request in [request for request in self.requests() if request.gateway in left]:
+            self.abort(request.request_id)
+        self.post.update_members({member.ref.address for member in new.workers} | set(new.gateways))
 
     def _snapshot(self) -> WorkerStatus:
         transfer: TransferStats = self.replica.transport.stats

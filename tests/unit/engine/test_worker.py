@@ -239,6 +239,22 @@ def test_a_gateway_that_is_gone_takes_its_requests_with_it(cluster: FakeCluster,
     assert max(num_steps) <= 6, "an answer of 40 tokens was computed for nobody"
 
 
+def test_a_late_request_of_a_gateway_that_is_gone_is_answered_to_nobody(cluster: FakeCluster) -> None:
+    decode, gateway = cluster.workers[ROLES[1]], cluster.gateway.address
+    cluster.turn()
+    without_gateway(cluster)
+    cluster.turn()
+    cluster.network.in_flight.clear()
+    ask(cluster, Route(decode.ref))
+    for _ in range(4):
+        cluster.network.deliver_all()
+        decode.turn(0.0)
+    assert decode._num_tokens >= len(PROMPT), "it did come"
+    assert not [letter for letter in cluster.network.in_flight if letter.to == gateway]
+    cluster.settle()
+    cluster.assert_nothing_leaked()
+
+
 def test_other_gateways_requests_go_on(cluster: FakeCluster) -> None:
     decode = cluster.workers[ROLES[1]]
     both = (cluster.gateway.address, Address("fake://other"))
