@@ -14,7 +14,8 @@ import msgspec
 from ..messages.errors import ClusterError
 from ..messages.ids import Epoch
 from ..messages.zmq_post import Keyring
-from .controller import Controller, Phase, Place, Timeouts
+from .controller import Controller, Phase, Timeouts
+from .lives import Place
 from .places import places_of
 from .pulse import DeploymentStatus, PlaceStatus
 from .ray_runtime import RayRuntime

@@ -7,8 +7,9 @@ from msgspec import Struct
 from ..messages.ids import Address, Epoch
 from ..messages.membership import Member
 from ..messages.requests import LinkMeasured, LoadReport
-from .controller import LifeState, Phase
+from .controller import Phase
 from .gateway.status import GatewayStatus
+from .lives import LifeState
 from .places import PlaceKind
 
 

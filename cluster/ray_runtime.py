@@ -23,8 +23,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ..messages.ids import Epoch
 from ..messages.membership import Membership, Role
 from ..messages.zmq_post import Keyring
-from .controller import Action, Adopted, Answered, Died, Drain, Event, Kill, Publish, Start, StartFailed
+from .controller import Action, Drain, Kill, Publish, Start
 from .gateway_shell import GatewayShell
+from .lives import Adopted, Answered, Died, Event, StartFailed
 from .places import PlaceKind, PlaceName, worker_config
 from .processes import find_process, is_dead, kill
 from .pulse import Pulse, ShellState

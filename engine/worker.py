@@ -5,16 +5,14 @@
 A step is launched when one may be planned, and collected when its results are there; in between the loop goes on, so that a handoff is
 answered while a GPU computes. On a CPU both happen in one turn.
 
-A role adds its side of the KV handoff by overriding the methods at the end. Whatever it raises ends the process: a worker that is
-in doubt about its state does not go on; the gateways route its requests anew and the controller starts another.
+A role adds its side of the KV handoff (`role_side.py`). Whatever it raises ends the process: a worker that is in doubt about its state
+does not go on; the gateways route its requests anew and the controller starts another.
 """
 
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from typing import ClassVar
 
 from msgspec import Struct
 
@@ -22,16 +20,16 @@ from ..kvtransfer.transport import TransferStats
 from ..messages.codec import Message
 from ..messages.errors import ContextOverflow, LinkTooSlow
 from ..messages.ids import RequestId
-from ..messages.membership import Member, Membership, Role
+from ..messages.membership import Member, Membership
 from ..messages.post import Post
 from ..messages.requests import Abort, FailureKind, GenerateRequest, LinkMeasured, LoadReport, LoadUpdate, RequestFailed, WorkerRef
 from .config import WorkerConfig
-from .engine import SequenceStep
 from .load import load_report
 from .outbox import TokenOutbox
 from .pace import Pacer
 from .predictor import features_of
 from .replica import Replica, build_replica
+from .role_side import RoleSide
 from .scheduler import StepPlan
 from .step_watch import StepWatch
 
@@ -55,10 +53,8 @@ class WorkerStatus(Struct, frozen=True):
     links: tuple[LinkMeasured, ...]           # of a prefill worker, to the decode workers that it has met
 
 
-class Worker(ABC):
+class Worker(RoleSide):
     """`run` belongs to one thread; `stop`, `drain`, `update_membership`, `status`, `still_s` and `member` may be called from any other."""
-
-    role: ClassVar[Role]
 
     def __init__(
         self, config: WorkerConfig, post: Post, replica: Replica | None = None, clock: Callable[[], float] = time.monotonic
@@ -278,58 +274,8 @@ class Worker(ABC):
         if sequence is not None:
             self.engine.finish(sequence)
 
-    # a role's own
-
-    def hands_off(self, request: GenerateRequest) -> bool:
-        """Whether the request leaves this worker after its first token."""
-        return False
-
-    def check_route(self, request: GenerateRequest) -> None:
-        """Raises LinkTooSlow: from here to its decode worker."""
-        return
-
-    def links(self) -> tuple[LinkMeasured, ...]:
-        return ()
-
-    def requests(self) -> list[GenerateRequest]:
-        """All that are under way here."""
-        return [sequence.request for sequence in self.engine.sequences]
-
-    def knows(self, request_id: RequestId) -> bool:
-        """It is under way here, or something of it is still to be cleared away."""
-        return self.engine.find(request_id) is not None
-
-    def before_step(self, plan: StepPlan) -> None:
-        return None
-
-    def on_layer(self, plan: StepPlan) -> Callable[[int], None] | None:
-        return None
-
-    def after_step(self, steps: list[SequenceStep]) -> None:
-        return None
-
     def idle_wait_s(self) -> float:
         """How long the loop may sleep when nothing was computed: short while somebody else's memory is waited for."""
         if self.engine.is_computing:
             return 0.0
         return 0.001 if self.engine.has_work else max(0.0, self._next_beat - self.clock())
-
-    @abstractmethod
-    def setup(self) -> None:
-        """Makes the role's side of the handoff; everything above exists."""
-        ...
-
-    @abstractmethod
-    def num_handoffs(self) -> int: ...
-
-    @abstractmethod
-    def receive_handoff(self, message: Message) -> None: ...
-
-    @abstractmethod
-    def tick(self, now: float) -> None: ...
-
-    @abstractmethod
-    def abort(self, request_id: RequestId) -> None: ...
-
-    @abstractmethod
-    def members_changed(self, gone: list[WorkerRef]) -> None: ...

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from diptych.cluster import cli, records
-from diptych.cluster.controller import LifeState, Phase
+from diptych.cluster.controller import Phase
 from diptych.cluster.gateway.decisions import AttemptExplanation, Candidate, ChoiceExplanation, DecisionKind, RequestExplanation
 from diptych.cluster.gateway.generation import GenerationState
+from diptych.cluster.lives import LifeState
 from diptych.cluster.places import PlaceKind
 from diptych.cluster.pulse import DeploymentStatus, PlaceStatus
 from diptych.cluster.ray_head import Head

@@ -7,22 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from diptych.cluster.controller import (
-    MAX_FIRST_STARTS,
-    Adopted,
-    Answered,
-    Controller,
-    Died,
-    Drain,
-    Kill,
-    LifeState,
-    Phase,
-    Publish,
-    Start,
-    StartFailed,
-    Timeouts,
-    backoff_s,
-)
+from diptych.cluster.controller import Controller, Drain, Kill, Phase, Publish, Start, Timeouts
+from diptych.cluster.lives import MAX_FIRST_STARTS, Adopted, Answered, Died, LifeState, StartFailed, backoff_s
 from diptych.cluster.places import PlaceKind, PlaceName
 from diptych.messages.errors import IllegalTransition
 from diptych.messages.ids import Address, Epoch, WorkerId
