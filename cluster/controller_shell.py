@@ -20,6 +20,7 @@ from .places import places_of
 from .pulse import DeploymentStatus, PlaceStatus
 from .ray_runtime import RayRuntime
 from .spec import Spec
+from .turn_clock import TurnClock
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class ControllerShell:
             next_epoch=Epoch(started_ms),
             next_version=started_ms,
         )
-        self._status = self._describe(time.monotonic())
+        self._clock = TurnClock(time.monotonic())
+        self._status = self._describe(self._clock.now_s)
         threading.Thread(target=self._live, name="controller", daemon=True).start()
 
     def status(self) -> bytes:
@@ -54,9 +56,9 @@ class ControllerShell:
     def _live(self) -> None:
         try:
             for event in self._runtime.adopt():
-                self._controller.observe(event, time.monotonic())
+                self._controller.observe(event, self._clock.now_s)
             while self._status.phase is not Phase.STOPPED:
-                self._turn(time.monotonic())
+                self._turn(self._clock.turn(time.monotonic()))
                 time.sleep(TICK_S)
             self._runtime.close()
         except BaseException:

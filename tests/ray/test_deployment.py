@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -62,6 +63,18 @@ def test_a_new_controller_adopts_what_lives(colocated: Cluster) -> None:
     assert {place.name: place.pid for place in status.places} == pids
     served.complete()
     served.wait_until_back(served.kill("decode-0"))           # and it heals
+    served.complete()
+
+
+def test_a_controller_that_stood_still_kills_nobody(cluster: StartCluster) -> None:
+    served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 2.0})
+    pids, controller = served.pids, psutil.Process(served.status.pid)
+    controller.suspend()
+    time.sleep(4.0)
+    controller.resume()
+    for _ in range(20):
+        assert {place.name: place.pid for place in served.status.places} == pids
+        time.sleep(0.1)
     served.complete()
 
 

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from diptych.cluster.controller import Controller, Drain, Kill, Phase, Publish, Start, Timeouts
 from diptych.cluster.lives import MAX_FIRST_STARTS, Adopted, Answered, Died, LifeState, StartFailed, backoff_s
 from diptych.cluster.places import PlaceKind, PlaceName
+from diptych.cluster.turn_clock import TurnClock
 from diptych.messages.errors import IllegalTransition
 from diptych.messages.ids import Address, Epoch, WorkerId
 from diptych.messages.membership import Member, Membership, Role
@@ -281,6 +282,21 @@ def test_a_loop_that_moves_again_in_time_is_kept() -> None:
         process.still_s = None
         made.tick()
     assert not process.killed
+
+
+def test_nobody_is_killed_for_a_pause_of_the_controllers_own() -> None:
+    """Its first turn after the pause asks everybody, and decides before they can have answered."""
+    made = ready_world()
+    clock, wall_s = TurnClock(made.now_s), made.now_s
+    for pause_s in (0.1, 600.0, 0.1):
+        wall_s += pause_s
+        assert made.controller.decide(clock.turn(wall_s)) == []
+    for _ in range(round(TIMEOUTS.answer_s / 0.1)):           # but who stays silent while he is asked is
+        wall_s += 0.1
+        actions = made.controller.decide(clock.turn(wall_s))
+        if actions:
+            break
+    assert sorted(action.name for action in actions if isinstance(action, Kill)) == sorted(ALL)
 
 
 def test_backoff_grows_and_ends() -> None:
