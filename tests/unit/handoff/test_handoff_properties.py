@@ -22,6 +22,7 @@ WORKERS = [WorkerId(name) for name in ("prefill-0", "prefill-1", "decode-0", "de
 PROGRESS = {"submit": 6, "turn": 30, "deliver": 40, "land": 16, "undisturbed": 2}
 FAULTS = {
     "drop": 2, "double": 3, "abort": 3, "wait_a_little": 1, "wait_for_deadlines": 0.4, "kill": 0.4, "kill_unseen": 0.4, "forge": 2,
+    "keep_news_back": 0.4, "cut_a_link": 1, "deafen_a_fence": 0.2,
 }  # fmt: skip
 
 
@@ -44,6 +45,10 @@ class History:
 
     def finish(self) -> None:
         """No more faults. What messages were lost for ends by its deadline or by its client's patience."""
+        self.cluster.tell_late_news()
+        self.cluster.fabric.mend()
+        for transport in self.cluster.transports.values():
+            transport.fences = True
         for pause in (0.0, TIMEOUT_S + 1, 200.0):
             self.cluster.now += pause
             self.cluster.settle()
@@ -111,6 +116,26 @@ class History:
         which = self.random.choice(WORKERS)
         self.cluster.kill(which)
         self.cluster.restart(which)
+
+    def keep_news_back(self) -> None:
+        """Somebody hears of a death and of the successor later than all others."""
+        if self.cluster.uninformed:
+            self.cluster.tell_late_news()
+        else:
+            self.cluster.uninformed = {self.random.choice(WORKERS)}
+            self.kill_unseen()
+
+    def cut_a_link(self) -> None:
+        """Between two that live. What was under way is lost or lands late; nobody knows which before the link is there again."""
+        fabric, names = self.cluster.fabric, [self.cluster.transports[name].location for name in WORKERS]
+        if fabric.cut:
+            fabric.mend()
+        else:
+            fabric.cut.add((self.random.choice(names[:2]), self.random.choice(names[2:])))
+
+    def deafen_a_fence(self) -> None:
+        transport = self.cluster.transports[self.random.choice(WORKERS[2:])]
+        transport.fences = not transport.fences
 
     def forge(self) -> None:
         """A message with a ticket that nobody gave out: of a live request, an unknown one, an epoch long gone."""
