@@ -1,7 +1,7 @@
 """Transport for tests and the simulator: pools are tensors of one process, and writes wait in flight until somebody lands them.
 
-The fabric's owner decides when and in which order writes land, and which links are down. A killed writer's writes are still in flight: they may land, or be lost,
-until the receiver fences that writer. Pages and their count land as one, as on the real ones.
+The fabric's owner decides when and in which order writes land, and which links are down. A killed writer's writes are still in flight: they
+may land, or be lost, until the receiver fences that writer. Pages and their count land as one, as on the real ones.
 """
 
 from dataclasses import dataclass, field
