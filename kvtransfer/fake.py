@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..messages.errors import LayoutMismatch, PeerGone
+from ..messages.errors import LayoutMismatch, PeerGone, TransferError
 from ..messages.ids import Imm
 from ..messages.membership import MemoryDescriptor
 from .layout import KVLayout
@@ -110,6 +110,8 @@ class FakeTransport:
         assert self.pool is not None
         if peer.descriptor.location not in self.fabric.pools or (self.location, peer.descriptor.location) in self.fabric.cut:
             raise PeerGone(f"{peer.descriptor.location.decode()} is gone")
+        if not 0 <= min(dst_pages, default=0) <= max(dst_pages, default=0) < len(as_pages(self.fabric.pools[peer.descriptor.location])):
+            raise TransferError(f"pages {min(dst_pages)} to {max(dst_pages)} are not there")
         pages = as_pages(self.pool)[torch.tensor(src_pages)].clone()
         key = (peer.descriptor.location, imm)
         self.busy[key] = self.busy.get(key, 0.0) + len(dst_pages) * self.page_s

@@ -253,6 +253,11 @@ class KVWriter:
         member = self._members.get(handoff.decode)
         if member is None:
             return
+        assert handoff.accept is not None
+        if (highest := max(handoff.accept.block_ids, default=0)) >= member.num_blocks:
+            text = f"{member.ref.worker_id} accepted with block {highest} of {member.num_blocks}"
+            self._give_up(handoff, Failure(FailureKind.INTERNAL, text), now)
+            return
         try:
             peer = self._transport.connect(member.descriptors)
             if peer is None and now >= handoff.accepted_at + LINK_WAIT_S:
@@ -262,7 +267,6 @@ class KVWriter:
             return
         if peer is None:
             return                                         # tick asks again
-        assert handoff.accept is not None
         handoff.peer, handoff.busy_before_s = peer, self._transport.busy_s(peer, handoff.accept.imm)
         handoff.session.deadline = handoff.sequence.deadline
         handoff.plan = PagePlan(

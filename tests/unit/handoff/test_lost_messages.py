@@ -11,7 +11,7 @@ from diptych.kvtransfer.fake import FakeTransport
 from diptych.kvtransfer.transport import NUM_IMMS
 from diptych.messages.codec import Message
 from diptych.messages.handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, KVOffer, KVRefuse, RefuseReason, Ticket
-from diptych.messages.ids import BlockHash, Imm, RequestId, WorkerId
+from diptych.messages.ids import BlockHash, BlockId, Imm, RequestId, WorkerId
 
 PROMPT = list(range(20))
 T = TypeVar("T")
@@ -102,6 +102,20 @@ def test_a_counter_that_cannot_be_never_reaches_the_transport(imm: int, monkeypa
     assert asked == []
     assert answer.failure is not None
     assert f"counter {imm} of {NUM_IMMS}" in answer.failure.message
+    cluster.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("block", [16, 2**63])
+def test_blocks_that_the_receiver_does_not_have_end_the_handoff_and_not_the_writer(block: int) -> None:
+    cluster = FakeCluster(num_blocks=16)
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    accept = wait_for(cluster, KVAccept)
+    cluster.network.in_flight.clear()
+    wrong = msgspec.structs.replace(accept, block_ids=(*accept.block_ids[:-1], BlockId(block)))
+    cluster.gateway.send(answer.request.route.first.address, wrong)
+    cluster.settle()
+    assert answer.failure is not None
+    assert f"accepted with block {block} of 16" in answer.failure.message
     cluster.assert_nothing_leaked()
 
 
