@@ -13,6 +13,8 @@ from harness.fake_cluster import TIMEOUT_S, FakeCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.messages.codec import Message
+from diptych.messages.fake_post import FakePost
 from diptych.messages.handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, RefuseReason, Ticket
 from diptych.messages.ids import BlockId, Epoch, Imm, RequestId, WorkerId
 from diptych.messages.requests import TokenDelta
@@ -169,6 +171,24 @@ def test_each_fault_alone(fault: str) -> None:
     for seed in range(16):
         history = History(seed, {fault: FAULTS[fault] * 3, "land": (16, 0.7)[seed % 2]})
         history.run(500)
+        history.finish()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_what_arrives_between_the_layers_of_a_step(seed: int) -> None:
+    """Handoff messages are read there too: refusals, cancels and accepts for sequences that are being computed."""
+    history = History(seed, FAULTS)
+    network, receive = history.cluster.network, FakePost.receive
+
+    def restless(post: FakePost, timeout_s: float) -> list[Message]:
+        for letter in [letter for letter in network.in_flight if letter.to == post.address and history.random.random() < 0.5]:
+            network.deliver(network.in_flight.index(letter))
+        return receive(post, timeout_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakePost, "receive", restless)
+        history.run(400)
         history.finish()
 
 
