@@ -22,7 +22,7 @@ class ShellState(StrEnum):
 
 class Pulse(Struct, frozen=True):
     pid: int
-    created_s: float                          # when the process began, Unix time: with the pid it names one process for ever
+    began_s: float                            # when the process began, since boot: with the pid it names one process for ever
     state: ShellState
     error: str = ""
     is_typed: bool = False                    # `error` is one of ours: a new start would say the same

@@ -199,7 +199,7 @@ class RayRuntime:
             process.lost, process.kill_at_s = True, now_s + SIGKILL_AFTER_S
         if pulse is None:
             return process.lost and process.answer is None
-        running = find_process(pulse.pid, pulse.created_s)
+        running = find_process(pulse.pid, pulse.began_s)
         if running is None or is_dead(running):
             return True
         if process.lost and now_s >= process.kill_at_s:

@@ -15,11 +15,11 @@ import threading
 from abc import ABC, abstractmethod
 
 import msgspec
-import psutil
 
 from ..messages.errors import DiptychError
 from ..messages.membership import Membership
 from ..messages.zmq_post import Keyring, ZmqPost
+from .processes import began_s
 from .pulse import Pulse, ShellState
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Shell(ABC):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._keyring = keyring
         self._host = host
-        self._created_s = psutil.Process().create_time()
+        self._began_s = began_s(os.getpid())
         self._state = ShellState.STARTING
         self._error: DiptychError | Exception | None = None
         threading.Thread(target=self._live, name="member", daemon=True).start()
@@ -40,7 +40,7 @@ class Shell(ABC):
     # called by the controller through Ray
 
     def pulse(self) -> bytes:
-        pulse = Pulse(os.getpid(), self._created_s, self._state)
+        pulse = Pulse(os.getpid(), self._began_s, self._state)
         if self._state is ShellState.FAILED:
             text = f"{type(self._error).__name__}: {self._error}"
             pulse = msgspec.structs.replace(pulse, error=text, is_typed=isinstance(self._error, DiptychError))
