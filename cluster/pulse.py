@@ -24,6 +24,7 @@ class Pulse(Struct, frozen=True):
     pid: int
     began_s: float                            # when the process began, since boot: with the pid it names one process for ever
     state: ShellState
+    heard_version: int = -1                   # of the last membership that it was told
     error: str = ""
     is_typed: bool = False                    # `error` is one of ours: a new start would say the same
     member: Member | None = None              # a worker's, once it serves

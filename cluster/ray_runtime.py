@@ -3,7 +3,7 @@
     Start ──► actor `diptych-NAME/decode-0@EPOCH`      poll() asks every actor for its pulse, without ever waiting for one,
     Drain ──► drain()                                  and turns answers, errors and vanished processes into events
     Kill  ──► leave(), Ray's kill, SIGKILL ──► Died once the process table has it no more
-    Publish ► update_membership() of all
+    Publish ► update_membership() of all, and again of who has not heard it: Ray may lose a call
 
 Actors are detached so that they outlive their controller: the next one finds them by name (`adopt`) and goes on. All stand on the
 controller's own machine; so it can look into the process table itself, and does not take Ray's word for a death (Ray reports it
@@ -83,6 +83,7 @@ class RayRuntime:
     keyring: Keyring
     node_id: str                              # where everything stands
     node_ip: str
+    news: Membership | None = None            # published last
     processes: dict[tuple[PlaceName, Epoch], _Process] = field(default_factory=dict)
 
     def adopt(self) -> list[Event]:
@@ -163,9 +164,12 @@ class RayRuntime:
         return group
 
     def _publish(self, membership: Membership) -> None:
-        encoded = msgspec.msgpack.encode(membership)
+        self.news = membership
         for process in self.processes.values():
-            process.actor.update_membership.remote(encoded)
+            self._tell(process, membership)
+
+    def _tell(self, process: _Process, membership: Membership) -> None:
+        process.actor.update_membership.remote(msgspec.msgpack.encode(membership))
 
     def _ask_period_s(self, process: _Process) -> float:
         is_serving = process.pulse is not None and process.pulse.state is ShellState.SERVING
@@ -187,6 +191,8 @@ class RayRuntime:
             return []
         if process.pulse.state is ShellState.FAILED:
             return [StartFailed(process.name, process.epoch, process.pulse.error, hopeless=process.pulse.is_typed)]
+        if process.pulse.state is ShellState.SERVING and self.news is not None and process.pulse.heard_version < self.news.version:
+            self._tell(process, self.news)
         presence = process.pulse.member or process.pulse.address
         return [Answered(process.name, process.epoch, presence, process.pulse.drained, process.pulse.still_s)]
 

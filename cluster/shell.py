@@ -34,13 +34,14 @@ class Shell(ABC):
         self._host = host
         self._began_s = began_s(os.getpid())
         self._state = ShellState.STARTING
+        self._heard_version = -1
         self._error: DiptychError | Exception | None = None
         threading.Thread(target=self._live, name="member", daemon=True).start()
 
     # called by the controller through Ray
 
     def pulse(self) -> bytes:
-        pulse = Pulse(os.getpid(), self._began_s, self._state)
+        pulse = Pulse(os.getpid(), self._began_s, self._state, self._heard_version)
         if self._state is ShellState.FAILED:
             text = f"{type(self._error).__name__}: {self._error}"
             pulse = msgspec.structs.replace(pulse, error=text, is_typed=isinstance(self._error, DiptychError))
@@ -52,7 +53,9 @@ class Shell(ABC):
 
     def update_membership(self, encoded: bytes) -> None:
         if self._state is ShellState.SERVING:
-            self.tell(msgspec.msgpack.decode(encoded, type=Membership))
+            membership = msgspec.msgpack.decode(encoded, type=Membership)
+            self.tell(membership)
+            self._heard_version = membership.version
 
     def drain(self) -> None:
         if self._state is ShellState.SERVING:
