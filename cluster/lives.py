@@ -1,5 +1,6 @@
 """A place and the life that stands there: its states, what may happen to it, and what comes of that. Values; the clock is an argument."""
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -39,6 +40,7 @@ class Life:
     since_s: float                            # in this state
     answered_s: float                         # when it last answered
     still_s: float = 0.0                      # how long its loop had stood still by then
+    ready_s: float = math.inf                 # when it became ready
     presence: Member | Address | None = None  # a worker's or a gateway's, once it is ready
     drained: bool = False
     fault: str = ""                           # why it cannot serve, in its own words
@@ -118,7 +120,7 @@ def after(place: Place, life: Life, event: Answered | StartFailed | Died, now_s:
         case Answered():
             life = replace(life, answered_s=now_s, still_s=event.still_s, drained=event.drained, unheard=False)
             if life.state is LifeState.STARTING and event.presence is not None:
-                life = replace(life.moved(LifeState.READY, now_s), presence=event.presence)
+                life = replace(life.moved(LifeState.READY, now_s), presence=event.presence, ready_s=now_s)
                 return replace(place, life=life, was_ready=True, error="")
             return replace(place, life=life)
         case StartFailed():
@@ -128,8 +130,7 @@ def after(place: Place, life: Life, event: Answered | StartFailed | Died, now_s:
 
 
 def _vacated(place: Place, life: Life, why: str, now_s: float) -> Place:
-    was_stable = life.presence is not None and now_s - life.since_s > STABLE_S
-    num_failures = 1 if was_stable else place.num_failures + 1
+    num_failures = 1 if now_s - life.ready_s > STABLE_S else place.num_failures + 1
     gives_up = not place.was_ready and num_failures >= MAX_FIRST_STARTS
     return replace(
         place,

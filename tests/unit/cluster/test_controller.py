@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from diptych.cluster.controller import Controller, Drain, Kill, Phase, Publish, Start, Timeouts
-from diptych.cluster.lives import MAX_FIRST_STARTS, Adopted, Answered, Died, LifeState, StartFailed, backoff_s
+from diptych.cluster.lives import MAX_FIRST_STARTS, STABLE_S, Adopted, Answered, Died, LifeState, StartFailed, backoff_s
 from diptych.cluster.places import PlaceKind, PlaceName
 from diptych.cluster.turn_clock import TurnClock
 from diptych.messages.errors import IllegalTransition
@@ -297,6 +297,22 @@ def test_nobody_is_killed_for_a_pause_of_the_controllers_own() -> None:
         if actions:
             break
     assert sorted(action.name for action in actions if isinstance(action, Kill)) == sorted(ALL)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_life_that_served_long_starts_the_count_of_failures_anew(hangs: bool) -> None:
+    """Also one that was killed for its silence in the end."""
+    made = ready_world()
+    for _ in range(3):
+        key = D0, epoch_of(made, D0)
+        made.tick(STABLE_S + 1)
+        if hangs:
+            made.processes[key].hung = True
+            made.tick(TIMEOUTS.answer_s + 1)
+            assert made.processes[key].killed
+        made.die(*key)
+        assert made.controller.places[D0].num_failures == 1
+        made.settle()
 
 
 def test_backoff_grows_and_ends() -> None:
