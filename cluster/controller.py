@@ -16,7 +16,7 @@ import msgspec
 
 from ..messages.ids import Address, Epoch
 from ..messages.membership import Member, Membership
-from .lives import Adopted, Event, Life, LifeState, Place, after
+from .lives import Adopted, Answered, Event, Life, LifeState, Place, after
 from .places import PlaceKind, PlaceName
 
 
@@ -69,7 +69,8 @@ class Phase(StrEnum):
 
 @dataclass
 class Controller:
-    """The state machine of one deployment. `next_epoch` and `next_version` are larger than all of earlier controllers."""
+    """The state machine of one deployment. `next_epoch` and `next_version` should be larger than all of earlier controllers; they become so
+    by what adopted members have heard, if the clock that they come from was set back."""
 
     desired: frozenset[PlaceName]
     timeouts: Timeouts
@@ -84,9 +85,13 @@ class Controller:
         place = self.places.get(event.name, Place(event.name))
         if isinstance(event, Adopted):
             assert place.life is None, f"{place.name} is adopted twice"
+            self.next_epoch = max(self.next_epoch, Epoch(event.epoch + 1))
             life = Life(event.epoch, LifeState.STARTING, now_s, now_s, unheard=True)
             self.places[place.name] = replace(place, life=life)
         elif place.life is not None and place.life.epoch == event.epoch:
+            if isinstance(event, Answered):
+                self.next_epoch = max(self.next_epoch, event.heard.next_epoch)
+                self.next_version = max(self.next_version, event.heard.version + 1)
             self.places[place.name] = after(place, place.life, event, now_s)
 
     def decide(self, now_s: float) -> list[Action]:

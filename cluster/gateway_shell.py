@@ -38,13 +38,13 @@ class GatewayShell(Shell):
 
         self._post = post
         self._gateway = Gateway(gateway_config(self._spec, self._place), post)
-        self._heard = self._gateway.status(), time.monotonic()
+        self._last_status = self._gateway.status(), time.monotonic()
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
 
     def _listen(self) -> None:
         while True:
-            with suppress(TimeoutError):             # the loop is busy with something long, or hangs: what was heard grows old
-                self._heard = self._gateway.status(), time.monotonic()
+            with suppress(TimeoutError):             # the loop is busy with something long, or hangs: the last one grows old
+                self._last_status = self._gateway.status(), time.monotonic()
             time.sleep(LISTEN_PERIOD_S)
 
     def run(self) -> None:
@@ -68,5 +68,5 @@ class GatewayShell(Shell):
         return msgspec.msgpack.encode(self._gateway.explain(some_id) if serving else None)
 
     def describe(self, pulse: Pulse) -> Pulse:
-        status, heard_at = self._heard
-        return msgspec.structs.replace(pulse, address=self._post.address, gateway=status, still_s=time.monotonic() - heard_at)
+        status, answered_at = self._last_status
+        return msgspec.structs.replace(pulse, address=self._post.address, gateway=status, still_s=time.monotonic() - answered_at)

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from msgspec import Struct
+
 from ..messages.errors import IllegalTransition
 from ..messages.ids import Address, Epoch
 from ..messages.membership import Member
@@ -71,6 +73,16 @@ class Place:
 # what may happen
 
 
+class Heard(Struct, frozen=True):
+    """Of the last membership that a member was told, perhaps by an earlier controller."""
+
+    version: int
+    next_epoch: Epoch
+
+
+NOTHING_HEARD = Heard(-1, Epoch(0))
+
+
 @dataclass(frozen=True)
 class Answered:
     name: PlaceName
@@ -78,6 +90,7 @@ class Answered:
     presence: Member | Address | None = None  # once it is ready
     drained: bool = False                     # it was asked to drain and has nothing left
     still_s: float = 0.0                      # for how long its loop has not moved: the answer is another thread's
+    heard: Heard = NOTHING_HEARD
 
 
 @dataclass(frozen=True)

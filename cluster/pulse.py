@@ -9,7 +9,7 @@ from ..messages.membership import Member
 from ..messages.requests import LinkMeasured, LoadReport
 from .controller import Phase
 from .gateway.status import GatewayStatus
-from .lives import LifeState
+from .lives import NOTHING_HEARD, Heard, LifeState
 from .places import PlaceKind
 
 
@@ -24,7 +24,7 @@ class Pulse(Struct, frozen=True):
     pid: int
     began_s: float                            # when the process began, since boot: with the pid it names one process for ever
     state: ShellState
-    heard_version: int = -1                   # of the last membership that it was told
+    heard: Heard = NOTHING_HEARD
     error: str = ""
     is_typed: bool = False                    # `error` is one of ours: a new start would say the same
     member: Member | None = None              # a worker's, once it serves

@@ -191,10 +191,10 @@ class RayRuntime:
             return []
         if process.pulse.state is ShellState.FAILED:
             return [StartFailed(process.name, process.epoch, process.pulse.error, hopeless=process.pulse.is_typed)]
-        if process.pulse.state is ShellState.SERVING and self.news is not None and process.pulse.heard_version < self.news.version:
+        if process.pulse.state is ShellState.SERVING and self.news is not None and process.pulse.heard.version < self.news.version:
             self._tell(process, self.news)
-        presence = process.pulse.member or process.pulse.address
-        return [Answered(process.name, process.epoch, presence, process.pulse.drained, process.pulse.still_s)]
+        pulse = process.pulse
+        return [Answered(process.name, process.epoch, pulse.member or pulse.address, pulse.drained, pulse.still_s, pulse.heard)]
 
     def _is_gone(self, process: _Process, now_s: float) -> bool:
         """Helps a dying process along. One that never answered is known through Ray alone, to us as to everybody."""

@@ -19,6 +19,7 @@ import msgspec
 from ..messages.errors import DiptychError
 from ..messages.membership import Membership
 from ..messages.zmq_post import Keyring, ZmqPost
+from .lives import NOTHING_HEARD, Heard
 from .processes import began_s
 from .pulse import Pulse, ShellState
 
@@ -34,14 +35,14 @@ class Shell(ABC):
         self._host = host
         self._began_s = began_s(os.getpid())
         self._state = ShellState.STARTING
-        self._heard_version = -1
+        self._heard = NOTHING_HEARD
         self._error: DiptychError | Exception | None = None
         threading.Thread(target=self._live, name="member", daemon=True).start()
 
     # called by the controller through Ray
 
     def pulse(self) -> bytes:
-        pulse = Pulse(os.getpid(), self._began_s, self._state, self._heard_version)
+        pulse = Pulse(os.getpid(), self._began_s, self._state, self._heard)
         if self._state is ShellState.FAILED:
             text = f"{type(self._error).__name__}: {self._error}"
             pulse = msgspec.structs.replace(pulse, error=text, is_typed=isinstance(self._error, DiptychError))
@@ -55,7 +56,7 @@ class Shell(ABC):
         if self._state is ShellState.SERVING:
             membership = msgspec.msgpack.decode(encoded, type=Membership)
             self.tell(membership)
-            self._heard_version = membership.version
+            self._heard = Heard(membership.version, membership.next_epoch)
 
     def drain(self) -> None:
         if self._state is ShellState.SERVING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from diptych.cluster.controller import Publish
-from diptych.cluster.lives import Answered
+from diptych.cluster.lives import Answered, Heard
 from diptych.cluster.places import PlaceKind, PlaceName
 from diptych.cluster.pulse import Pulse, ShellState
 from diptych.cluster.ray_join import join
@@ -39,7 +39,8 @@ class Member:
         if self.error is not None:
             return ray.remote(_raise).options(num_cpus=0).remote(self.error)
         version = self.heard[-1] if self.heard else -1
-        return ray.put(msgspec.msgpack.encode(Pulse(1, 0.0, ShellState.SERVING, version, address=Address("tcp://here"))))
+        heard = Heard(version, Epoch(1))
+        return ray.put(msgspec.msgpack.encode(Pulse(1, 0.0, ShellState.SERVING, heard, address=Address("tcp://here"))))
 
     def _hear(self, encoded: bytes) -> None:
         if not self.loses_calls:
@@ -91,4 +92,4 @@ def test_who_raises_instead_of_answering_is_silent_and_not_dead(ray_head: str) -
     assert poll(runtime, 1.0) == []
     assert not runtime.processes[GATEWAY, Epoch(1)].dying
     member.error = None
-    assert poll(runtime, 2.0) == [Answered(GATEWAY, Epoch(1), Address("tcp://here"))]
+    assert poll(runtime, 2.0) == [Answered(GATEWAY, Epoch(1), Address("tcp://here"), heard=Heard(-1, Epoch(1)))]

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from diptych.cluster.controller import Controller, Drain, Kill, Phase, Publish, Start, Timeouts
-from diptych.cluster.lives import MAX_FIRST_STARTS, STABLE_S, Adopted, Answered, Died, LifeState, StartFailed, backoff_s
+from diptych.cluster.lives import (
+    MAX_FIRST_STARTS,
+    NOTHING_HEARD,
+    STABLE_S,
+    Adopted,
+    Answered,
+    Died,
+    Heard,
+    LifeState,
+    StartFailed,
+    backoff_s,
+)
 from diptych.cluster.places import PlaceKind, PlaceName
 from diptych.cluster.turn_clock import TurnClock
 from diptych.messages.errors import IllegalTransition
@@ -24,7 +35,7 @@ P0, D0, D1, G0 = (
 )
 ALL = frozenset({P0, D0, D1, G0})
 TIMEOUTS = Timeouts(start_s=60.0, answer_s=5.0, stall_s=25.0, drain_s=20.0)
-FIRST = Epoch(1000)
+FIRST, FIRST_VERSION = Epoch(100_000), 100_000
 
 
 def presence(name: PlaceName, epoch: Epoch) -> Member | Address:
@@ -42,6 +53,7 @@ class Process:
     still_s: float | None = None              # its loop hangs, but another thread answers
     draining: bool = False
     killed: bool = False
+    heard: Heard = NOTHING_HEARD
 
 
 @dataclass
@@ -62,7 +74,7 @@ class World:
                 here = presence(name, epoch) if process.ready else None
                 process.still_s = None if process.still_s is None or here is None else process.still_s + seconds
                 drained = process.draining and process.still_s is None
-                self.controller.observe(Answered(name, epoch, here, drained, process.still_s or 0.0), self.now_s)
+                self.controller.observe(Answered(name, epoch, here, drained, process.still_s or 0.0, process.heard), self.now_s)
         for action in self.controller.decide(self.now_s):
             self.do(action)
 
@@ -76,8 +88,10 @@ class World:
             case Kill(name, epoch):
                 self.processes[name, epoch].killed = True
             case Publish(membership):
-                assert self.membership is None or membership.version > self.membership.version
                 self.membership = membership
+                for process in self.processes.values():
+                    assert membership.version > process.heard.version, "it would be taken for an older one"
+                    process.heard = Heard(membership.version, membership.next_epoch) if process.ready else process.heard
 
     def die(self, name: PlaceName, epoch: Epoch) -> None:
         del self.processes[name, epoch]
@@ -95,7 +109,7 @@ class World:
 
 
 def world(desired: frozenset[PlaceName] = ALL) -> World:
-    return World(Controller(desired, TIMEOUTS, FIRST, next_version=1))
+    return World(Controller(desired, TIMEOUTS, FIRST, FIRST_VERSION))
 
 
 def ready_world(desired: frozenset[PlaceName] = ALL) -> World:
@@ -118,6 +132,7 @@ class Chaos(RuleBasedStateMachine):
         super().__init__()
         self.world = world()
         self.max_epoch: dict[PlaceName, Epoch] = {}
+        self.clock_was_set_back = False
         self.ever_published: set[tuple[WorkerId, Epoch]] = set()
 
     def pick(self, index: int) -> tuple[PlaceName, Epoch] | None:
@@ -159,11 +174,12 @@ class Chaos(RuleBasedStateMachine):
     def rescale(self, desired: frozenset[PlaceName]) -> None:
         self.world.controller.desired = desired
 
-    @rule()
-    def replace_controller(self) -> None:
-        """It dies and another adopts what lives."""
+    @rule(later=st.sampled_from([1000, -500]))
+    def replace_controller(self, later: int) -> None:
+        """It dies and another adopts what lives; the clock may have been set back meanwhile, which only members can tell."""
+        self.clock_was_set_back |= later < 0
         old = self.world.controller
-        self.world.controller = Controller(old.desired, TIMEOUTS, Epoch(old.next_epoch + 1000), old.next_version + 1000)
+        self.world.controller = Controller(old.desired, TIMEOUTS, Epoch(old.next_epoch + later), old.next_version + later)
         self.world.membership = None
         for name, epoch in self.world.processes:
             self.world.controller.observe(Adopted(name, epoch), self.world.now_s)
@@ -171,7 +187,7 @@ class Chaos(RuleBasedStateMachine):
     @invariant()
     def epochs_only_grow(self) -> None:
         for name, epoch in self.world.processes:
-            assert epoch >= self.max_epoch.get(name, 0)
+            assert epoch >= self.max_epoch.get(name, 0) or self.clock_was_set_back
             self.max_epoch[name] = epoch
 
     @invariant()
@@ -402,6 +418,17 @@ def test_adopting_publishes_nothing_before_all_are_heard() -> None:
     controller.observe(Answered(D0, FIRST, presence(D0, FIRST)), 0.1)
     published = [action.membership for action in controller.decide(0.1) if isinstance(action, Publish)]
     assert [member.ref.epoch for member in published[0].workers] == [FIRST]
+
+
+def test_versions_and_epochs_go_on_from_what_members_have_heard() -> None:
+    """They come from the clock, which may have been set back: members would ignore all news as older than what they know."""
+    controller = Controller(ALL, TIMEOUTS, Epoch(10), next_version=10)
+    controller.observe(Adopted(D0, FIRST), 0.0)
+    heard = Heard(FIRST_VERSION, Epoch(FIRST + 7))
+    controller.observe(Answered(D0, FIRST, presence(D0, FIRST), heard=heard), 0.1)
+    actions = controller.decide(0.1)
+    assert [action.membership.version for action in actions if isinstance(action, Publish)] == [heard.version + 1]
+    assert min(action.epoch for action in actions if isinstance(action, Start)) == heard.next_epoch
 
 
 def test_illegal_transition_names_both_states() -> None:
