@@ -239,7 +239,7 @@ class KVWriter:
             num_pages=handoff.plan.num_pages,
             num_bytes=handoff.plan.num_pages * self._layout.page_bytes,
             num_skipped_blocks=handoff.plan.num_skipped,
-            transfer_s=self._transport.busy_s(handoff.peer, handoff.accept.imm) - handoff.busy_before_s,
+            transfer_s=max(0.0, self._transport.busy_s(handoff.peer, handoff.accept.imm) - handoff.busy_before_s),
             handoff_s=now - handoff.offered_at,
         )
         self._transport.stop(handoff.peer, handoff.accept.imm, 0.0)
