@@ -1,7 +1,7 @@
 """What to do next so that the observed deployment becomes the desired one. Values in, values out; the clock is an argument.
 
     a life:   STARTING ──Ready──► READY ──► DRAINING ──► STOPPING ──Died──► (gone; the place is free)
-                  └── start timeout ──┴── silent ──┴─────────►┘                 │
+                  └── start timeout ──┴─ silent, hung ─┴─────►┘                 │
                   └────────────────── Died ────────────────────────────────────►┘  backoff, then the next epoch
 
 The runtime reports events with `observe`, asks `decide` for actions, and does them. Two rules carry the handoff's safety:
@@ -14,110 +14,19 @@ from enum import StrEnum
 
 import msgspec
 
-from ..messages.errors import IllegalTransition
 from ..messages.ids import Address, Epoch
 from ..messages.membership import Member, Membership
+from .lives import Adopted, Answered, Event, Life, LifeState, Place, after
 from .places import PlaceKind, PlaceName
-
-FIRST_BACKOFF_S = 0.25
-MAX_BACKOFF_S = 15.0
-STABLE_S = 60.0
-"""A life that served so long starts the count of failures anew."""
-
-MAX_FIRST_STARTS = 3
-"""A place that never came up and died so often has a fault that another start will not cure."""
-
-
-class LifeState(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"                     # finishes what it has, takes nothing new
-    STOPPING = "stopping"                     # killed; not yet known to be gone
-
-
-TRANSITIONS = {
-    LifeState.STARTING: {LifeState.READY, LifeState.STOPPING},
-    LifeState.READY: {LifeState.DRAINING, LifeState.STOPPING},
-    LifeState.DRAINING: {LifeState.STOPPING},
-    LifeState.STOPPING: set[LifeState](),
-}
 
 
 @dataclass(frozen=True)
 class Timeouts:
     start_s: float
     answer_s: float
+    stall_s: float
     drain_s: float
 
-
-@dataclass(frozen=True)
-class Life:
-    epoch: Epoch
-    state: LifeState
-    since_s: float                            # in this state
-    answered_s: float                         # when it last answered
-    presence: Member | Address | None = None  # a worker's or a gateway's, once it is ready
-    drained: bool = False
-    fault: str = ""                           # why it cannot serve, in its own words
-    unheard: bool = False                     # an earlier controller's, and it has not answered this one yet
-
-    def moved(self, state: LifeState, now_s: float) -> "Life":
-        if state not in TRANSITIONS[self.state]:
-            raise IllegalTransition(f"epoch {self.epoch}: {self.state} → {state}")
-        return replace(self, state=state, since_s=now_s)
-
-
-@dataclass(frozen=True)
-class Place:
-    name: PlaceName
-    life: Life | None = None
-    num_failures: int = 0                     # in a row
-    num_restarts: int = 0
-    retry_at_s: float = 0.0
-    was_ready: bool = False
-    error: str = ""                           # why the last life ended, if it was not asked to
-    failed: bool = False                      # given up
-
-
-# events
-
-
-@dataclass(frozen=True)
-class Answered:
-    name: PlaceName
-    epoch: Epoch
-    presence: Member | Address | None = None  # once it is ready
-    drained: bool = False                     # it was asked to drain and has nothing left
-
-
-@dataclass(frozen=True)
-class StartFailed:
-    """The process says why it cannot serve; `hopeless`: it would say so again."""
-
-    name: PlaceName
-    epoch: Epoch
-    why: str
-    hopeless: bool
-
-
-@dataclass(frozen=True)
-class Died:
-    """The process no longer exists."""
-
-    name: PlaceName
-    epoch: Epoch
-    why: str
-
-
-@dataclass(frozen=True)
-class Adopted:
-    """A life that an earlier controller has started."""
-
-    name: PlaceName
-    epoch: Epoch
-
-
-Event = Answered | StartFailed | Died | Adopted
 
 # actions
 
@@ -160,7 +69,8 @@ class Phase(StrEnum):
 
 @dataclass
 class Controller:
-    """The state machine of one deployment. `next_epoch` and `next_version` are larger than all of earlier controllers."""
+    """The state machine of one deployment. `next_epoch` and `next_version` should be larger than all of earlier controllers; they become so
+    by what adopted members have heard, if the clock that they come from was set back."""
 
     desired: frozenset[PlaceName]
     timeouts: Timeouts
@@ -175,10 +85,14 @@ class Controller:
         place = self.places.get(event.name, Place(event.name))
         if isinstance(event, Adopted):
             assert place.life is None, f"{place.name} is adopted twice"
+            self.next_epoch = max(self.next_epoch, Epoch(event.epoch + 1))
             life = Life(event.epoch, LifeState.STARTING, now_s, now_s, unheard=True)
             self.places[place.name] = replace(place, life=life)
         elif place.life is not None and place.life.epoch == event.epoch:
-            self.places[place.name] = _after(place, place.life, event, now_s)
+            if isinstance(event, Answered):
+                self.next_epoch = max(self.next_epoch, event.heard.next_epoch)
+                self.next_version = max(self.next_version, event.heard.version + 1)
+            self.places[place.name] = after(place, place.life, event, now_s)
 
     def decide(self, now_s: float) -> list[Action]:
         """Actions in order; they count as begun once returned."""
@@ -196,7 +110,7 @@ class Controller:
             return Phase.STOPPING if self.places else Phase.STOPPED
         if any(place.failed for place in self.places.values()):
             return Phase.FAILED
-        if all(_is_ready(self.places.get(name)) for name in self.desired):
+        if all(name in self.places and self.places[name].is_ready for name in self.desired):
             return Phase.READY
         return Phase.DEGRADED if self.was_ready else Phase.STARTING
 
@@ -247,6 +161,8 @@ class Controller:
             return f"not drained within {limits.drain_s:g} s"
         if life.state is not LifeState.STARTING and now_s - life.answered_s > limits.answer_s:
             return f"no answer for {limits.answer_s:g} s"
+        if life.still_s > limits.stall_s:
+            return f"its loop has stood still for {life.still_s:.0f} s"
         return ""
 
     def _publish(self) -> list[Action]:
@@ -256,7 +172,7 @@ class Controller:
         workers, gateways = present(self.places)
         if self.published is not None and (self.published.workers, self.published.gateways) == (workers, gateways):
             return []
-        self.published = Membership(self.next_version, workers, gateways)
+        self.published = Membership(self.next_version, workers, gateways, self.next_epoch, unlisted(self.places))
         self.next_version += 1
         return [Publish(self.published)]
 
@@ -277,38 +193,6 @@ def present(places: Mapping[PlaceName, Place]) -> tuple[tuple[Member, ...], tupl
     return tuple(workers), tuple(gateways)
 
 
-def backoff_s(num_failures: int) -> float:
-    return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(num_failures - 1, 16))
-
-
-def _is_ready(place: Place | None) -> bool:
-    return place is not None and place.life is not None and place.life.state is LifeState.READY
-
-
-def _after(place: Place, life: Life, event: Answered | StartFailed | Died, now_s: float) -> Place:
-    match event:
-        case Answered():
-            life = replace(life, answered_s=now_s, drained=event.drained, unheard=False)
-            if life.state is LifeState.STARTING and event.presence is not None:
-                life = replace(life.moved(LifeState.READY, now_s), presence=event.presence)
-                return replace(place, life=life, was_ready=True, error="")
-            return replace(place, life=life)
-        case StartFailed():
-            return replace(place, life=replace(life, fault=event.why), failed=event.hopeless and not place.was_ready)
-        case Died():
-            return _vacated(place, life, event.why, now_s)
-
-
-def _vacated(place: Place, life: Life, why: str, now_s: float) -> Place:
-    was_stable = life.presence is not None and now_s - life.since_s > STABLE_S
-    num_failures = 1 if was_stable else place.num_failures + 1
-    gives_up = not place.was_ready and num_failures >= MAX_FIRST_STARTS
-    return replace(
-        place,
-        life=None,
-        error=place.error if life.state is LifeState.STOPPING else place.error or why,
-        num_failures=num_failures,
-        num_restarts=place.num_restarts + 1,
-        retry_at_s=now_s + backoff_s(num_failures),
-        failed=place.failed or gives_up,
-    )
+def unlisted(places: Mapping[PlaceName, Place]) -> tuple[Epoch, ...]:
+    """Of lives that may exist and have never been ready."""
+    return tuple(sorted(place.life.epoch for place in places.values() if place.life is not None and place.life.presence is None))

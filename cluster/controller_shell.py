@@ -14,11 +14,13 @@ import msgspec
 from ..messages.errors import ClusterError
 from ..messages.ids import Epoch
 from ..messages.zmq_post import Keyring
-from .controller import Controller, Phase, Place, Timeouts
+from .controller import Controller, Phase, Timeouts
+from .lives import Place
 from .places import places_of
 from .pulse import DeploymentStatus, PlaceStatus
 from .ray_runtime import RayRuntime
 from .spec import Spec
+from .turn_clock import TurnClock
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +38,12 @@ class ControllerShell:
         started_ms = time.time_ns() // 1_000_000              # epochs and versions of a later controller are larger
         self._controller = Controller(
             desired=places_of(self._spec),
-            timeouts=Timeouts(timeouts.start_s, timeouts.answer_s, timeouts.drain_s),
+            timeouts=Timeouts(timeouts.start_s, timeouts.answer_s, timeouts.stall_s, timeouts.drain_s),
             next_epoch=Epoch(started_ms),
             next_version=started_ms,
         )
-        self._status = self._describe(time.monotonic())
+        self._clock = TurnClock(time.monotonic())
+        self._status = self._describe(self._clock.now_s)
         threading.Thread(target=self._live, name="controller", daemon=True).start()
 
     def status(self) -> bytes:
@@ -53,9 +56,9 @@ class ControllerShell:
     def _live(self) -> None:
         try:
             for event in self._runtime.adopt():
-                self._controller.observe(event, time.monotonic())
+                self._controller.observe(event, self._clock.now_s)
             while self._status.phase is not Phase.STOPPED:
-                self._turn(time.monotonic())
+                self._turn(self._clock.turn(time.monotonic()))
                 time.sleep(TICK_S)
             self._runtime.close()
         except BaseException:

@@ -1,5 +1,11 @@
-"""A gateway's process."""
+"""A gateway's process.
 
+Its loop is asked how it is by a thread of its own: Ray's thread must not wait for it, or a slow loop would look like a dead process.
+"""
+
+import threading
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,6 +21,7 @@ if TYPE_CHECKING:
     from .gateway.server import Gateway
 
 MAILBOX_HOST = "127.0.0.1"
+LISTEN_PERIOD_S = 0.4
 
 
 class GatewayShell(Shell):
@@ -31,6 +38,14 @@ class GatewayShell(Shell):
 
         self._post = post
         self._gateway = Gateway(gateway_config(self._spec, self._place), post)
+        self._last_status = self._gateway.status(), time.monotonic()
+        threading.Thread(target=self._listen, name="listener", daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            with suppress(TimeoutError):             # the loop is busy with something long, or hangs: the last one grows old
+                self._last_status = self._gateway.status(), time.monotonic()
+            time.sleep(LISTEN_PERIOD_S)
 
     def run(self) -> None:
         self._gateway.run()
@@ -53,4 +68,5 @@ class GatewayShell(Shell):
         return msgspec.msgpack.encode(self._gateway.explain(some_id) if serving else None)
 
     def describe(self, pulse: Pulse) -> Pulse:
-        return msgspec.structs.replace(pulse, address=self._post.address, gateway=self._gateway.status())
+        status, answered_at = self._last_status
+        return msgspec.structs.replace(pulse, address=self._post.address, gateway=status, still_s=time.monotonic() - answered_at)

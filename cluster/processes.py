@@ -1,15 +1,28 @@
 """Is that process still there? Asked of the process table, since everything else may be late or wrong."""
 
 import contextlib
+import os
+from pathlib import Path
 
 import psutil
 
+STARTTIME = 19                                # of /proc/PID/stat, counted from behind the name
 
-def find_process(pid: int, created_s: float) -> psutil.Process | None:
+
+def began_s(pid: int) -> float:
+    """When the process began, since boot: a time of day would change when the clock is set. Raises psutil.NoSuchProcess."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return int(fields[STARTTIME]) / os.sysconf("SC_CLK_TCK")
+
+
+def find_process(pid: int, then_s: float) -> psutil.Process | None:
     """The process of that number that began then: together they name one process for ever."""
     try:
         process = psutil.Process(pid)
-        return process if abs(process.create_time() - created_s) < 0.01 else None
+        return process if began_s(pid) == then_s else None
     except psutil.NoSuchProcess:
         return None
 

@@ -7,8 +7,9 @@ from msgspec import Struct
 from ..messages.ids import Address, Epoch
 from ..messages.membership import Member
 from ..messages.requests import LinkMeasured, LoadReport
-from .controller import LifeState, Phase
+from .controller import Phase
 from .gateway.status import GatewayStatus
+from .lives import NOTHING_HEARD, Heard, LifeState
 from .places import PlaceKind
 
 
@@ -21,8 +22,9 @@ class ShellState(StrEnum):
 
 class Pulse(Struct, frozen=True):
     pid: int
-    created_s: float                          # when the process began, Unix time: with the pid it names one process for ever
+    began_s: float                            # when the process began, since boot: with the pid it names one process for ever
     state: ShellState
+    heard: Heard = NOTHING_HEARD
     error: str = ""
     is_typed: bool = False                    # `error` is one of ours: a new start would say the same
     member: Member | None = None              # a worker's, once it serves
@@ -30,6 +32,7 @@ class Pulse(Struct, frozen=True):
     load: LoadReport | None = None
     gateway: GatewayStatus | None = None
     drained: bool = False
+    still_s: float = 0.0                      # for how long its loop has not moved
     links: tuple[LinkMeasured, ...] = ()      # a prefill worker's
 
 

@@ -19,7 +19,7 @@ import psutil
 from msgspec import Struct
 
 from ..messages.errors import ClusterError
-from .processes import find_process, is_dead, kill
+from .processes import began_s, find_process, is_dead, kill
 
 START_TIMEOUT_S = 60.0
 TERM_GRACE_S = 1.0                            # Ray's own way down may take longer; there is nothing in it to be saved
@@ -29,7 +29,7 @@ OBJECT_STORE_BYTES = 80 << 20                 # Ray's smallest that works well; 
 
 class Head(Struct, frozen=True):
     pid: int                                  # of the session's leader
-    created_s: float
+    began_s: float                            # since boot
     address: str                              # host:port of Ray's GCS
     folder: str                               # Ray's sessions and logs, the token
 
@@ -40,7 +40,7 @@ class Head(Struct, frozen=True):
 
     @property
     def is_alive(self) -> bool:
-        leader = find_process(self.pid, self.created_s)
+        leader = find_process(self.pid, self.began_s)
         return leader is not None and not is_dead(leader)
 
 
@@ -67,13 +67,13 @@ def start_head(num_cpus: int | None = None) -> Head:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    created_s = psutil.Process(process.pid).create_time()
+    began = began_s(process.pid)
     try:
         address = _wait_for_address(folder, process)
     except BaseException:
-        stop_head(Head(process.pid, created_s, "", str(folder)))
+        stop_head(Head(process.pid, began, "", str(folder)))
         raise
-    return Head(process.pid, created_s, address, str(folder))
+    return Head(process.pid, began, address, str(folder))
 
 
 def stop_head(head: Head) -> None:
@@ -137,7 +137,7 @@ def _wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> list[
 
 def _members(head: Head) -> list[psutil.Process]:
     """Of the head's session, with or without its leader: the kernel keeps a session's number while somebody is in it."""
-    if psutil.pid_exists(head.pid) and find_process(head.pid, head.created_s) is None:
+    if psutil.pid_exists(head.pid) and find_process(head.pid, head.began_s) is None:
         return []                                             # the number is somebody else's by now
     members = []
     for process in psutil.process_iter():

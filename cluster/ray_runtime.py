@@ -3,7 +3,7 @@
     Start ──► actor `diptych-NAME/decode-0@EPOCH`      poll() asks every actor for its pulse, without ever waiting for one,
     Drain ──► drain()                                  and turns answers, errors and vanished processes into events
     Kill  ──► leave(), Ray's kill, SIGKILL ──► Died once the process table has it no more
-    Publish ► update_membership() of all
+    Publish ► update_membership() of all, and again of who has not heard it: Ray may lose a call
 
 Actors are detached so that they outlive their controller: the next one finds them by name (`adopt`) and goes on. All stand on the
 controller's own machine; so it can look into the process table itself, and does not take Ray's word for a death (Ray reports it
@@ -16,15 +16,16 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ..messages.ids import Epoch
 from ..messages.membership import Membership, Role
 from ..messages.zmq_post import Keyring
-from .controller import Action, Adopted, Answered, Died, Drain, Event, Kill, Publish, Start, StartFailed
+from .controller import Action, Drain, Kill, Publish, Start
 from .gateway_shell import GatewayShell
+from .lives import Adopted, Answered, Died, Event, StartFailed
 from .places import PlaceKind, PlaceName, worker_config
 from .processes import find_process, is_dead, kill
 from .pulse import Pulse, ShellState
@@ -82,6 +83,7 @@ class RayRuntime:
     keyring: Keyring
     node_id: str                              # where everything stands
     node_ip: str
+    news: Membership | None = None            # published last
     processes: dict[tuple[PlaceName, Epoch], _Process] = field(default_factory=dict)
 
     def adopt(self) -> list[Event]:
@@ -162,9 +164,12 @@ class RayRuntime:
         return group
 
     def _publish(self, membership: Membership) -> None:
-        encoded = msgspec.msgpack.encode(membership)
+        self.news = membership
         for process in self.processes.values():
-            process.actor.update_membership.remote(encoded)
+            self._tell(process, membership)
+
+    def _tell(self, process: _Process, membership: Membership) -> None:
+        process.actor.update_membership.remote(msgspec.msgpack.encode(membership))
 
     def _ask_period_s(self, process: _Process) -> float:
         is_serving = process.pulse is not None and process.pulse.state is ShellState.SERVING
@@ -176,6 +181,9 @@ class RayRuntime:
             process.pulse = msgspec.msgpack.decode(ray.get(answer), type=Pulse)
         except ActorUnavailableError:
             return []                         # Ray cannot reach it just now; if that lasts, it is killed for its silence
+        except RayTaskError as error:         # it lives, but could not say how it is: silence, too
+            logger.warning("%s epoch %d does not answer: %s", process.name, process.epoch, error)
+            return []
         except RayError as error:
             logger.warning("%s epoch %d is lost: %s", process.name, process.epoch, error)
             process.lost = isinstance(error, RayActorError)
@@ -183,8 +191,10 @@ class RayRuntime:
             return []
         if process.pulse.state is ShellState.FAILED:
             return [StartFailed(process.name, process.epoch, process.pulse.error, hopeless=process.pulse.is_typed)]
-        presence = process.pulse.member or process.pulse.address
-        return [Answered(process.name, process.epoch, presence, process.pulse.drained)]
+        if process.pulse.state is ShellState.SERVING and self.news is not None and process.pulse.heard.version < self.news.version:
+            self._tell(process, self.news)
+        pulse = process.pulse
+        return [Answered(process.name, process.epoch, pulse.member or pulse.address, pulse.drained, pulse.still_s, pulse.heard)]
 
     def _is_gone(self, process: _Process, now_s: float) -> bool:
         """Helps a dying process along. One that never answered is known through Ray alone, to us as to everybody."""
@@ -195,7 +205,7 @@ class RayRuntime:
             process.lost, process.kill_at_s = True, now_s + SIGKILL_AFTER_S
         if pulse is None:
             return process.lost and process.answer is None
-        running = find_process(pulse.pid, pulse.created_s)
+        running = find_process(pulse.pid, pulse.began_s)
         if running is None or is_dead(running):
             return True
         if process.lost and now_s >= process.kill_at_s:

@@ -3,13 +3,9 @@
     launch(spec) ──► the running Ray, or a head of our own ──► controller actor (detached) ──► Deployment
     find(name)   ──► the same one later, from another command
 
-A Deployment is a handle: `status()`, `wait_until_ready()`, `stop()`. This file and `ray_runtime` are the only ones that import Ray.
+A Deployment is a handle: `status()`, `wait_until_ready()`, `stop()`. Ray is imported here, in `ray_join` and `ray_runtime` alone.
 """
 
-import logging
-import os
-import socket
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +21,8 @@ from .controller import Phase
 from .gateway.decisions import RequestExplanation
 from .places import PlaceKind, num_gpus
 from .pulse import DeploymentStatus
-from .ray_head import Head, start_head, stop_head
+from .ray_head import start_head, stop_head
+from .ray_join import join, running_ray
 from .records import Record
 from .spec import Spec
 
@@ -108,13 +105,13 @@ def launch(spec: Spec, own_ray: bool = False) -> Deployment:
     """`own_ray`: not even a running Ray is joined. Raises ClusterError."""
     if any(record.name == spec.name for record in records.read_all()):
         raise SpecError(f"name: a deployment {spec.name!r} is running already; `diptych down {spec.name}` stops it")
-    address, head = (None, None) if own_ray else _running_ray()
+    address, head = (None, None) if own_ray else running_ray()
     if address is None:
         head = start_head()
         address = head.address
     record = Record(spec.name, address, head)
     try:
-        _join(record)
+        join(record)
         if _find_controller(spec.name) is not None:
             raise ClusterError(f"a deployment {spec.name!r} is running on Ray at {address} already")
         _check_gpus(spec)
@@ -140,11 +137,11 @@ def find(name: str | None) -> Deployment:
     """Raises ClusterError if there is none."""
     record = records.find(name)
     if record is None:
-        address, head = _running_ray()
+        address, head = running_ray()
         if address is None or name is None:
             raise ClusterError(f"no deployment {name or ''} is running".replace("  ", " "))
         record = Record(name, address, head)
-    _join(record)
+    join(record)
     controller = _find_controller(record.name)
     if controller is None:
         raise ClusterError(f"no deployment {record.name!r} is running on Ray at {record.address}")
@@ -177,47 +174,6 @@ def _forget(record: Record) -> None:
         stop_head(record.head)
     records.remove(record.name)
     _sweep_shared_memory(record.name)
-
-
-def _running_ray() -> tuple[str | None, Head | None]:
-    """RAY_ADDRESS; or a head that an earlier deployment started; or what `ray start` has noted on this machine."""
-    if address := os.environ.get("RAY_ADDRESS"):
-        if not _accepts(address):
-            raise ClusterError(f"RAY_ADDRESS={address}: nothing listens there")
-        return address, None
-    for record in records.read_all():
-        if record.head is not None:
-            return record.address, record.head
-    note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
-    address = note.read_text().strip() if note.is_file() else ""
-    return (address, None) if address and _accepts(address) else (None, None)
-
-
-def _accepts(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0):
-            return True
-    except (OSError, ValueError):
-        return False
-
-
-def _join(record: Record) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if record.head is not None:
-        os.environ.update(record.head.environment)            # read by Ray when it is imported
-    import ray
-
-    from .ray_runtime import NAMESPACE
-
-    if ray.is_initialized():
-        if ray.get_runtime_context().gcs_address != record.address:
-            raise ClusterError(f"this process is connected to Ray at {ray.get_runtime_context().gcs_address}, not {record.address}")
-        return
-    try:
-        ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"cannot join Ray at {record.address}: {error}") from None
 
 
 def _start_controller(spec: Spec) -> Any:

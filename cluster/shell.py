@@ -4,6 +4,8 @@
                               │ fails: FAILED, the text is kept       │ raises: logged, exit at once
     Ray's thread:   pulse()   update_membership()   drain()   leave()
 
+That Ray's thread answers proves nothing about the member's, so the pulse says for how long that one has not moved (`still_s`).
+
 Fail-closed: a member in doubt about its own state does not go on. Ray carries these four calls, a gateway's `explain`, and nothing else.
 """
 
@@ -13,11 +15,12 @@ import threading
 from abc import ABC, abstractmethod
 
 import msgspec
-import psutil
 
 from ..messages.errors import DiptychError
 from ..messages.membership import Membership
 from ..messages.zmq_post import Keyring, ZmqPost
+from .lives import NOTHING_HEARD, Heard
+from .processes import began_s
 from .pulse import Pulse, ShellState
 
 logger = logging.getLogger(__name__)
@@ -30,15 +33,16 @@ class Shell(ABC):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._keyring = keyring
         self._host = host
-        self._created_s = psutil.Process().create_time()
+        self._began_s = began_s(os.getpid())
         self._state = ShellState.STARTING
+        self._heard = NOTHING_HEARD
         self._error: DiptychError | Exception | None = None
         threading.Thread(target=self._live, name="member", daemon=True).start()
 
     # called by the controller through Ray
 
     def pulse(self) -> bytes:
-        pulse = Pulse(os.getpid(), self._created_s, self._state)
+        pulse = Pulse(os.getpid(), self._began_s, self._state, self._heard)
         if self._state is ShellState.FAILED:
             text = f"{type(self._error).__name__}: {self._error}"
             pulse = msgspec.structs.replace(pulse, error=text, is_typed=isinstance(self._error, DiptychError))
@@ -50,7 +54,9 @@ class Shell(ABC):
 
     def update_membership(self, encoded: bytes) -> None:
         if self._state is ShellState.SERVING:
-            self.tell(msgspec.msgpack.decode(encoded, type=Membership))
+            membership = msgspec.msgpack.decode(encoded, type=Membership)
+            self.tell(membership)
+            self._heard = Heard(membership.version, membership.next_epoch)
 
     def drain(self) -> None:
         if self._state is ShellState.SERVING:

@@ -123,7 +123,8 @@ class SecuritySpec(Section):
 
 class TimeoutsSpec(Section):
     start_s: Seconds = 180.0                  # of a worker, model loading included
-    answer_s: Seconds = 10.0                  # without an answer to the controller, until a worker is killed
+    answer_s: Seconds = 10.0                  # without an answer to the controller, until a member is killed
+    stall_s: Seconds = 90.0                   # that its loop may stand still: longer than a step or a compilation may take
     drain_s: Seconds = 30.0                   # to finish what is under way
     request_s: Seconds = 600.0                # of a client, over all attempts
 

@@ -5,8 +5,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..messages.requests import LoadReport
-from .controller import LifeState, Phase
+from .controller import Phase
 from .gateway.status import GatewayStatus, Quantiles, TransferTotals
+from .lives import LifeState
 from .pulse import DeploymentStatus, PlaceStatus
 
 PHASE_STYLE = {

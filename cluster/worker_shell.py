@@ -52,6 +52,7 @@ class WorkerShell(Shell):
             member=self._worker.member,
             load=status.load,
             drained=status.draining and is_idle(status.load),
+            still_s=self._worker.still_s,
             links=status.links,
         )
 

@@ -134,6 +134,8 @@ class KVReceiver:
                 self._drained(message)
 
     def _offered(self, offer: KVOffer, now: float) -> None:
+        if self._membership.has_ended(offer.writer):
+            return                                           # nobody would ever write, or say that it has stopped
         known = self._handoffs.get(offer.ticket.request_id)
         if known is not None and known.ticket == offer.ticket:
             return                                           # doubled on the way
@@ -211,8 +213,6 @@ class KVReceiver:
             if handoff.writer_died:
                 if now >= handoff.session.deadline:
                     self._fence(handoff, now)
-            elif handoff.session.state is HandoffState.CANCELLING and self._is_unlisted(handoff, now):
-                self._writer_died(handoff, now)
             elif handoff.cancel is not None and now >= handoff.session.deadline:
                 handoff.session.deadline = now + self._timeout_s
                 self._post.send(handoff.offer.writer.address, handoff.cancel)
@@ -227,16 +227,10 @@ class KVReceiver:
         if handoff is not None and handoff.session.live:
             self._cancel(handoff, RefuseReason.ABORTED, None, "aborted")
 
-    def update_membership(self, membership: Membership, gone: list[WorkerRef], now: float) -> None:
-        """`gone` are confirmed dead."""
+    def update_membership(self, membership: Membership, now: float) -> None:
         self._membership = membership
-        for handoff in [h for h in self._handoffs.values() if h.offer.writer in gone]:
+        for handoff in [h for h in self._handoffs.values() if membership.has_ended(h.offer.writer) and not h.writer_died]:
             self._writer_died(handoff, now)
-
-    def _is_unlisted(self, handoff: Incoming, now: float) -> bool:
-        """The writer died before its listing came here: it is not listed although any listing would have arrived by now."""
-        writer, known = handoff.offer.writer, self._membership.version >= 0
-        return known and now >= handoff.offered_at + self._timeout_s and not self._membership.lives(writer.worker_id, writer.epoch)
 
     def _writer_died(self, handoff: Incoming, now: float) -> None:
         if handoff.session.state in (HandoffState.RESERVED, HandoffState.MOVING):

@@ -38,7 +38,6 @@ class Loan:
     probe: KVProbe
     blocks: list[BlockId]
     imm: Imm
-    lent_at: float
     deadline: float                           # for the writer's next word; of a dead writer: for the next try to fence it
     num_announced: int = 0                    # pages, not yet confirmed; 0: none
     writer_died: bool = False
@@ -78,7 +77,7 @@ class ProbeReceiver:
     def receive(self, message: ProbeMessage, now: float) -> None:
         loan = self._loans.get(message.ticket)
         match message:
-            case KVProbe() if loan is None:
+            case KVProbe() if loan is None and not self._membership.has_ended(message.writer):
                 self._asked(message, now)
             case KVProbeSent() if loan is not None and not loan.writer_died:
                 loan.num_announced, loan.deadline = message.num_pages, now + self._timeout_s
@@ -93,16 +92,15 @@ class ProbeReceiver:
             self._count(loan)
             if now < loan.deadline:
                 continue
-            if loan.writer_died or self._is_unlisted(loan, now):
+            if loan.writer_died:
                 self._writer_died(loan, now)
             else:                                            # again and again until it answers, or is confirmed dead
                 loan.deadline = now + self._timeout_s
                 self._post.send(loan.probe.writer.address, KVCancel(loan.probe.ticket, RefuseReason.TIMEOUT))
 
-    def update_membership(self, membership: Membership, gone: list[WorkerRef], now: float) -> None:
-        """`gone` are confirmed dead."""
+    def update_membership(self, membership: Membership, now: float) -> None:
         self._membership = membership
-        for loan in [loan for loan in self._loans.values() if loan.probe.writer in gone]:
+        for loan in [loan for loan in self._loans.values() if membership.has_ended(loan.probe.writer)]:
             self._writer_died(loan, now)
 
     def _asked(self, probe: KVProbe, now: float) -> None:
@@ -124,7 +122,7 @@ class ProbeReceiver:
         return not self._loans and not self._engine.scheduler.waiting and not self._handoffs.wants_memory
 
     def _lend(self, probe: KVProbe, blocks: list[BlockId], now: float) -> None:
-        loan = Loan(probe, blocks, self._handoffs.imms.pop(), now, now + self._timeout_s)
+        loan = Loan(probe, blocks, self._handoffs.imms.pop(), now + self._timeout_s)
         self._loans[probe.ticket] = loan
         self._transport.reset(loan.imm)
         self._post.send(probe.writer.address, KVProbeAccept(probe.ticket, tuple(blocks), loan.imm))
@@ -133,11 +131,6 @@ class ProbeReceiver:
         if loan.num_announced and self._transport.num_landed(loan.imm) >= loan.num_announced:
             self._post.send(loan.probe.writer.address, KVProbeCounted(loan.probe.ticket, loan.num_announced))
             loan.num_announced = 0
-
-    def _is_unlisted(self, loan: Loan, now: float) -> bool:
-        """The writer died before its listing came here: any listing would have arrived by now."""
-        writer, known = loan.probe.writer, self._membership.version >= 0
-        return known and now >= loan.lent_at + self._timeout_s and not self._membership.lives(writer.worker_id, writer.epoch)
 
     def _writer_died(self, loan: Loan, now: float) -> None:
         loan.writer_died, loan.num_announced = True, 0

@@ -64,8 +64,8 @@ class DecodeWorker(Worker):
         self.finish_if_known(request_id)
 
     def members_changed(self, gone: list[WorkerRef]) -> None:
-        self._receiver.update_membership(self.membership, gone, self.clock())
-        self._probes.update_membership(self.membership, gone, self.clock())
+        self._receiver.update_membership(self.membership, self.clock())
+        self._probes.update_membership(self.membership, self.clock())
 
     def idle_wait_s(self) -> float:
         if self._receiver.is_waiting or self._receiver.expects_announcement(self.clock()):

@@ -5,34 +5,32 @@
 A step is launched when one may be planned, and collected when its results are there; in between the loop goes on, so that a handoff is
 answered while a GPU computes. On a CPU both happen in one turn.
 
-A role adds its side of the KV handoff by overriding the methods at the end. Whatever it raises ends the process: a worker that is
-in doubt about its state does not go on; the gateways route its requests anew and the controller starts another.
+A role adds its side of the KV handoff (`role_side.py`). Whatever it raises ends the process: a worker that is in doubt about its state
+does not go on; the gateways route its requests anew and the controller starts another.
 """
 
 import os
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from typing import ClassVar
 
 from msgspec import Struct
 
 from ..kvtransfer.transport import TransferStats
 from ..messages.codec import Message
 from ..messages.errors import ContextOverflow, LinkTooSlow
-from ..messages.ids import Address, RequestId
-from ..messages.membership import Member, Membership, Role
+from ..messages.ids import RequestId
+from ..messages.membership import Member, Membership
 from ..messages.post import Post
 from ..messages.requests import Abort, FailureKind, GenerateRequest, LinkMeasured, LoadReport, LoadUpdate, RequestFailed, WorkerRef
 from .config import WorkerConfig
-from .engine import SequenceStep
 from .load import load_report
 from .outbox import TokenOutbox
 from .pace import Pacer
 from .predictor import features_of
 from .replica import Replica, build_replica
+from .role_side import RoleSide
 from .scheduler import StepPlan
 from .step_watch import StepWatch
 
@@ -44,6 +42,7 @@ ATTENTION_S = 0.0005
 class WorkerStatus(Struct, frozen=True):
     """For people and metrics; a consistent snapshot as of the last heartbeat."""
 
+    taken_at: float                           # on the worker's clock
     load: LoadReport
     num_cached_blocks: int
     num_steps: int
@@ -57,10 +56,8 @@ class WorkerStatus(Struct, frozen=True):
     links: tuple[LinkMeasured, ...]           # of a prefill worker, to the decode workers that it has met
 
 
-class Worker(ABC):
-    """`run` belongs to one thread; `stop`, `drain`, `update_membership`, `status` and `member` may be called from any other."""
-
-    role: ClassVar[Role]
+class Worker(RoleSide):
+    """`run` belongs to one thread; `stop`, `drain`, `update_membership`, `status`, `still_s` and `member` may be called from any other."""
 
     def __init__(
         self, config: WorkerConfig, post: Post, replica: Replica | None = None, clock: Callable[[], float] = time.monotonic
@@ -103,6 +100,11 @@ class Worker(ABC):
 
     def status(self) -> WorkerStatus:
         return self._status
+
+    @property
+    def still_s(self) -> float:
+        """How long ago the loop had its last heartbeat. Who answers for it from another thread proves nothing."""
+        return self.clock() - self._status.taken_at
 
     def stop(self) -> None:
         self._stopping.set()
@@ -251,20 +253,15 @@ class Worker(ABC):
         old, self.membership = self.membership, new
         gone = [m.ref for m in old.workers if not new.lives(m.ref.worker_id, m.ref.epoch)]
         self.members_changed(gone)
-        for ref in gone:
-            self.post.forget(ref.address)
-        for gateway in set(old.gateways) - set(new.gateways):
-            self._forget_gateway(gateway)
-
-    def _forget_gateway(self, gateway: Address) -> None:
-        for request in self.requests():
-            if request.gateway == gateway:
-                self.abort(request.request_id)
-        self.post.forget(gateway)
+        left = set(old.gateways) - set(new.gateways)
+        for request in [request for request in self.requests() if request.gateway in left]:
+            self.abort(request.request_id)
+        self.post.update_members({member.ref.address for member in new.workers} | set(new.gateways))
 
     def _snapshot(self) -> WorkerStatus:
         transfer: TransferStats = self.replica.outbound[0].stats
         return WorkerStatus(
+            taken_at=self.clock(),
             load=self.load(),
             num_cached_blocks=self.engine.pool.num_cached,
             num_steps=self._num_steps,
@@ -283,58 +280,8 @@ class Worker(ABC):
         if sequence is not None:
             self.engine.finish(sequence)
 
-    # a role's own
-
-    def hands_off(self, request: GenerateRequest) -> bool:
-        """Whether the request leaves this worker after its first token."""
-        return False
-
-    def check_route(self, request: GenerateRequest) -> None:
-        """Raises LinkTooSlow: from here to its decode worker."""
-        return
-
-    def links(self) -> tuple[LinkMeasured, ...]:
-        return ()
-
-    def requests(self) -> list[GenerateRequest]:
-        """All that are under way here."""
-        return [sequence.request for sequence in self.engine.sequences]
-
-    def knows(self, request_id: RequestId) -> bool:
-        """It is under way here, or something of it is still to be cleared away."""
-        return self.engine.find(request_id) is not None
-
-    def before_step(self, plan: StepPlan) -> None:
-        return None
-
-    def on_layer(self, plan: StepPlan) -> Callable[[int], None] | None:
-        return None
-
-    def after_step(self, steps: list[SequenceStep]) -> None:
-        return None
-
     def idle_wait_s(self) -> float:
         """How long the loop may sleep when nothing was computed: short while somebody else's memory is waited for."""
         if self.engine.is_computing:
             return 0.0
         return 0.001 if self.engine.has_work else max(0.0, self._next_beat - self.clock())
-
-    @abstractmethod
-    def setup(self) -> None:
-        """Makes the role's side of the handoff; everything above exists."""
-        ...
-
-    @abstractmethod
-    def num_handoffs(self) -> int: ...
-
-    @abstractmethod
-    def receive_handoff(self, message: Message) -> None: ...
-
-    @abstractmethod
-    def tick(self, now: float) -> None: ...
-
-    @abstractmethod
-    def abort(self, request_id: RequestId) -> None: ...
-
-    @abstractmethod
-    def members_changed(self, gone: list[WorkerRef]) -> None: ...

@@ -1,14 +1,14 @@
 """Transport for tests and the simulator: pools are tensors of one process, and writes wait in flight until somebody lands them.
 
-The fabric's owner decides when and in which order writes land. A killed writer's writes are still in flight: they may land, or be lost,
-until the receiver fences that writer. Pages and their count land as one, as on the real ones.
+The fabric's owner decides when and in which order writes land, and which links are down. A killed writer's writes are still in flight: they
+may land, or be lost, until the receiver fences that writer. Pages and their count land as one, as on the real ones.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 
-from ..messages.errors import LayoutMismatch, PeerGone
+from ..messages.errors import LayoutMismatch, PeerGone, TransferError
 from ..messages.ids import Imm
 from ..messages.membership import MemoryDescriptor
 from .layout import KVLayout
@@ -31,6 +31,7 @@ class FakeFabric:
     pools: dict[bytes, KVPool] = field(default_factory=dict)
     counters: dict[bytes, list[int]] = field(default_factory=dict)
     in_flight: list[Write] = field(default_factory=list)
+    cut: set[tuple[bytes, bytes]] = field(default_factory=set)        # links (writer, target) that are down
 
     def transport(self, name: str) -> "FakeTransport":
         return FakeTransport(self, name.encode())
@@ -50,6 +51,11 @@ class FakeFabric:
     def kill(self, name: bytes) -> None:
         """The process is gone with its memory; what it had sent is still under way."""
         self.pools.pop(name, None)
+
+    def mend(self) -> None:
+        """Links that were down are up again: what was under way on them has landed by now, or never will."""
+        while self.cut:
+            self.lose(*self.cut.pop())
 
     def lose(self, writer: bytes, target: bytes) -> None:
         """What is in flight from one to the other will never land."""
@@ -84,13 +90,13 @@ class FakeTransport:
         self.fabric.counters[self.location] = [0] * NUM_IMMS
         return MemoryDescriptor(self.name, "fake", self.location, pool.num_blocks, pool.layout.page_bytes, NUM_IMMS)
 
-    def connect(self, descriptor: MemoryDescriptor) -> Peer:
+    def connect(self, descriptor: MemoryDescriptor) -> Peer | None:
         assert self.pool is not None
         if descriptor.page_bytes != self.pool.layout.page_bytes:
             raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {self.pool.layout.page_bytes} here")
         if descriptor.location not in self.fabric.pools:
             raise PeerGone(f"{descriptor.location.decode()} is gone")
-        return Peer(descriptor)
+        return None if (self.location, descriptor.location) in self.fabric.cut else Peer(descriptor)
 
     def disconnect(self, peer: Peer) -> None:
         self.fabric.lose(self.location, peer.descriptor.location)
@@ -102,8 +108,10 @@ class FakeTransport:
 
     def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
         assert self.pool is not None
-        if peer.descriptor.location not in self.fabric.pools:
+        if peer.descriptor.location not in self.fabric.pools or (self.location, peer.descriptor.location) in self.fabric.cut:
             raise PeerGone(f"{peer.descriptor.location.decode()} is gone")
+        if not 0 <= min(dst_pages, default=0) <= max(dst_pages, default=0) < len(as_pages(self.fabric.pools[peer.descriptor.location])):
+            raise TransferError(f"pages {min(dst_pages)} to {max(dst_pages)} are not there")
         pages = as_pages(self.pool)[torch.tensor(src_pages)].clone()
         key = (peer.descriptor.location, imm)
         self.busy[key] = self.busy.get(key, 0.0) + len(dst_pages) * self.page_s

@@ -4,10 +4,12 @@ Every message takes the way through the codec, so that what the fake carries the
 """
 
 from collections import defaultdict
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from .codec import Message, decode, encode
 from .ids import Address
+from .post import Leavers
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ class FakePost:
     network: FakeNetwork
     address: Address
     num_dropped: int = 0
+    leavers: Leavers = field(default_factory=Leavers)
 
     def send(self, to: Address, message: Message) -> None:
-        if self.address not in self.network.gone:
+        if self.address not in self.network.gone and to not in self.leavers:
             self.network.in_flight.append(InFlight(self.address, to, encode(message)))
 
     def receive(self, timeout_s: float) -> list[Message]:
@@ -68,6 +71,10 @@ class FakePost:
     def forget(self, peer: Address) -> None:
         ours = (self.address, peer)
         self.network.in_flight = [letter for letter in self.network.in_flight if (letter.sender, letter.to) != ours]
+
+    def update_members(self, members: AbstractSet[Address]) -> None:
+        for peer in self.leavers.update(members):
+            self.forget(peer)
 
     def close(self) -> None:
         self.network.kill(self.address)

@@ -56,11 +56,17 @@ class Member(Struct, frozen=True):
 
 
 class Membership(Struct, frozen=True, tag=True):
-    """A full snapshot. A worker's life that is absent here is confirmed dead: its process no longer exists."""
+    """A full snapshot. A worker's life that was listed once and is absent here is confirmed dead: its process no longer exists."""
 
     version: int
     workers: tuple[Member, ...]
     gateways: tuple[Address, ...]
+    next_epoch: Epoch = Epoch(0)              # of lives that begin after this snapshot; it says nothing of them
+    unlisted: tuple[Epoch, ...] = ()          # of earlier lives that may yet be listed: they are starting
 
     def lives(self, worker_id: WorkerId, epoch: Epoch) -> bool:
         return any(m.ref.worker_id == worker_id and m.ref.epoch == epoch for m in self.workers)
+
+    def has_ended(self, life: WorkerRef) -> bool:
+        """The worker's life is confirmed dead, whether it was ever listed or not."""
+        return life.epoch < self.next_epoch and life.epoch not in self.unlisted and not self.lives(life.worker_id, life.epoch)

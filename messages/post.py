@@ -4,10 +4,29 @@ A Post has one address, at which everybody sends to it. Sending never blocks and
 swallows messages. Whoever waits for an answer has a deadline.
 """
 
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from .codec import Message
 from .ids import Address
+
+
+class Leavers:
+    """Who was a member once and is none any more; a few bytes for each, for ever."""
+
+    def __init__(self) -> None:
+        self._members: AbstractSet[Address] = frozenset()
+        self._left: set[Address] = set()
+
+    def __contains__(self, peer: Address) -> bool:
+        return peer in self._left
+
+    def update(self, members: AbstractSet[Address]) -> AbstractSet[Address]:
+        """Those that have left just now."""
+        gone = self._members - members
+        self._left = (self._left | gone) - members
+        self._members = frozenset(members)
+        return gone
 
 
 class Post(Protocol):
@@ -31,6 +50,10 @@ class Post(Protocol):
 
     def forget(self, peer: Address) -> None:
         """Drops what is queued for a peer that will not come back."""
+        ...
+
+    def update_members(self, members: AbstractSet[Address]) -> None:
+        """Forgets who was a member and is none any more, and drops all that is sent there, until it is named again."""
         ...
 
     def close(self) -> None: ...

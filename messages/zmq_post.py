@@ -6,6 +6,7 @@ be connected to.
 """
 
 import logging
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import msgspec
@@ -15,6 +16,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from .codec import MAX_FRAME_BYTES, Message, decode, encode
 from .errors import ClusterError, Malformed, WireError
 from .ids import Address
+from .post import Leavers
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class ZmqPost:
         self._inbox.curve_server = True
         self._inbox.maxmsgsize = MAX_RAW_BYTES
         self._outboxes: dict[Address, zmq.Socket[bytes]] = {}
+        self._leavers = Leavers()
         self._num_dropped = 0
         try:
             self._inbox.bind(f"tcp://{host}:{port or '*'}")
@@ -85,6 +88,8 @@ class ZmqPost:
 
     def send(self, to: Address, message: Message) -> None:
         frame = encode(message)
+        if to in self._leavers:                        # or a late word would open a socket again that nobody closes
+            return
         try:
             self._outbox(to).send(frame, zmq.NOBLOCK)
         except zmq.Again:
@@ -110,6 +115,10 @@ class ZmqPost:
         outbox = self._outboxes.pop(peer, None)
         if outbox is not None:
             outbox.close(linger=0)
+
+    def update_members(self, members: AbstractSet[Address]) -> None:
+        for peer in self._leavers.update(members):
+            self.forget(peer)
 
     def close(self) -> None:
         for peer in list(self._outboxes):

@@ -211,6 +211,8 @@ class KVWriter:
         self._give_up(handoff, Failure(kind, text, retryable), now)
 
     def _committed(self, handoff: Outgoing, now: float) -> None:
+        """The receiver has counted every page, so nothing can still land, though the transport may not have noticed yet: `stop` only closes
+        its books here. Asking until it has would be wrong: the receiver may have lent the counter anew, and its pages would be dropped."""
         assert handoff.plan is not None
         assert handoff.peer is not None
         assert handoff.accept is not None
@@ -223,7 +225,7 @@ class KVWriter:
             num_pages=handoff.plan.num_pages,
             num_bytes=handoff.plan.num_pages * self._layout.page_bytes,
             num_skipped_blocks=handoff.plan.num_skipped,
-            transfer_s=self._transport.busy_s(handoff.peer, handoff.accept.imm),
+            transfer_s=max(0.0, self._transport.busy_s(handoff.peer, handoff.accept.imm) - handoff.busy_before_s),
             handoff_s=now - handoff.offered_at,
         )
         self._transport.stop(handoff.peer, handoff.accept.imm, 0.0)
@@ -237,6 +239,11 @@ class KVWriter:
         member = self._members.get(handoff.decode)
         if member is None:
             return
+        assert handoff.accept is not None
+        if (highest := max(handoff.accept.block_ids, default=0)) >= member.num_blocks:
+            text = f"{member.ref.worker_id} accepted with block {highest} of {member.num_blocks}"
+            self._give_up(handoff, Failure(FailureKind.INTERNAL, text), now)
+            return
         try:
             peer = self._transport.connect(member.descriptors)
             if peer is None and now >= handoff.accepted_at + LINK_WAIT_S:
@@ -246,8 +253,7 @@ class KVWriter:
             return
         if peer is None:
             return                                         # tick asks again
-        assert handoff.accept is not None
-        handoff.peer = peer
+        handoff.peer, handoff.busy_before_s = peer, self._transport.busy_s(peer, handoff.accept.imm)
         handoff.session.deadline = handoff.sequence.deadline
         handoff.plan = self._plan(handoff.sequence, handoff.accept, peer)
         self._push(handoff, now)

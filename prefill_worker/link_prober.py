@@ -1,7 +1,7 @@
 """Measures the link to every decode worker that this prefill worker meets, before requests depend on it.
 
     met ──► KVProbe ──► KVProbeAccept ──► per transport, round: write ─► KVProbeSent ─► KVProbeCounted ─► LinkMeasured ─► KVDrained
-     ▲         │ BUSY, no link, no answer: later
+     ▲         │ BUSY, no link, no answer: later; any other refusal would be said again: not before the membership changes
      └─────────┴── found anew, or over another transport; below the floor, or not over every transport: after a while
 
 Every transport that both ends have is measured, and the fastest is used from then on (`kvtransfer/selection.py`). One link at a time, and
@@ -18,7 +18,7 @@ from ..kvtransfer.selection import fastest_first
 from ..kvtransfer.session import HandoffState, Session
 from ..kvtransfer.transport import NUM_IMMS, KVPool, Peer
 from ..messages.errors import LinkTooSlow, PeerGone, TransferError
-from ..messages.handoff import KVCancel, KVDrained, KVProbe, KVProbeAccept, KVProbeCounted, KVProbeSent, KVRefuse, Ticket
+from ..messages.handoff import KVCancel, KVDrained, KVProbe, KVProbeAccept, KVProbeCounted, KVProbeSent, KVRefuse, RefuseReason, Ticket
 from ..messages.ids import Address, RequestId, new_nonce
 from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
@@ -105,8 +105,7 @@ class LinkProber:
                 probe.num_counted = max(probe.num_counted, message.num_pages)
                 self._look(probe, now)
             case KVRefuse() if probe.session.state is HandoffState.OFFERED:
-                self._due_at[probe.target.ref] = now + RETRY_S
-                self._probe = None                           # nothing was lent
+                self._refused(probe, message)
             case KVCancel() if probe.session.live:
                 self._put_off(probe, f"given up there: {message.reason}", now)
             case _:
@@ -152,6 +151,13 @@ class LinkProber:
         self._probe = Probe(Session(ticket, now + self._timeout_s), self._targets[ref])
         num_blocks = max(1, PROBE_BYTES // self._layout.block_bytes)
         self._post.send(ref.address, KVProbe(ticket, self._me, self._layout.told, num_blocks, self._transport.descriptors))
+
+    def _refused(self, probe: Probe, refusal: KVRefuse) -> None:
+        """Nothing was lent."""
+        self._probe = None
+        if refusal.reason is not RefuseReason.BUSY:          # which is asked again after RETRY_S, as set when it was begun
+            del self._due_at[probe.target.ref]
+            logger.warning("link to %s not measured: %s: %s", probe.target.ref.worker_id, refusal.reason, refusal.message)
 
     def _accepted(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
         num_layers = self._layout.num_layers

@@ -28,6 +28,7 @@ class Outgoing:
     accepted_at: float = 0.0
     plan: PagePlan | StagedPages | None = None
     peer: Peer | None = None
+    busy_before_s: float = 0.0              # the counter's, of an earlier use whose books the transport had not closed
     num_ready: int = 0                      # leading blocks that are complete in all layers
     first: TokenDelta | None = None
     announced: bool = False                 # KVLanded is out

@@ -9,6 +9,7 @@ monotonic clock, which all processes of a host share.
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 import torch
 from msgspec import Struct
@@ -74,6 +75,9 @@ class StampedPost:
 
     def forget(self, peer: Address) -> None:
         self._post.forget(peer)
+
+    def update_members(self, members: AbstractSet[Address]) -> None:
+        self._post.update_members(members)
 
     def close(self) -> None:
         self._post.close()

@@ -104,7 +104,11 @@ def map_host(address: int, num_bytes: int) -> int:
     """The device's address of host memory, which from now on cannot be paged out."""
     mapped = c_void_p()
     _check("cudaHostRegister", address, num_bytes, PORTABLE_MAPPED)
-    _check("cudaHostGetDevicePointer", byref(mapped), address, 0)
+    try:
+        _check("cudaHostGetDevicePointer", byref(mapped), address, 0)
+    except CudaError:
+        unmap_host(address)
+        raise
     assert mapped.value is not None
     return mapped.value
 

@@ -1,7 +1,7 @@
 """Pools in GPU memory: one plain allocation each, how another process finds it, and its mapping there."""
 
 import secrets
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import msgspec
 import torch
@@ -91,34 +91,26 @@ class PeerMemory:
     def __init__(self, location: Location, pool_bytes: int, device: int) -> None:
         if not 0 < pool_bytes <= location.num_bytes:
             raise LayoutMismatch(f"{pool_bytes} bytes of pages announced, the memory has {location.num_bytes}")
-        self._counters = PeerCounters(location.counters)
-        self._opened: int | None = None
-        self._registered = False
-        try:
-            self.counters = cudart.map_host(self._counters.address, HEADER_BYTES)
-            self._registered = True
-            self.pool = self._open(location, device)
-        except cudart.CudaError as error:
-            self.close()
-            raise PeerGone(f"cannot map {location.num_bytes} bytes of {location.counters}: {error}") from None
-        except PeerGone:
-            self.close()
-            raise
-
-    def _open(self, location: Location, device: int) -> int:
-        if location.process == THIS_PROCESS:
-            if location.device != device:
-                raise PeerGone(f"cuda:{location.device} and cuda:{device} of one process: each GPU needs its own")
-            return location.address
-        address = cudart.ipc_open(location.handle)
-        self._opened = address
-        return address
+        with ExitStack() as undo:                  # whatever fails, nothing stays mapped
+            counters = PeerCounters(location.counters)
+            undo.callback(counters.close)
+            try:
+                self.counters = cudart.map_host(counters.address, HEADER_BYTES)
+                undo.callback(cudart.unmap_host, counters.address)
+                self.pool = _open(location, device, undo)
+            except cudart.CudaError as error:
+                raise PeerGone(f"cannot map {location.num_bytes} bytes of {location.counters}: {error}") from None
+            self._undo = undo.pop_all()
 
     def close(self) -> None:
-        if self._opened is not None:
-            cudart.ipc_close(self._opened)
-            self._opened = None
-        if self._registered:
-            cudart.unmap_host(self._counters.address)
-            self._registered = False
-        self._counters.close()
+        self._undo.close()
+
+
+def _open(location: Location, device: int, undo: ExitStack) -> int:
+    if location.process != THIS_PROCESS:
+        address = cudart.ipc_open(location.handle)
+        undo.callback(cudart.ipc_close, address)
+        return address
+    if location.device != device:
+        raise PeerGone(f"cuda:{location.device} and cuda:{device} of one process: each GPU needs its own")
+    return location.address

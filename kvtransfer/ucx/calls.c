@@ -7,8 +7,6 @@
 
 #include "shim.h"
 
-#define LOOK_NS (100 * MS)
-
 /* the receiver's side */
 
 EXPORT const void *dx_rkey(shim_t *shim, size_t *num_bytes)
@@ -33,12 +31,14 @@ EXPORT void dx_reset(shim_t *shim, uint32_t imm)
     atomic_store_explicit(&shim->counters[imm], 0, memory_order_release);
 }
 
-/* True once nothing of that writer's, which is known to be dead, can land here any more. */
+/* True once nothing of that writer's, which is known to be dead, can land here any more. NULL: of nobody's. */
 EXPORT int dx_fence(shim_t *shim, const uint8_t *uid, double timeout_s)
 {
     fence_t fence = {0};
     int64_t deadline_ns = now_ns() + (int64_t)(timeout_s * 1e9);
-    memcpy(fence.uid, uid, UID_BYTES);
+    fence.everybody = uid == NULL;
+    if (uid != NULL)
+        memcpy(fence.uid, uid, UID_BYTES);
     pthread_mutex_lock(&shim->lock);
     fence.next = shim->fences;
     shim->fences = &fence;
@@ -105,10 +105,20 @@ EXPORT int dx_await_open(link_t *link, double timeout_s, char *text)
     return open ? DX_OK : DX_GONE;
 }
 
-/* Ends a link once its writes have ended, or by force after the time; the pointer is dead then. */
-EXPORT void dx_unlink(link_t *link, double patience_s)
+static bool is_kept(const shim_t *shim, const link_t *link)
+{
+    const link_t *other = shim->links;
+    while (other != NULL && other != link)
+        other = other->next;
+    return other != NULL;
+}
+
+/* Ends a link once its writes have ended, or by force after the patience; the pointer is dead then. False if the thread does not get to it
+   within the limit: UCX hangs. */
+EXPORT int dx_unlink(link_t *link, double patience_s, double limit_s)
 {
     shim_t *shim = link->shim;
+    int64_t deadline_ns = now_ns() + (int64_t)(limit_s * 1e9);
     pthread_mutex_lock(&shim->lock);
     link->leaving = true;
     link->leave_by_ns = now_ns() + (int64_t)(patience_s * 1e9);
@@ -118,14 +128,11 @@ EXPORT void dx_unlink(link_t *link, double patience_s)
     }
     link->queued_end = &link->queued;
     wake(shim);
-    for (bool found = true; found && !shim->closing;) {
-        found = false;
-        for (link_t *other = shim->links; other != NULL; other = other->next)
-            found |= other == link;
-        if (found)
-            wait_changed(shim, now_ns() + LOOK_NS);
-    }
+    while (!shim->closing && is_kept(shim, link) && wait_changed(shim, deadline_ns))
+        continue;
+    bool ended = shim->closing || !is_kept(shim, link);
     pthread_mutex_unlock(&shim->lock);
+    return ended;
 }
 
 enum { MAX_PUT_BYTES = 1 << 18 };                    /* a run is cut here, so that a stop takes effect soon */

@@ -111,13 +111,13 @@ static ucs_status_t guest_open(shim_t *shim, guest_t *guest, const caller_t *cal
     return status;
 }
 
-/* Ends the guests of that writer that are older than `life`; true if one of that life or a later is left. */
+/* Ends the guests of that writer (NULL: of all) that are older than `life`; true if one of that life or a later is left. */
 static bool see_off(shim_t *shim, const uint8_t *uid, uint64_t life)
 {
     bool newer = false;
     for (guest_t **at = &shim->guests; *at != NULL;) {
         guest_t *guest = *at;
-        bool same = memcmp(guest->hello.uid, uid, UID_BYTES) == 0;
+        bool same = uid == NULL || memcmp(guest->hello.uid, uid, UID_BYTES) == 0;
         if (same && guest->hello.life < life) {
             *at = guest->next;
             line_hang_up(&guest->line, NULL);
@@ -147,16 +147,15 @@ static void admit(shim_t *shim, const caller_t *caller)
 /* A fence asks that nothing of a writer that has died can land any more. */
 static void raise_fences(shim_t *shim)
 {
-    uint8_t uid[UID_BYTES];
     pthread_mutex_lock(&shim->lock);
     while (shim->fences != NULL) {
-        memcpy(uid, shim->fences->uid, UID_BYTES);
+        fence_t raised = *shim->fences;               /* who asked for it may run out of patience meanwhile */
         pthread_mutex_unlock(&shim->lock);
-        see_off(shim, uid, UINT64_MAX);
+        see_off(shim, raised.everybody ? NULL : raised.uid, UINT64_MAX);
         pthread_mutex_lock(&shim->lock);
         for (fence_t **at = &shim->fences; *at != NULL;) {
             fence_t *fence = *at;
-            if (memcmp(fence->uid, uid, UID_BYTES) == 0) {
+            if (fence->everybody == raised.everybody && memcmp(fence->uid, raised.uid, UID_BYTES) == 0) {
                 fence->done = true;
                 *at = fence->next;
             } else

@@ -133,6 +133,7 @@ typedef struct caller {              /* a HELLO that waits to be answered */
 typedef struct fence {
     struct fence *next;
     uint8_t uid[UID_BYTES];
+    bool everybody;                  /* whatever the uid: the writer is not known */
     bool done;
 } fence_t;
 

@@ -69,7 +69,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dx_fence": (c_int, (c_void_p, c_char_p, c_double)),
     "dx_link": (c_void_p, (c_void_p, c_char_p, c_uint64, c_uint64, c_int, c_int, c_char_p, c_size_t, c_char_p, c_size_t)),
     "dx_await_open": (c_int, (c_void_p, c_double, c_char_p)),
-    "dx_unlink": (None, (c_void_p, c_double)),
+    "dx_unlink": (c_int, (c_void_p, c_double, c_double)),
     "dx_write": (c_int, (c_void_p, _PAGES, _PAGES, c_size_t, c_uint32, c_char_p)),
     "dx_stop": (c_int, (c_void_p, c_uint32, c_double)),
     "dx_settled": (c_int, (c_void_p, c_uint32)),
@@ -157,7 +157,8 @@ class Shim:
     def reset(self, imm: Imm) -> None:
         self._call("dx_reset", self._handle, imm)
 
-    def fence(self, uid: bytes, timeout_s: float) -> bool:
+    def fence(self, uid: bytes | None, timeout_s: float) -> bool:
+        """None: everybody; who lives finds its next write stalled, and dials again."""
         return bool(self._call("dx_fence", self._handle, uid, timeout_s))
 
     def link(self, target: Location) -> Link:
@@ -173,9 +174,10 @@ class Shim:
         """The lanes of the open link. Raises PeerGone."""
         return self._check("dx_await_open", link, timeout_s)
 
-    def unlink(self, link: Link, patience_s: float) -> None:
-        """Lets writes under way end for so long, then ends them by force."""
-        self._call("dx_unlink", link, patience_s)
+    def unlink(self, link: Link, patience_s: float, limit_s: float) -> None:
+        """Lets writes under way end for `patience_s`, then ends them by force. Raises TransferError: not done within `limit_s`."""
+        if not self._call("dx_unlink", link, patience_s, limit_s):
+            raise TransferError(f"UCX hangs: its thread has not let go of a link within {limit_s:g} s")
 
     def write(self, link: Link, source: IdArray, target: IdArray, imm: Imm) -> None:
         """Raises PeerGone, TransferError."""

@@ -28,6 +28,7 @@ from .shim import UID_BYTES, Link, Location, MemoryType, Shim
 PROTOCOL_VERSION = 2
 SLOW_LANES = ("tcp/",)
 LEAVE_S = 0.1                   # for writes under way to end, when a peer is disconnected
+LEAVE_LIMIT_S = 30.0            # each of the links that end meanwhile may take UCX some seconds
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,13 @@ class UcxTransport:
         self._shim.reset(imm)
 
     def fence(self, writer: MemoryDescriptor, timeout_s: float) -> bool:
-        """True once nothing can land here any more of a writer that is confirmed dead."""
-        return self._shim.fence(_decode(writer).uid, timeout_s)
+        """True once nothing can land here any more of a writer that is confirmed dead. If its descriptor does not name it, of anybody."""
+        try:
+            uid = _decode(writer).uid
+        except TransferError as error:
+            logger.warning("all writers are fenced, and those that live must dial again: %s", error)
+            uid = None
+        return self._shim.fence(uid, timeout_s)
 
     # the writer's side
 
@@ -133,10 +139,11 @@ class UcxTransport:
         return Peer(descriptor)
 
     def disconnect(self, peer: Peer) -> None:
+        """Raises TransferError if UCX hangs: the process must not go on."""
         link = self._links.pop(peer.descriptor.location, None)
         self._open.discard(peer.descriptor.location)
         if link is not None:
-            self._shim.unlink(link, LEAVE_S)
+            self._shim.unlink(link, LEAVE_S, LEAVE_LIMIT_S)
 
     def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:
         link = self._links.get(peer.descriptor.location)

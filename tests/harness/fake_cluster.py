@@ -118,6 +118,8 @@ class FakeCluster:
         self.answers: dict[RequestId, Answer] = {}
         self.spans: list[RequestSpan] = []
         self.transfer_failures: list[TransferFailed] = []
+        self.uninformed: set[WorkerId] = set()               # whom news of members does not reach until `tell_late_news`
+        self.late_news: list[tuple[Worker, Membership]] = []
         self._epoch = 0
         self._version = 0
         self._num_requests = 0
@@ -155,9 +157,18 @@ class FakeCluster:
         """All members learn who lives, at once: membership does not travel on the faulty network."""
         self._version += 1
         members = tuple(worker.member for worker in self.workers.values())
-        membership = Membership(self._version, members, (self.gateway.address,))
-        for worker in self.workers.values():
+        membership = Membership(self._version, members, (self.gateway.address,), Epoch(self._epoch + 1))
+        for worker_id, worker in self.workers.items():
+            if worker_id in self.uninformed:
+                self.late_news.append((worker, membership))
+            else:
+                worker.update_membership(membership)
+
+    def tell_late_news(self) -> None:
+        self.uninformed.clear()
+        for worker, membership in self.late_news:
             worker.update_membership(membership)
+        self.late_news.clear()
 
     def kill(self, worker_id: WorkerId) -> None:
         worker = self.workers.pop(worker_id)

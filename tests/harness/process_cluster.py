@@ -146,7 +146,8 @@ class ProcessCluster:
 
     def publish(self) -> None:
         self._version += 1
-        membership = Membership(self._version, tuple(w.member for w in self.workers.values()), (self.gateway.address,))
+        members = tuple(worker.member for worker in self.workers.values())
+        membership = Membership(self._version, members, (self.gateway.address,), Epoch(self._epoch + 1))
         for worker in self.workers.values():
             worker.pipe.send(membership)
 

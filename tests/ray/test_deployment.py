@@ -1,9 +1,13 @@
 """A deployment on real Ray: it comes up, heals, says why it cannot, and leaves nothing behind."""
 
 import json
+import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -13,6 +17,7 @@ import pytest
 from diptych.cluster import ray_session, records
 from diptych.cluster.controller import Phase
 from diptych.cluster.ray_session import is_serving
+from diptych.cluster.records import Record
 from diptych.messages.errors import ClusterError, SpecError
 from diptych.models.embedded.path import embedded_model_path
 
@@ -58,6 +63,18 @@ def test_a_new_controller_adopts_what_lives(colocated: Cluster) -> None:
     assert {place.name: place.pid for place in status.places} == pids
     served.complete()
     served.wait_until_back(served.kill("decode-0"))           # and it heals
+    served.complete()
+
+
+def test_a_controller_that_stood_still_kills_nobody(cluster: StartCluster) -> None:
+    served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 2.0})
+    pids, controller = served.pids, psutil.Process(served.status.pid)
+    controller.suspend()
+    time.sleep(4.0)
+    controller.resume()
+    for _ in range(20):
+        assert {place.name: place.pid for place in served.status.places} == pids
+        time.sleep(0.1)
     served.complete()
 
 
@@ -113,6 +130,23 @@ def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(cluster
     second = cluster(name=name, pools={"decode": SMALL})
     assert not set(second.pids.values()) & set(pids.values())
     second.complete()
+
+
+@pytest.mark.parametrize(
+    ("listens", "reason"), [(False, "nothing listens there, asked for 2 s"), (True, r"tried for \d+ s: Failed to connect")]
+)
+def test_a_head_that_does_not_answer_is_said_in_time(listens: bool, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own patience is minutes, at whose end it sends the command a SIGTERM."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        records.write(Record("chat", address, None))
+        if not listens:
+            mute.close()
+        command = [sys.executable, "-c", "from diptych.cluster.cli import main; main()", "status", "chat"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
+    assert ended.returncode == 1
+    assert re.search(f"cannot join Ray at {address}[:,] {reason}", " ".join(ended.stderr.split()))
 
 
 def test_a_name_is_used_once(colocated: Cluster, cluster: StartCluster) -> None:

@@ -12,10 +12,12 @@ import pytest
 from rich.console import Console
 
 from diptych.cluster import cli, records
-from diptych.cluster.controller import LifeState, Phase
+from diptych.cluster.controller import Phase
 from diptych.cluster.gateway.decisions import AttemptExplanation, Candidate, ChoiceExplanation, DecisionKind, RequestExplanation
 from diptych.cluster.gateway.generation import GenerationState
+from diptych.cluster.lives import LifeState
 from diptych.cluster.places import PlaceKind
+from diptych.cluster.processes import began_s
 from diptych.cluster.pulse import DeploymentStatus, PlaceStatus
 from diptych.cluster.ray_head import Head
 from diptych.cluster.records import Record
@@ -143,8 +145,8 @@ def test_records_come_and_go() -> None:
 
 def test_a_record_of_a_dead_head_is_forgotten(tmp_path: Path) -> None:
     alive = psutil.Process()
-    records.write(Record("dead", "127.0.0.1:1", Head(alive.pid, alive.create_time() - 1000, "127.0.0.1:1", str(tmp_path))))
-    records.write(Record("alive", "127.0.0.1:1", Head(alive.pid, alive.create_time(), "127.0.0.1:1", str(tmp_path))))
+    records.write(Record("dead", "127.0.0.1:1", Head(alive.pid, began_s(alive.pid) - 1000, "127.0.0.1:1", str(tmp_path))))
+    records.write(Record("alive", "127.0.0.1:1", Head(alive.pid, began_s(alive.pid), "127.0.0.1:1", str(tmp_path))))
     assert [record.name for record in records.read_all()] == ["alive"]
     assert records.find("dead") is None
 

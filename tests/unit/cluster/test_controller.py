@@ -7,23 +7,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from diptych.cluster.controller import (
+from diptych.cluster.controller import Controller, Drain, Kill, Phase, Publish, Start, Timeouts
+from diptych.cluster.lives import (
     MAX_FIRST_STARTS,
+    NOTHING_HEARD,
+    STABLE_S,
     Adopted,
     Answered,
-    Controller,
     Died,
-    Drain,
-    Kill,
+    Heard,
     LifeState,
-    Phase,
-    Publish,
-    Start,
     StartFailed,
-    Timeouts,
     backoff_s,
 )
 from diptych.cluster.places import PlaceKind, PlaceName
+from diptych.cluster.turn_clock import TurnClock
 from diptych.messages.errors import IllegalTransition
 from diptych.messages.ids import Address, Epoch, WorkerId
 from diptych.messages.membership import Member, Membership, Role
@@ -36,8 +34,8 @@ P0, D0, D1, G0 = (
     PlaceName(PlaceKind.GATEWAY, 0),
 )
 ALL = frozenset({P0, D0, D1, G0})
-TIMEOUTS = Timeouts(start_s=60.0, answer_s=5.0, drain_s=20.0)
-FIRST = Epoch(1000)
+TIMEOUTS = Timeouts(start_s=60.0, answer_s=5.0, stall_s=25.0, drain_s=20.0)
+FIRST, FIRST_VERSION = Epoch(100_000), 100_000
 
 
 def presence(name: PlaceName, epoch: Epoch) -> Member | Address:
@@ -52,8 +50,10 @@ def presence(name: PlaceName, epoch: Epoch) -> Member | Address:
 class Process:
     ready: bool = False
     hung: bool = False
+    still_s: float | None = None              # its loop hangs, but another thread answers
     draining: bool = False
     killed: bool = False
+    heard: Heard = NOTHING_HEARD
 
 
 @dataclass
@@ -72,7 +72,9 @@ class World:
                 self.die(name, epoch)
             elif not process.hung:
                 here = presence(name, epoch) if process.ready else None
-                self.controller.observe(Answered(name, epoch, here, drained=process.draining), self.now_s)
+                process.still_s = None if process.still_s is None or here is None else process.still_s + seconds
+                drained = process.draining and process.still_s is None
+                self.controller.observe(Answered(name, epoch, here, drained, process.still_s or 0.0, process.heard), self.now_s)
         for action in self.controller.decide(self.now_s):
             self.do(action)
 
@@ -86,8 +88,10 @@ class World:
             case Kill(name, epoch):
                 self.processes[name, epoch].killed = True
             case Publish(membership):
-                assert self.membership is None or membership.version > self.membership.version
                 self.membership = membership
+                for process in self.processes.values():
+                    assert membership.version > process.heard.version, "it would be taken for an older one"
+                    process.heard = Heard(membership.version, membership.next_epoch) if process.ready else process.heard
 
     def die(self, name: PlaceName, epoch: Epoch) -> None:
         del self.processes[name, epoch]
@@ -95,7 +99,7 @@ class World:
 
     def make_ready(self) -> None:
         for process in self.processes.values():
-            process.ready, process.hung = True, False
+            process.ready, process.hung, process.still_s = True, False, None
 
     def settle(self) -> None:
         """Faults have ended: whoever starts comes up."""
@@ -105,7 +109,7 @@ class World:
 
 
 def world(desired: frozenset[PlaceName] = ALL) -> World:
-    return World(Controller(desired, TIMEOUTS, FIRST, next_version=1))
+    return World(Controller(desired, TIMEOUTS, FIRST, FIRST_VERSION))
 
 
 def ready_world(desired: frozenset[PlaceName] = ALL) -> World:
@@ -128,6 +132,7 @@ class Chaos(RuleBasedStateMachine):
         super().__init__()
         self.world = world()
         self.max_epoch: dict[PlaceName, Epoch] = {}
+        self.clock_was_set_back = False
         self.ever_published: set[tuple[WorkerId, Epoch]] = set()
 
     def pick(self, index: int) -> tuple[PlaceName, Epoch] | None:
@@ -137,6 +142,7 @@ class Chaos(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 0.25, 3.0, 30.0]))
     def tick(self, seconds: float) -> None:
         self.world.tick(seconds)
+        self.assert_the_dead_are_declared()
 
     @rule(index=st.integers(0, 7))
     def become_ready(self, index: int) -> None:
@@ -147,6 +153,11 @@ class Chaos(RuleBasedStateMachine):
     def hang(self, index: int) -> None:
         if key := self.pick(index):
             self.world.processes[key].hung = True
+
+    @rule(index=st.integers(0, 7))
+    def hang_the_loop(self, index: int) -> None:
+        if key := self.pick(index):
+            self.world.processes[key].still_s = 0.0
 
     @rule(index=st.integers(0, 7))
     def die(self, index: int) -> None:
@@ -163,11 +174,12 @@ class Chaos(RuleBasedStateMachine):
     def rescale(self, desired: frozenset[PlaceName]) -> None:
         self.world.controller.desired = desired
 
-    @rule()
-    def replace_controller(self) -> None:
-        """It dies and another adopts what lives."""
+    @rule(later=st.sampled_from([1000, -500]))
+    def replace_controller(self, later: int) -> None:
+        """It dies and another adopts what lives; the clock may have been set back meanwhile, which only members can tell."""
+        self.clock_was_set_back |= later < 0
         old = self.world.controller
-        self.world.controller = Controller(old.desired, TIMEOUTS, Epoch(old.next_epoch + 1000), old.next_version + 1000)
+        self.world.controller = Controller(old.desired, TIMEOUTS, Epoch(old.next_epoch + later), old.next_version + later)
         self.world.membership = None
         for name, epoch in self.world.processes:
             self.world.controller.observe(Adopted(name, epoch), self.world.now_s)
@@ -175,7 +187,7 @@ class Chaos(RuleBasedStateMachine):
     @invariant()
     def epochs_only_grow(self) -> None:
         for name, epoch in self.world.processes:
-            assert epoch >= self.max_epoch.get(name, 0)
+            assert epoch >= self.max_epoch.get(name, 0) or self.clock_was_set_back
             self.max_epoch[name] = epoch
 
     @invariant()
@@ -187,6 +199,14 @@ class Chaos(RuleBasedStateMachine):
         for name, epoch in self.world.processes:
             worker_id = WorkerId(str(name))
             assert published.lives(worker_id, epoch) or (worker_id, epoch) not in self.ever_published
+            assert name.kind is PlaceKind.GATEWAY or not published.has_ended(WorkerRef(worker_id, epoch, Address("")))
+
+    def assert_the_dead_are_declared(self) -> None:
+        """Of all lives that were ever listed; unless nothing may be published yet."""
+        alive = {(WorkerId(str(name)), epoch) for name, epoch in self.world.processes}
+        if self.world.membership is not None:
+            for worker_id, epoch in self.ever_published - alive:
+                assert self.world.membership.has_ended(WorkerRef(worker_id, epoch, Address("")))
 
     def teardown(self) -> None:
         for key in [key for key, process in self.world.processes.items() if process.killed]:
@@ -252,6 +272,63 @@ def test_replacement_waits_for_the_confirmed_death() -> None:
     assert not made.membership.lives(WorkerId("decode-0"), epoch)
     made.settle()
     assert epoch_of(made, D0) > epoch
+
+
+@pytest.mark.parametrize("name", [D0, G0])
+def test_a_loop_that_hangs_is_replaced_though_its_process_answers(name: PlaceName) -> None:
+    made = ready_world()
+    process = made.processes[name, epoch_of(made, name)]
+    process.still_s = 0.0
+    made.tick(TIMEOUTS.stall_s)
+    assert not process.killed, "a step or a compilation may take so long"
+    made.tick(1.0)
+    assert process.killed
+    assert made.controller.places[name].error == "its loop has stood still for 26 s"
+    made.tick()
+    made.settle()
+    assert made.controller.phase is Phase.READY
+
+
+def test_a_loop_that_moves_again_in_time_is_kept() -> None:
+    made = ready_world()
+    process = made.processes[D0, epoch_of(made, D0)]
+    for _ in range(5):
+        process.still_s = 0.0
+        made.tick(TIMEOUTS.stall_s)
+        process.still_s = None
+        made.tick()
+    assert not process.killed
+
+
+def test_nobody_is_killed_for_a_pause_of_the_controllers_own() -> None:
+    """Its first turn after the pause asks everybody, and decides before they can have answered."""
+    made = ready_world()
+    clock, wall_s = TurnClock(made.now_s), made.now_s
+    for pause_s in (0.1, 600.0, 0.1):
+        wall_s += pause_s
+        assert made.controller.decide(clock.turn(wall_s)) == []
+    for _ in range(round(TIMEOUTS.answer_s / 0.1)):           # but who stays silent while he is asked is
+        wall_s += 0.1
+        actions = made.controller.decide(clock.turn(wall_s))
+        if actions:
+            break
+    assert sorted(action.name for action in actions if isinstance(action, Kill)) == sorted(ALL)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_life_that_served_long_starts_the_count_of_failures_anew(hangs: bool) -> None:
+    """Also one that was killed for its silence in the end."""
+    made = ready_world()
+    for _ in range(3):
+        key = D0, epoch_of(made, D0)
+        made.tick(STABLE_S + 1)
+        if hangs:
+            made.processes[key].hung = True
+            made.tick(TIMEOUTS.answer_s + 1)
+            assert made.processes[key].killed
+        made.die(*key)
+        assert made.controller.places[D0].num_failures == 1
+        made.settle()
 
 
 def test_backoff_grows_and_ends() -> None:
@@ -341,6 +418,17 @@ def test_adopting_publishes_nothing_before_all_are_heard() -> None:
     controller.observe(Answered(D0, FIRST, presence(D0, FIRST)), 0.1)
     published = [action.membership for action in controller.decide(0.1) if isinstance(action, Publish)]
     assert [member.ref.epoch for member in published[0].workers] == [FIRST]
+
+
+def test_versions_and_epochs_go_on_from_what_members_have_heard() -> None:
+    """They come from the clock, which may have been set back: members would ignore all news as older than what they know."""
+    controller = Controller(ALL, TIMEOUTS, Epoch(10), next_version=10)
+    controller.observe(Adopted(D0, FIRST), 0.0)
+    heard = Heard(FIRST_VERSION, Epoch(FIRST + 7))
+    controller.observe(Answered(D0, FIRST, presence(D0, FIRST), heard=heard), 0.1)
+    actions = controller.decide(0.1)
+    assert [action.membership.version for action in actions if isinstance(action, Publish)] == [heard.version + 1]
+    assert min(action.epoch for action in actions if isinstance(action, Start)) == heard.next_epoch
 
 
 def test_illegal_transition_names_both_states() -> None:

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
-from diptych.cluster.processes import find_process, is_dead, kill
+from diptych.cluster.processes import began_s, find_process, is_dead, kill
 
 
 def sleeper() -> "subprocess.Popen[bytes]":
@@ -15,12 +16,27 @@ def sleeper() -> "subprocess.Popen[bytes]":
 def test_a_process_that_ends_just_before_the_signal_is_no_fault() -> None:
     """Or the controller, which kills what does not leave, would end with it."""
     child = sleeper()
-    running = find_process(child.pid, psutil.Process(child.pid).create_time())
+    running = find_process(child.pid, began_s(child.pid))
     assert running is not None
     child.kill()
     child.wait(10)
     kill(running)
     assert is_dead(running)
+
+
+def test_setting_the_clock_changes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the controller would take a process that hangs for gone, and let another use what it may still write to."""
+    child = sleeper()
+    then_s = began_s(child.pid)
+    boot_time = psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot_time + 3600.0)
+    running = find_process(child.pid, then_s)
+    assert running is not None
+    assert not is_dead(running)
+    assert find_process(child.pid, then_s - 0.01) is None
+    kill(running)
+    child.wait(10)
+    assert find_process(child.pid, then_s) is None
 
 
 def test_a_process_that_lives_is_killed() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from diptych.cluster.processes import is_dead
+from diptych.cluster.processes import began_s, is_dead
 from diptych.cluster.ray_head import Head, stop_head
 
 PARENT = """
@@ -24,7 +24,7 @@ def play_head(folder: Path) -> tuple[Head, psutil.Process, psutil.Process]:
     assert process.stdout is not None
     child = psutil.Process(int(process.stdout.readline()))
     leader = psutil.Process(process.pid)
-    return Head(process.pid, leader.create_time(), "127.0.0.1:1", str(folder)), leader, child
+    return Head(process.pid, began_s(process.pid), "127.0.0.1:1", str(folder)), leader, child
 
 
 def test_stops_the_session_and_removes_the_folder(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_tidies_up_after_a_dead_leader(tmp_path: Path) -> None:
 
 def test_never_touches_another_process_of_that_number(tmp_path: Path) -> None:
     head, leader, child = play_head(tmp_path / "ray")
-    stop_head(Head(head.pid, head.created_s - 100, head.address, head.folder))
+    stop_head(Head(head.pid, head.began_s - 100, head.address, head.folder))
     assert not is_dead(leader)
     assert not is_dead(child)
     stop_head(head)

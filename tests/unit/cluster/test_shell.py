@@ -57,10 +57,12 @@ def wait_for(shell: Shell, state: ShellState) -> Pulse:
 
 def test_a_life_in_order() -> None:
     shell = FakeShell()
-    assert wait_for(shell, ShellState.SERVING).address == "tcp://here"
+    first = wait_for(shell, ShellState.SERVING)
+    assert (first.address, first.heard.version) == ("tcp://here", -1)
     news = Membership(3, (), ())
     shell.update_membership(msgspec.msgpack.encode(news))
     assert shell.heard == [news]
+    assert wait_for(shell, ShellState.SERVING).heard.version == 3
     shell.drain()
     assert shell.num_drains == 1
     shell.leave()

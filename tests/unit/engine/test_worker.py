@@ -8,6 +8,7 @@ import pytest
 from harness.fake_cluster import TIMEOUT_S, FakeCluster
 
 from diptych.engine.fake_runner import next_token
+from diptych.engine.scheduler import StepPlan
 from diptych.engine.step_watch import STEP_LIMIT_S
 from diptych.engine.worker import Worker
 from diptych.messages.codec import Message
@@ -238,6 +239,22 @@ def test_a_gateway_that_is_gone_takes_its_requests_with_it(cluster: FakeCluster,
     assert max(num_steps) <= 6, "an answer of 40 tokens was computed for nobody"
 
 
+def test_a_late_request_of_a_gateway_that_is_gone_is_answered_to_nobody(cluster: FakeCluster) -> None:
+    decode, gateway = cluster.workers[ROLES[1]], cluster.gateway.address
+    cluster.turn()
+    without_gateway(cluster)
+    cluster.turn()
+    cluster.network.in_flight.clear()
+    ask(cluster, Route(decode.ref))
+    for _ in range(4):
+        cluster.network.deliver_all()
+        decode.turn(0.0)
+    assert decode._num_tokens >= len(PROMPT), "it did come"
+    assert not [letter for letter in cluster.network.in_flight if letter.to == gateway]
+    cluster.settle()
+    cluster.assert_nothing_leaked()
+
+
 def test_other_gateways_requests_go_on(cluster: FakeCluster) -> None:
     decode = cluster.workers[ROLES[1]]
     both = (cluster.gateway.address, Address("fake://other"))
@@ -305,6 +322,28 @@ def test_an_idle_loop_wakes_for_its_next_heartbeat(cluster: FakeCluster, worker:
     assert worker.idle_wait_s() == pytest.approx(0.2 * heartbeat_s)
     cluster.now += heartbeat_s
     assert worker.idle_wait_s() == 0.0
+
+
+def test_every_turn_and_every_layer_moves_the_loop_on(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands still for longer than either of them hangs, and cannot say so itself."""
+    worker, stood = cluster.workers[ROLES[1]], list[float]()
+    launch = worker.engine.runner.launch
+
+    def slow(plan: StepPlan, on_layer: Callable[[int], None]) -> object:
+        def finished(layer: int) -> None:
+            cluster.now += 30.0
+            stood.append(worker.still_s)
+            on_layer(layer)
+
+        return launch(plan, finished)
+
+    monkeypatch.setattr(worker.engine.runner, "launch", slow)
+    cluster.now += 30.0
+    assert worker.still_s == 30.0
+    ask(cluster, Route(worker.ref))
+    turn(cluster, worker)
+    assert stood == [60.0, 30.0], "the first layer came as late as the turn and itself"
+    assert worker.still_s == 0.0
 
 
 def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:

@@ -1,11 +1,13 @@
 """What a dead writer has sent may still be under way: its blocks are used again only after the transport has fenced it."""
 
 import pytest
-from harness.fake_cluster import FakeCluster
+from harness.fake_cluster import TIMEOUT_S, FakeCluster
 
 from diptych.kvtransfer.transport import Peer
+from diptych.messages.handoff import KVOffer, KVProbe
 from diptych.messages.ids import WorkerId
 from diptych.messages.membership import MemoryDescriptor
+from diptych.prefill_worker.link_prober import Floor
 
 PROMPT = list(range(20))
 PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
@@ -49,6 +51,44 @@ def test_a_writer_that_was_never_listed_is_fenced_too() -> None:
     assert in_flight
     assert not cluster.fabric.in_flight
     cluster.assert_nothing_leaked()
+
+
+def test_a_writer_of_whom_this_worker_has_not_heard_yet_is_not_taken_for_dead() -> None:
+    """News of members may be late by any time: its successor writes already, and the receiver knows the first life alone."""
+    cluster = FakeCluster()
+    cluster.turn()
+    cluster.uninformed = {DECODE}
+    cluster.kill(PREFILL)
+    cluster.restart(PREFILL)
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    while not cluster.fabric.in_flight:
+        cluster.network.deliver_all()
+        cluster.turn()
+    cluster.abort(answer)
+    for _ in range(100):                                     # its pages are still under way: it cannot say that it has stopped
+        cluster.network.deliver_all()
+        cluster.turn()
+        cluster.now += TIMEOUT_S / 10
+    assert cluster.workers[DECODE].engine.pool.num_held == 5, "used again although a living writer's pages may still land"
+    cluster.settle()
+    cluster.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("kind", [KVOffer, KVProbe])
+def test_what_a_dead_writer_asked_for_is_not_lent_when_it_comes_late(kind: type) -> None:
+    cluster = FakeCluster(floor=Floor(0.0, refuse=True))
+    cluster.submit(PROMPT, max_tokens=3)
+    while not (asked := [letter for letter in cluster.network.in_flight if isinstance(letter.message, kind)]):
+        cluster.step()
+    cluster.kill(PREFILL)
+    cluster.network.in_flight.clear()
+    cluster.publish()
+    cluster.turn()
+    cluster.network.in_flight += asked
+    cluster.network.deliver_all()
+    cluster.turn()
+    cluster.assert_nothing_leaked()
+    assert not cluster.network.in_flight, "an answer to nobody"
 
 
 @pytest.mark.parametrize("victim", [DECODE])

@@ -13,6 +13,8 @@ from harness.fake_cluster import BLOCK_SIZE, TIMEOUT_S, FakeCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.messages.codec import Message
+from diptych.messages.fake_post import FakePost
 from diptych.messages.handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, RefuseReason, Ticket
 from diptych.messages.ids import BlockId, Epoch, Imm, RequestId, WorkerId
 from diptych.messages.requests import TokenDelta
@@ -25,6 +27,7 @@ BLOCK_SIZES = [BLOCK_SIZE, 8, BLOCK_SIZE, 3]
 PROGRESS = {"submit": 6, "turn": 30, "deliver": 40, "land": 16, "undisturbed": 2}
 FAULTS = {
     "drop": 2, "double": 3, "abort": 3, "wait_a_little": 1, "wait_for_deadlines": 0.4, "kill": 0.4, "kill_unseen": 0.4, "forge": 2,
+    "keep_news_back": 0.4, "cut_a_link": 1, "deafen_a_fence": 0.2,
 }  # fmt: skip
 
 
@@ -47,6 +50,10 @@ class History:
 
     def finish(self) -> None:
         """No more faults. What messages were lost for ends by its deadline or by its client's patience."""
+        self.cluster.tell_late_news()
+        self.cluster.fabric.mend()
+        for transport in self.cluster.transports.values():
+            transport.fences = True
         for pause in (0.0, TIMEOUT_S + 1, 200.0):
             self.cluster.now += pause
             self.cluster.settle()
@@ -115,6 +122,26 @@ class History:
         self.cluster.kill(which)
         self.cluster.restart(which)
 
+    def keep_news_back(self) -> None:
+        """Somebody hears of a death and of the successor later than all others."""
+        if self.cluster.uninformed:
+            self.cluster.tell_late_news()
+        else:
+            self.cluster.uninformed = {self.random.choice(WORKERS)}
+            self.kill_unseen()
+
+    def cut_a_link(self) -> None:
+        """Between two that live. What was under way is lost or lands late; nobody knows which before the link is there again."""
+        fabric, names = self.cluster.fabric, [self.cluster.transports[name].location for name in WORKERS]
+        if fabric.cut:
+            fabric.mend()
+        else:
+            fabric.cut.add((self.random.choice(names[:2]), self.random.choice(names[2:])))
+
+    def deafen_a_fence(self) -> None:
+        transport = self.cluster.transports[self.random.choice(WORKERS[2:])]
+        transport.fences = not transport.fences
+
     def forge(self) -> None:
         """A message with a ticket that nobody gave out: of a live request, an unknown one, an epoch long gone."""
         number = self.random.randint(1, max(1, len(self.cluster.answers)))
@@ -147,6 +174,24 @@ def test_each_fault_alone(fault: str) -> None:
     for seed in range(16):
         history = History(seed, {fault: FAULTS[fault] * 3, "land": (16, 0.7)[seed % 2]}, BLOCK_SIZES[seed // 2 % len(BLOCK_SIZES)])
         history.run(500)
+        history.finish()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_what_arrives_between_the_layers_of_a_step(seed: int) -> None:
+    """Handoff messages are read there too: refusals, cancels and accepts for sequences that are being computed."""
+    history = History(seed, FAULTS)
+    network, receive = history.cluster.network, FakePost.receive
+
+    def restless(post: FakePost, timeout_s: float) -> list[Message]:
+        for letter in [letter for letter in network.in_flight if letter.to == post.address and history.random.random() < 0.5]:
+            network.deliver(network.in_flight.index(letter))
+        return receive(post, timeout_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakePost, "receive", restless)
+        history.run(400)
         history.finish()
 
 

@@ -5,13 +5,13 @@ from typing import TypeVar
 
 import msgspec
 import pytest
-from harness.fake_cluster import TIMEOUT_S, FakeCluster
+from harness.fake_cluster import PAGE_S, TIMEOUT_S, FakeCluster
 
 from diptych.kvtransfer.fake import FakeTransport
 from diptych.kvtransfer.transport import NUM_IMMS
 from diptych.messages.codec import Message
 from diptych.messages.handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, KVOffer, KVRefuse, RefuseReason, Ticket
-from diptych.messages.ids import Imm, RequestId, WorkerId
+from diptych.messages.ids import BlockId, Imm, RequestId, WorkerId
 from diptych.messages.requests import FailureKind
 
 PROMPT = list(range(20))
@@ -137,6 +137,20 @@ def test_a_counter_that_cannot_be_never_reaches_the_transport(imm: int, monkeypa
     cluster.assert_nothing_leaked()
 
 
+@pytest.mark.parametrize("block", [16, 2**63])
+def test_blocks_that_the_receiver_does_not_have_end_the_handoff_and_not_the_writer(block: int) -> None:
+    cluster = FakeCluster(num_blocks=16)
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    accept = wait_for(cluster, KVAccept)
+    cluster.network.in_flight.clear()
+    wrong = msgspec.structs.replace(accept, block_ids=(*accept.block_ids[:-1], BlockId(block)))
+    cluster.gateway.send(answer.request.route.first.address, wrong)
+    cluster.settle()
+    assert answer.failure is not None
+    assert f"accepted with block {block} of 16" in answer.failure.message
+    cluster.assert_nothing_leaked()
+
+
 def test_a_prompt_that_leaves_no_token_to_decode_is_refused() -> None:
     """A prefill worker may take longer contexts than this one, whose block tables end at its own."""
     cluster = FakeCluster(num_blocks=8)
@@ -178,4 +192,18 @@ def test_a_request_that_comes_twice_does_not_end_its_handoff_twice() -> None:
         cluster.now += TIMEOUT_S / 20
     assert decode.engine.pool.num_held == 5, "reused although pages of the first are still on their way"
     cluster.settle(20.0)
+    cluster.assert_nothing_leaked()
+
+
+def test_what_a_counter_was_busy_with_before_is_no_part_of_a_handoffs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handoff may be committed before its writer's transport has noticed that all is there; the next one may get the same counter."""
+    cluster = FakeCluster()
+    writer = cluster.transports[WorkerId("prefill-0")]
+    writer.page_s = PAGE_S
+    monkeypatch.setattr(writer, "stop", lambda peer, imm, timeout_s: False)
+    for first in range(3):
+        assert cluster.submit([first, *PROMPT], max_tokens=3)
+        cluster.settle()
+    assert [answer.complete for answer in cluster.answers.values()] == [True] * 3
+    assert [span.transfer_s for span in cluster.spans] == pytest.approx([span.num_pages * PAGE_S for span in cluster.spans])
     cluster.assert_nothing_leaked()

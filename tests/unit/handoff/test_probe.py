@@ -286,6 +286,31 @@ def test_a_probe_for_an_earlier_life_is_refused() -> None:
     assert decode.ref != cluster.workers[DECODE].ref
 
 
+def test_a_refusal_for_good_is_not_asked_for_again_until_the_membership_changes(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    asked: list[KVProbe] = []
+
+    def run_refused(seconds: float) -> None:
+        end = cluster.now + seconds
+        while cluster.now < end:
+            for letter in cluster.network.in_flight:
+                if isinstance(probe := letter.message, KVProbe):
+                    asked.append(probe)
+                    cluster.gateway.send(letter.sender, KVRefuse(probe.ticket, RefuseReason.LAYOUT, "pages of another layout"))
+            cluster.network.in_flight = [letter for letter in cluster.network.in_flight if not isinstance(letter.message, KVProbe)]
+            cluster.step()
+
+    run_refused(20 * RETRY_S)
+    assert len(asked) == 1
+    assert [record.message for record in caplog.records] == ["link to decode-0 not measured: layout: pages of another layout"]
+    cluster.publish()
+    run_refused(20 * RETRY_S)
+    assert len(asked) == 2
+    cluster.publish()
+    run(cluster)
+    assert len(cluster.links) == 1
+
+
 @pytest.mark.parametrize("victim", [PREFILL, DECODE])
 @pytest.mark.parametrize("with_successor", [False, True])
 def test_a_death_at_any_step_of_a_probe_leaks_nothing(victim: WorkerId, with_successor: bool) -> None:

@@ -3,7 +3,10 @@
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import msgspec
@@ -13,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diptych.kvtransfer.nvlink import cudart
 from diptych.kvtransfer.nvlink.counters import OwnCounters, PeerCounters
 from diptych.kvtransfer.nvlink.memory import THIS_PROCESS, VERSION, Location, PeerMemory, check_descriptor
 from diptych.kvtransfer.nvlink.pages import SMALLEST, Slots, check_pages, runs_of
@@ -69,6 +73,67 @@ def test_another_page_size_is_refused() -> None:
 def test_more_pages_than_memory_are_refused(pool_bytes: int) -> None:
     with pytest.raises(LayoutMismatch, match=f"{pool_bytes} bytes of pages announced"):
         PeerMemory(LOCATION, pool_bytes, 0)
+
+
+class FakeCuda:
+    """Calls by name; `fails` names those that do not work. What is registered and opened is what somebody must still undo."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails = fails
+        self.registered: set[int] = set()
+        self.opened: set[int] = set()
+
+    def check(self, call: str, *arguments: Any) -> None:
+        if call == self.fails:
+            raise cudart.CudaError(call, 1, "invalid argument")
+        match call:
+            case "cudaHostRegister":
+                self.registered.add(arguments[0])
+            case "cudaHostUnregister":
+                self.registered.remove(arguments[0])
+            case "cudaHostGetDevicePointer":
+                arguments[0]._obj.value = 0x1000
+            case "cudaIpcOpenMemHandle":
+                arguments[0]._obj.value = 0x2000
+                self.opened.add(0x2000)
+            case "cudaIpcCloseMemHandle":
+                self.opened.remove(arguments[0])
+
+
+def num_mappings(counters: OwnCounters) -> int:
+    return Path("/proc/self/maps").read_text().count(counters.name)
+
+
+@pytest.mark.parametrize("fails", ["cudaHostRegister", "cudaHostGetDevicePointer", "cudaIpcOpenMemHandle"])
+def test_a_mapping_that_fails_half_way_leaves_nothing_behind(fails: str, counters: OwnCounters, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, before = FakeCuda(fails), num_mappings(counters)
+    monkeypatch.setattr(cudart, "_check", cuda.check)
+    location = msgspec.structs.replace(LOCATION, process=b"another", counters=counters.name)
+    with pytest.raises(PeerGone, match=f"cannot map 1073741824 bytes of {counters.name}: {fails}"):
+        PeerMemory(location, 4096, 0)
+    assert (cuda.registered, cuda.opened, num_mappings(counters)) == (set(), set(), before)
+
+
+def test_a_pool_of_this_process_on_another_device_leaves_nothing_behind(counters: OwnCounters, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, before = FakeCuda(), num_mappings(counters)
+    monkeypatch.setattr(cudart, "_check", cuda.check)
+    with pytest.raises(PeerGone, match="cuda:0 and cuda:1 of one process"):
+        PeerMemory(msgspec.structs.replace(LOCATION, counters=counters.name), 4096, 1)
+    assert (cuda.registered, cuda.opened, num_mappings(counters)) == (set(), set(), before)
+
+
+@pytest.mark.parametrize("fails", ["", "cudaIpcCloseMemHandle", "cudaHostUnregister"])
+def test_unmapping_goes_on_when_a_part_of_it_fails(fails: str, counters: OwnCounters, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, before = FakeCuda(fails), num_mappings(counters)
+    monkeypatch.setattr(cudart, "_check", cuda.check)
+    memory = PeerMemory(msgspec.structs.replace(LOCATION, process=b"another", counters=counters.name), 4096, 0)
+    assert (memory.counters, memory.pool) == (0x1000, 0x2000)
+    assert (len(cuda.registered), len(cuda.opened), num_mappings(counters)) == (1, 1, before + 1)
+    with pytest.raises(cudart.CudaError, match=fails) if fails else nullcontext():
+        memory.close()
+    left = {"cudaIpcCloseMemHandle": (0, 1), "cudaHostUnregister": (1, 0), "": (0, 0)}
+    assert (len(cuda.registered), len(cuda.opened)) == left[fails]
+    assert num_mappings(counters) == before
 
 
 def test_counters_are_shared_and_reset(counters: OwnCounters) -> None:

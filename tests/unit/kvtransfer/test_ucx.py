@@ -209,6 +209,35 @@ def test_a_killed_writer_harms_nobody(writer: Writer, receiver: UcxPeer) -> None
     assert_works(writer, peer, receiver, seed=51)
 
 
+def test_a_dead_writer_that_cannot_be_named_is_fenced_with_everybody(receiver: UcxPeer) -> None:
+    """Its descriptor is not ours, or of another version. Those that live lose what they had under way, and dial again."""
+    living = Writer(stall_s=1.0)
+    peer = connect_within(living.transport, receiver.descriptor, 5.0)
+    with ucx_peer(PAGE_BYTES, NUM_PAGES) as victim:
+        receiver.call("reset", 52)
+        victim.tell("write_for_ever", receiver.descriptor, 52)
+        receiver.call("landed_at", 52, NUM_PAGES, 20.0)
+        victim.signal(signal.SIGKILL)
+        victim.process.join(10.0)
+        assert receiver.call("fence", msgspec.structs.replace(victim.descriptor, location=b"no location")) is True
+        counted, before = receiver.call("num_landed", 52), receiver.call("read")
+        time.sleep(0.2)
+        assert (receiver.call("num_landed", 52), receiver.call("read")) == (counted, before)
+    write_until_refused(living, peer, Imm(53), 10.0)
+    until(lambda: living.transport.stop(peer, Imm(53), 0.0), 10.0)
+    assert_works(living, connect_within(living.transport, receiver.descriptor, 5.0), receiver, seed=54)
+    living.transport.close()
+
+
+def test_a_link_that_ucx_does_not_let_go_of_is_an_error(writer: Writer, receiver: UcxPeer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than a loop that waits for ever. With no time at all UCX is always too late."""
+    peer = connect_within(writer.transport, receiver.descriptor, 5.0)
+    monkeypatch.setattr("diptych.kvtransfer.ucx.transport.LEAVE_LIMIT_S", 0.0)
+    with pytest.raises(TransferError, match="has not let go of a link within 0 s"):
+        writer.transport.disconnect(peer)
+    assert_works(writer, connect_within(writer.transport, receiver.descriptor, 5.0), receiver, seed=42)
+
+
 @pytest.mark.parametrize("lanes", LANES)
 def test_a_stalled_receiver_is_cut_off_and_fenced(lanes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGSTOP shows in no error; after SIGCONT what was on its way must be dead before `stop` says so."""

@@ -84,3 +84,15 @@ def test_close(network: FakeNetwork, a: FakePost, b: FakePost) -> None:
     a.send(b.address, letter("1"))
     network.deliver_all()
     assert b.receive(0) == []
+
+
+def test_what_is_sent_to_a_member_that_has_left_goes_nowhere(network: FakeNetwork, a: FakePost, b: FakePost) -> None:
+    a.update_members({b.address})
+    a.send(b.address, letter("queued"))
+    a.update_members(set())
+    a.send(b.address, letter("late"))
+    assert network.in_flight == []
+    a.update_members({b.address})
+    a.send(b.address, letter("another life"))
+    network.deliver_all()
+    assert names(b.receive(0)) == ["another life"]

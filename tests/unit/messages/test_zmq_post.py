@@ -260,6 +260,25 @@ def test_forget_drops_what_is_queued(posts: tuple[ZmqPost, ZmqPost]) -> None:
         successor.close()
 
 
+def test_no_socket_is_opened_again_to_a_member_that_has_left(posts: tuple[ZmqPost, ZmqPost]) -> None:
+    a, b = posts
+    port = int(b.address.rsplit(":", 1)[1])
+    a.update_members({b.address})
+    a.send(b.address, letter("hello"))
+    receive_until(b, letter("hello"))
+    b.close()
+    a.update_members(set())
+    a.send(b.address, letter("late"))
+    assert a._outboxes == {}
+    successor = ZmqPost(KEYRING, port=port)
+    try:
+        a.update_members({successor.address})
+        a.send(successor.address, LAST)
+        assert receive_until(successor, LAST) == [LAST]
+    finally:
+        successor.close()
+
+
 def test_close_leaves_no_thread_and_frees_the_port() -> None:
     before = set(threading.enumerate())
     post = ZmqPost(KEYRING)

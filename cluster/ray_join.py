@@ -1,0 +1,65 @@
+"""Which Ray a command uses, and joining it, or saying within seconds why not.
+
+    running_ray() ──► an address that somebody listens at, or none ──► join(record)
+"""
+
+import logging
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from ..messages.errors import ClusterError
+from . import records
+from .ray_head import Head
+from .records import Record
+
+CONNECT_TIMEOUT_S = 2.0
+JOIN_LIMITS = {"RAY_NUM_REDIS_GET_RETRIES": "2", "RAY_gcs_rpc_server_connect_timeout_s": "1", "RAY_py_gcs_connect_timeout_s": "2"}
+"""Ray's own, for connecting alone: 10 s for a head that listens and does not answer, where it tries for minutes, then ends the process."""
+
+
+def running_ray() -> tuple[str | None, Head | None]:
+    """RAY_ADDRESS; or a head that an earlier deployment started; or what `ray start` has noted on this machine."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        if not accepts(address):
+            raise ClusterError(f"RAY_ADDRESS={address}: nothing listens there")
+        return address, None
+    for record in records.read_all():
+        if record.head is not None:
+            return record.address, record.head
+    note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+    address = note.read_text().strip() if note.is_file() else ""
+    return (address, None) if address and accepts(address) else (None, None)
+
+
+def accepts(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def join(record: Record) -> None:
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **JOIN_LIMITS}.items():
+        os.environ.setdefault(name, value)
+    if record.head is not None:
+        os.environ.update(record.head.environment)            # read by Ray when it is imported, as are those above
+    import ray
+
+    from .ray_runtime import NAMESPACE
+
+    if ray.is_initialized():
+        if ray.get_runtime_context().gcs_address != record.address:
+            raise ClusterError(f"this process is connected to Ray at {ray.get_runtime_context().gcs_address}, not {record.address}")
+        return
+    if not accepts(record.address):
+        raise ClusterError(f"cannot join Ray at {record.address}: nothing listens there, asked for {CONNECT_TIMEOUT_S:g} s")
+    began = time.monotonic()
+    try:
+        ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"cannot join Ray at {record.address}, tried for {time.monotonic() - began:.0f} s: {error}") from None
