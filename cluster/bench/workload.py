@@ -56,7 +56,7 @@ class Workload:
         return replace(self, requests=self.requests[:count])
 
     def between(self, start: int, end: int) -> "Workload":
-        """Requests start to end − 1, the first of them at 0 s."""
+        """Requests start to end − 1, the first of them at 0 s. Raises WorkloadError where there are none."""
         requests = self.requests[start:end]
         return replace(self, requests=tuple(replace(each, at_s=each.at_s - requests[0].at_s) for each in requests))
 
