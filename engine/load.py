@@ -5,11 +5,12 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from ..messages.requests import LoadReport, WorkerRef
-from ..messages.steps import StepFeatures, StepModel, attended_pairs
+from ..messages.steps import StepFeatures, attended_pairs
 from .sequence import Sequence
 
 if TYPE_CHECKING:                             # the router shares this file's constants, and has no use for torch
     from .engine import Engine
+    from .step_watch import StepWatch
 
 SHARE_HORIZON_S = 2.0
 """How far back `prefill_share` looks: about as long as an answer decodes."""
@@ -35,7 +36,7 @@ class PrefillShare:
         return self._share * math.exp(-max(0.0, now - self._at) / SHARE_HORIZON_S)
 
 
-def load_report(worker: WorkerRef, engine: "Engine", num_reserved: int, share: PrefillShare, model: StepModel, now: float) -> LoadReport:
+def load_report(worker: WorkerRef, engine: "Engine", num_reserved: int, steps: "StepWatch", now: float) -> LoadReport:
     scheduler, pool, limits = engine.scheduler, engine.pool, engine.limits
     decoding, unfinished = list[Sequence](), scheduler.waiting[:]
     for sequence in scheduler.running:
@@ -58,8 +59,9 @@ def load_report(worker: WorkerRef, engine: "Engine", num_reserved: int, share: P
         work=work,
         queue=queue_by_slack(scheduler.waiting, now),
         max_step_tokens=limits.max_step_tokens,
-        prefill_share=share.at(now),
-        step_model=model,
+        prefill_share=steps.prefill_share.at(now),
+        step_model=steps.model,
+        busy_s=steps.busy_s(now),
     )
 
 

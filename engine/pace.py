@@ -3,8 +3,8 @@
     each decode's next token is due AIM · TPOT after the last one that was in time  ──► the tightest: what the step may take
     step model ──► what its decodes take ──► the rest is for prompts: StepRoom
 
-A decode that ran ahead of its promise lends what it gained. One that is late leaves prompts 1 / MIN_SHARE of the step's budget: a promise
-that cannot be kept must not stop others. (The budget is the largest whose step keeps the objective: SARATHI, OSDI'24, section 4.)
+A decode that ran ahead of its promise lends what it gained. One that is late leaves prompts 1 / MIN_SHARE of the time that decodes take: a
+promise that cannot be kept must not stop others. (The budget is the largest whose step keeps the objective: SARATHI, OSDI'24, section 4.)
 """
 
 import math
@@ -56,6 +56,11 @@ def affordable_tokens(model: StepModel, start: int, seconds: float, most: int) -
     return low
 
 
+def beside_s(decode_s: float, tpot_s: float) -> float:
+    """Of each step, for prompts, in the long run: beside decodes that take `decode_s` and were promised `tpot_s` a token."""
+    return max(AIM * tpot_s - decode_s, decode_s / MIN_SHARE)
+
+
 class Pacer:
     def __init__(self, clock: Callable[[], float], model: Callable[[], StepModel]) -> None:
         self._clock = clock
@@ -68,7 +73,14 @@ class Pacer:
         if math.isinf(slack_s):
             return StepRoom(max_tokens)
         decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
-        return StepRoom(max_tokens, slack_s - decode_s, max(1, max_tokens // MIN_SHARE), model)
+        return StepRoom(max_tokens, max(slack_s - decode_s, decode_s / MIN_SHARE), 1, model)
+
+    def is_lost(self, sequence: Sequence) -> bool:
+        """Its first token, still to come, is later than promised even if nothing but its prompt is computed from now on."""
+        if sequence.is_postponed or sequence.fills_in or sequence.num_outputs or math.isinf(sequence.ttft_deadline):
+            return False
+        start, count = sequence.num_computed, sequence.num_to_compute
+        return self._clock() + self._model().prefill_s(count, attended_pairs(start, count)) > sequence.ttft_deadline
 
 
 def _slack_s(sequence: Sequence, now: float) -> float:

@@ -83,6 +83,7 @@ class Scheduler:
         sequence.state = SequenceState.PARKED
 
     def schedule(self) -> StepPlan:
+        self._postpone_lost()
         preempted = self._secure_decode_blocks()
         # What was just preempted would only take the blocks back that a decode needs next.
         welcome = [] if preempted else self.waiting[:]
@@ -131,6 +132,13 @@ class Scheduler:
     def owes_memory(self, due_at: float) -> bool:
         """A preempted sequence waits to come back that is more urgent than what is due then."""
         return any(sequence.was_admitted and sequence.due_at <= due_at for sequence in self.waiting)
+
+    def _postpone_lost(self) -> None:
+        lost = [s for s in self.waiting if self.pacer is not None and self.pacer.is_lost(s)]
+        for sequence in lost:
+            sequence.postpone()
+        if lost:
+            self.waiting.sort(key=lambda s: s.urgency)
 
     def _room(self, decodes: list[Chunk]) -> StepRoom:
         max_tokens = max(1, self._max_step_tokens - len(decodes))       # a prompt gets on however many decodes there are

@@ -12,7 +12,7 @@ from enum import Enum, auto
 from ..messages.ids import BlockHash, BlockId, RequestId
 from ..messages.requests import GenerateRequest, ServiceClass, TokenLogprobs
 from .block_pool import chain_hashes
-from .urgency import due_in_s
+from .urgency import NO_OBJECTIVE_S, due_in_s
 
 PENDING = -1
 """Stands in `token_ids` for the token that a step under way samples: a device knows it, the host does not yet."""
@@ -44,6 +44,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)    # of prompt tokens 1, 2, …
     was_admitted: bool = False
     paced_from: tuple[float, int] | None = None  # (engine clock, outputs): decoding here since then; None: not yet, or preempted
+    is_postponed: bool = False                   # its first token could not be in time any more
     state: SequenceState = SequenceState.WAITING
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class Sequence:
 
     @property
     def urgency(self) -> tuple[float, int]:
-        """Smaller goes first; who has most slack, the largest, is preempted first. It never changes, so nobody waits for ever."""
+        """Smaller goes first; who has most slack, the largest, is preempted first. It changes once at most, so nobody waits for ever."""
         return self.due_at, self.arrival
 
     @property
@@ -86,6 +87,10 @@ class Sequence:
     @property
     def is_pending(self) -> bool:
         return self.token_ids[-1] == PENDING
+
+    def postpone(self) -> None:
+        self.is_postponed = True
+        self.due_at += NO_OBJECTIVE_S
 
     def update_hashes(self, block_size: int) -> list[BlockHash]:
         known = len(self.token_ids) - self.is_pending

@@ -36,6 +36,13 @@ class StepWatch:
         self._collected_at = now
         self.prefill_share.add(self.model.prefill_s(features.prefill_tokens, features.prefill_pairs), now)
 
+    def busy_s(self, now: float) -> float:
+        """Until all that are under way have ended, as far as can be foretold."""
+        if not self._under_way:
+            return 0.0
+        began_at = max(self._under_way[0][1], self._collected_at)
+        return max(0.0, began_at + sum(self.model.step_s(features) for features, _ in self._under_way) - now)
+
     def require_progress(self, now: float) -> None:
         """Raises StepStuck if the oldest has been under way for too long."""
         features, launched_at = self._under_way[0]

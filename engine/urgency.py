@@ -4,8 +4,9 @@
     default    by its TTFT objective, or NO_OBJECTIVE_S after it came
     batch      BATCH_PATIENCE_S after it came, whatever it was promised
 
-A due time never moves, so waiting is ageing: what comes later is due later sooner or later, and goes behind. The same order, backwards,
-says who gives up memory first.
+What waits and cannot keep its TTFT objective any more is due NO_OBJECTIVE_S later: it lets those pass that can. (To go on in order of due
+times would make them late in their turn, one after the other.) But for that a due time never moves, so waiting is ageing: what comes later
+is due later sooner or later, and goes behind. The same order, backwards, says who gives up memory first.
 """
 
 import math

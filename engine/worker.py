@@ -153,7 +153,7 @@ class Worker(RoleSide):
         self.post.send(request.gateway, RequestFailed(request.request_id, kind, message, retryable, self.ref))
 
     def load(self) -> LoadReport:
-        return load_report(self.ref, self.engine, self.num_handoffs(), self._steps.prefill_share, self._steps.model, self.clock())
+        return load_report(self.ref, self.engine, self.num_handoffs(), self._steps, self.clock())
 
     def _receive(self, message: Message) -> None:
         match message:
@@ -191,8 +191,9 @@ class Worker(RoleSide):
         if not plan.chunks:
             return False
         self.before_step(plan)
-        self._steps.launched(features_of(plan), self.clock())
+        features, began_at = features_of(plan), self.clock()
         self.engine.launch(plan, self._each_layer(plan))
+        self._steps.launched(features, began_at)
         self._num_tokens += sum(chunk.count for chunk in plan.chunks)
         return True
 

@@ -125,6 +125,7 @@ class LoadReport(Struct, frozen=True):
     max_step_tokens: int = 0                  # budget of a step; 0: not told
     prefill_share: float = 0.0                # of the last seconds, what prompts took of this worker's time
     step_model: StepModel | None = None       # None: not told
+    busy_s: float = 0.0                       # until the steps under way have ended; their prompt tokens are no longer in `work`
 
 
 class StepTokens(Struct, frozen=True, tag=True):

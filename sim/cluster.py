@@ -153,7 +153,8 @@ class Simulation:
         for step in steps:
             if step.delta is not None:
                 self._token(worker, step.sequence, step.delta)
-        if self.timeline.now - self._reported_s.get(worker.ref, -1.0) >= self._plant.step_report_every_s:
+        has_tokens = any(step.delta is not None for step in steps)
+        if has_tokens and self.timeline.now - self._reported_s.get(worker.ref, -1.0) >= self._plant.step_report_every_s:
             self._report(worker)
 
     def _token(self, worker: SimWorker, sequence: Sequence, delta: TokenDelta) -> None:

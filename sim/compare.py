@@ -2,7 +2,8 @@
 
     python -m diptych.sim.compare --trace azure2023_conv.csv --workers 16 --rates 250,300,350,400 --ttft-ms 400 --tpot-ms 20
 
-prints a table and, with --json and --png, writes the points and the curves. Without --trace: bursty arrivals (gamma, CV 5) of chat lengths.
+prints a table and, with --json and --png, writes the points and the curves. Without --trace: bursty arrivals (gamma, CV 5) of chat lengths,
+or with --long Poisson arrivals of long prompts.
 """
 
 import json
@@ -23,11 +24,13 @@ from ..cluster.bench.workload import Workload
 from ..cluster.router.policy import Objectives
 from ..cluster.router.registry import POLICIES
 from .plot import plot_curves
+from .settings import MACHINES
 from .study import Case, Contender, Point, curve, goodput_of
 
 MAX_CONTEXT = 120_000
 TABLE_WIDTH = 140
 BURST = Recipe(1, Lengths(1155, 0.8, 8192), Lengths(211, 0.9, 2048), Arrivals.GAMMA, cv=5.0)
+LONG = Recipe(1, Lengths(4000, 0.8, 12_000), Lengths(150, 0.8, 512))
 DEFAULT_POLICIES = "round_robin,least_loaded,power_of_two,prefix_aware,goodput"
 
 app = typer.Typer(add_completion=False)
@@ -37,22 +40,30 @@ app = typer.Typer(add_completion=False)
 def compare(
     workers: Annotated[int, typer.Option(min=2, help="GPUs; half of them prefill in the split plants")] = 16,
     trace: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Azure, BurstGPT or Mooncake")] = None,
+    long: Annotated[bool, typer.Option(help="Without a trace: long prompts instead of bursts")] = False,
     requests: Annotated[int, typer.Option(min=10, help="The trace's first so many")] = 3000,
+    skip: Annotated[int, typer.Option(min=0, help="But for so many before them")] = 0,
+    warm_s: Annotated[float, typer.Option(min=0, help="What arrives before is not counted")] = 2.0,
     rates: Annotated[str, typer.Option(help="Requests/s of the whole cluster, rising")] = "100,200,300,400",
     policies: Annotated[str, typer.Option(help=f"Of {', '.join(POLICIES)}")] = DEFAULT_POLICIES,
     plants: Annotated[str, typer.Option(help="split, colocated")] = "split,colocated",
     ttft_ms: Annotated[float, typer.Option(min=1)] = 400.0,
     tpot_ms: Annotated[float, typer.Option(min=1)] = 20.0,
     name: Annotated[str, typer.Option(help="In the table and the file; the trace's by default")] = "",
-    decode_step_tokens: Annotated[int, typer.Option(min=1, help="Token budget of a decode worker's step")] = 512,
+    decode_step_tokens: Annotated[int, typer.Option(min=1, help="Token budget of a decode worker's step")] = 2048,
+    gateways: Annotated[int, typer.Option(min=1)] = 4,
+    machine: Annotated[str, typer.Option(help=f"Of {', '.join(MACHINES)}")] = "vllm-h200",
     processes: Annotated[int, typer.Option(min=1)] = 1,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
     png: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Attainment of each policy over rising rates, until it is hopeless, and its goodput."""
     console = Console(stderr=True, width=TABLE_WIDTH)
-    case = _case(trace, requests, _numbers(rates), Objectives(ttft_ms / 1e3, tpot_ms / 1e3), name)
-    contenders = _contenders(workers, policies.split(","), plants.split(","), decode_step_tokens)
+    workload = _workload(trace, LONG if long else BURST, skip, requests)
+    objectives, name = Objectives(ttft_ms / 1e3, tpot_ms / 1e3), name or (trace.name if trace else workload.source)
+    case = Case(name, workload, objectives, _numbers(rates), warm_s)
+    contenders = _contenders(workers, policies.split(","), plants.split(","))
+    contenders = [replace(c, decode_step_tokens=decode_step_tokens, num_gateways=gateways, machine=_known(machine)) for c in contenders]
     with ProcessPoolExecutor(processes) as pool:
         curves = list(pool.map(_curve, [case] * len(contenders), contenders))
     for contender, points in zip(contenders, curves, strict=True):
@@ -82,26 +93,27 @@ def _curve(case: Case, contender: Contender) -> list[Point]:
     return curve(case, contender, observe=lambda point: None)
 
 
-def _case(trace: Path | None, requests: int, rates: tuple[float, ...], objectives: Objectives, name: str) -> Case:
-    workload = _workload(trace, requests)
-    return Case(name or (trace.name if trace else workload.source), workload, objectives, rates)
-
-
-def _workload(trace: Path | None, requests: int) -> Workload:
+def _workload(trace: Path | None, recipe: Recipe, skip: int, requests: int) -> Workload:
     try:
-        workload = generate(replace(BURST, num_requests=requests)) if trace is None else read_trace(trace).first(requests)
+        workload = generate(replace(recipe, num_requests=requests)) if trace is None else read_trace(trace).between(skip, skip + requests)
         return workload.fit_context(MAX_CONTEXT, scale=False)
     except WorkloadError as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def _contenders(workers: int, policies: list[str], plants: list[str], decode_step_tokens: int) -> list[Contender]:
+def _known(machine: str) -> str:
+    if machine not in MACHINES:
+        raise typer.BadParameter(f"machine {machine}; known: {', '.join(MACHINES)}")
+    return machine
+
+
+def _contenders(workers: int, policies: list[str], plants: list[str]) -> list[Contender]:
     if unknown := set(policies) - set(POLICIES):
         raise typer.BadParameter(f"policy {', '.join(sorted(unknown))}; known: {', '.join(POLICIES)}")
     if unknown := set(plants) - {"split", "colocated"}:
         raise typer.BadParameter(f"plant {', '.join(sorted(unknown))}; known: split, colocated")
     sizes = {"split": (workers // 2, workers - workers // 2), "colocated": (0, workers)}
-    return [Contender(*sizes[plant], policy, decode_step_tokens) for plant in plants for policy in policies]
+    return [Contender(*sizes[plant], policy) for plant in plants for policy in policies]
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -1,10 +1,12 @@
 """What is simulated: values only."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..cluster.router.policy import Objectives
-from ..messages.steps import StepModel
-from . import h200
+from . import h200, own_engine
+from .worker import StepCost
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,13 @@ class Plant:
     policy: str
     objectives: Objectives
     num_gateways: int = 4
-    cost: StepModel = field(default_factory=h200.fitted)
+    cost: StepCost = field(default_factory=h200.fitted)
     jitter: float = 0.03                      # of a step's time: standard deviation of its logarithm
     num_blocks: int = h200.NUM_BLOCKS
     block_size: int = h200.BLOCK_SIZE
     max_model_len: int = 131_072
-    prefill_step_tokens: int = 4096
-    decode_step_tokens: int = 512            # a step of so many and some decodes takes less than 20 ms
+    prefill_step_tokens: int = 2048
+    decode_step_tokens: int = 2048
     max_sequences: int = 256
     token_bytes: int = h200.KV_TOKEN_BYTES
     link_bytes_per_s: float = h200.LINK_BYTES_PER_S
@@ -32,3 +34,19 @@ class Plant:
     step_report_every_s: float = 0.01         # reports that come with tokens: at most so often (in production with every step)
     look_every_s: float = 0.005               # gateways at what waits (in production with every report and token message)
     seed: int = 0
+
+    def on(self, machine: str) -> "Plant":
+        """With the GPUs and the engine of that name, one of MACHINES."""
+        return replace(self, **MACHINES[machine]())
+
+
+def _own_engine(measured: own_engine.Measured, num_blocks: int) -> dict[str, Any]:
+    return {"cost": own_engine.served(measured), "num_blocks": num_blocks, "hop_s": own_engine.HOP_S}
+
+
+MACHINES: dict[str, Callable[[], dict[str, Any]]] = {
+    "vllm-h200": dict,
+    "h200": lambda: _own_engine(own_engine.H200, h200.NUM_BLOCKS),
+    "h100": lambda: _own_engine(own_engine.H100, own_engine.NUM_BLOCKS_H100),
+}
+"""Name → what it changes of a Plant, whose defaults are vLLM's on H200."""

@@ -38,7 +38,9 @@ class Contender:
     num_prefill: int
     num_decode: int
     policy: str
-    decode_step_tokens: int = 512             # what a decode worker's steps hold: its own decodes, then chunks of prompts
+    decode_step_tokens: int = 2048            # what a decode worker's steps hold: its own decodes, then chunks of prompts
+    num_gateways: int = 4
+    machine: str = "vllm-h200"
 
     @property
     def name(self) -> str:
@@ -77,9 +79,14 @@ class Goodput(msgspec.Struct, frozen=True):
 
 def run(case: Case, contender: Contender, rate: float) -> Point:
     plant = Plant(
-        contender.num_prefill, contender.num_decode, contender.policy, case.objectives, decode_step_tokens=contender.decode_step_tokens
+        contender.num_prefill,
+        contender.num_decode,
+        contender.policy,
+        case.objectives,
+        contender.num_gateways,
+        decode_step_tokens=contender.decode_step_tokens,
     )
-    outcomes = Simulation(plant, case.workload.at_rate(rate)).run()
+    outcomes = Simulation(plant.on(contender.machine), case.workload.at_rate(rate)).run()
     return summarize(case, contender, rate, [outcome for outcome in outcomes if outcome.arrived_s >= case.warm_s])
 
 

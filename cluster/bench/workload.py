@@ -55,6 +55,11 @@ class Workload:
     def first(self, count: int) -> "Workload":
         return replace(self, requests=self.requests[:count])
 
+    def between(self, start: int, end: int) -> "Workload":
+        """Requests start to end − 1, the first of them at 0 s. Raises WorkloadError where there are none."""
+        requests = self.requests[start:end]
+        return replace(self, requests=tuple(replace(each, at_s=each.at_s - requests[0].at_s) for each in requests))
+
     def first_seconds(self, seconds: float) -> "Workload":
         """The requests of the first `seconds`, in the workload's own time (before any scaling)."""
         return replace(self, requests=tuple(request for request in self.requests if request.at_s <= seconds))

@@ -2,7 +2,7 @@
 
     prefill    queue ahead (in deadline order) + own uncached tokens, cut into steps that the worker's decodes share  →  time to first token
     join       max(prefill end, transfer)                                                                           →  KV arrival
-    decode     a step with one sequence more, stretched by the prompts that this worker computes beside it          →  time per token
+    decode     a step with one sequence more, stretched by the prompts that its pace allows beside it               →  time per token
 
 The decode load is taken at the join: by then some of today's sequences have ended, and those under way have come. (A router that
 looks at today's load only lets prefill fill up, then starves it, and so on: Mooncake, FAST'25, section 7.)
@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from ...engine.load import SHARE_HORIZON_S
+from ...engine.pace import beside_s
 from ...engine.predictor import PRIOR
 from ...messages.steps import StepModel, attended_pairs
 from .policy import WorkerLoad
@@ -26,6 +27,7 @@ class Work:
     num_tokens: int                           # prompt
     num_outputs: float                        # expected
     ttft_slack_s: float                       # until the first token is due; infinite without an objective
+    tpot_s: float = math.inf                  # promised
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Inflow:
     """What all gateways send to one worker of a pool: guessed from what this one sends, for they are alike."""
 
     tokens_per_s: float = 0.0                 # prompt tokens
+    tokens_each: float = 0.0                  # of a prompt: mean of squares by mean
     num_others: int = 0                       # gateways, of whose share a report must come to show it
     num_joining: float = 0.0                  # sequences on their way to a decode worker
 
@@ -49,8 +52,9 @@ class PrefillEstimate:
 
 @dataclass(frozen=True, slots=True)
 class DecodeEstimate:
-    before_s: float                           # per token, without the request
-    tpot_s: float                             # per token, with it
+    before_s: float                           # per token, without the request: what prompts take counted as lately
+    after_s: float                            # with it
+    tpot_s: float                             # with it, as the worker paces itself: prompts get no more than the promise leaves
 
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
@@ -62,16 +66,19 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     own_s = model.prefill_s(uncached, pairs)
     waiting = worker.num_waiting_tokens
     ahead = waiting - _tokens_behind(worker, work, now)
-    shared_s = model.decode_s(worker.num_decoding, worker.decode_context)
+    shared_s = _decode_s_soon(worker, model)
     room = max(1, worker.max_step_tokens - worker.num_decoding) if worker.max_step_tokens else max(1, ahead + uncached)
-    seen_s = max(0.0, model.prefill_s(waiting, worker.prefill_pairs) + waiting // room * shared_s - age_s)
-    backlog_s = seen_s + model.prefill_token_s * unseen
-    ahead_s = backlog_s - seen_s * (waiting - ahead) / max(1, waiting)
-    num_steps = math.ceil(uncached / room)
+    each_s = beside_s(shared_s, work.tpot_s) if worker.num_decoding else math.inf
+    waiting_s = model.prefill_s(waiting, worker.prefill_pairs)
+    waiting_s += max(waiting // room, waiting_s / each_s) * shared_s
+    left_s = max(0.0, worker.busy_s + waiting_s - age_s)
+    backlog_s = left_s + model.prefill_token_s * unseen
+    ahead_s = backlog_s - min(left_s, waiting_s * (waiting - ahead) / max(1, waiting))
+    num_steps = max(math.ceil(uncached / room), own_s / each_s)
     if ahead:                                 # the token comes at the end of its step, which later prompts may fill up
-        extra_s = model.prefill_token_s * min(-(ahead + uncached) % room, inflow.tokens_per_s * ahead_s)
+        extra_s = model.prefill_token_s * min(-(ahead + unseen + uncached) % room, inflow.tokens_per_s * ahead_s)
     else:                                     # on average a step of decodes is half done
-        extra_s = shared_s / 2 if worker.num_decoding else 0.0
+        extra_s = max(0.0, shared_s / 2 - left_s) if worker.num_decoding else 0.0
     return PrefillEstimate(backlog_s, own_s, ahead_s + own_s + extra_s + num_steps * shared_s)
 
 
@@ -82,8 +89,9 @@ def estimate_decode(
     count, context = _at_join(worker, work, model, joins_in_s, inflow)
     share = worker.prefill_share + model.prefill_s(worker.num_waiting_tokens, worker.prefill_pairs) / SHARE_HORIZON_S
     before_s = _stretched(model.decode_s(count, context), share)
-    after_s = _stretched(model.decode_s(count + 1, context + mean_context(work)), share + local_prefill_s / SHARE_HORIZON_S)
-    return DecodeEstimate(before_s, after_s)
+    alone_s = model.decode_s(count + 1, context + mean_context(work))
+    after_s = _stretched(alone_s, share + local_prefill_s / SHARE_HORIZON_S)
+    return DecodeEstimate(before_s, after_s, min(after_s, alone_s + beside_s(alone_s, work.tpot_s)))
 
 
 def blocks_at_end(worker: WorkerLoad, work: Work) -> int:
@@ -96,9 +104,11 @@ def model_of(worker: WorkerLoad) -> StepModel:
 
 
 def _unseen_tokens(worker: WorkerLoad, inflow: Inflow, age_s: float) -> float:
-    """Sent by others since the report: as always, or as this gateway did if that is more. Room that one sees, all see."""
+    """Sent by others since the report: as always, or as this gateway did if that is more (room that one sees, all see), and one standard
+    deviation on top, as of a compound Poisson process."""
     as_always = inflow.tokens_per_s * age_s * inflow.num_others / (inflow.num_others + 1)
-    return max(as_always, inflow.num_others * worker.num_sent_tokens)
+    expected = max(as_always, inflow.num_others * worker.num_sent_tokens)
+    return expected + math.sqrt(expected * inflow.tokens_each)
 
 
 def _tokens_behind(worker: WorkerLoad, work: Work, now: float) -> int:
@@ -112,6 +122,13 @@ def _tokens_behind(worker: WorkerLoad, work: Work, now: float) -> int:
 def mean_context(work: Work) -> float:
     """While it decodes."""
     return work.num_tokens + work.num_outputs / 2
+
+
+def _decode_s_soon(worker: WorkerLoad, model: StepModel) -> float:
+    """A step of its decodes and of those that are known to come: what a prompt that waits will share its steps with."""
+    if not worker.num_decoding:
+        return model.base_s
+    return model.decode_s(worker.num_requests, worker.decode_context * worker.num_requests / worker.num_decoding)
 
 
 def _at_join(worker: WorkerLoad, work: Work, model: StepModel, joins_in_s: float, inflow: Inflow) -> tuple[float, float]:

@@ -43,9 +43,6 @@ from .prefix_aware import PrefixIndex, chain
 ALL_UP_TO = 4
 SAMPLE = 2
 STEEPNESS = 50.0
-WAIT_SPARE = 1.3                              # a prompt's turn is expected so much later than predicted: gateways see each other late
-OWN_ERRORS = 2.0                              # its own computing by so many errors of the step model: nobody interrupts that
-TPOT_SPARE = 1 / AIM                          # as workers pace themselves: it is a mean over the answer, in which surprises are too
 PATIENCE_S = 0.04                             # so long a request waits at its gateway for room: longer ones come to the workers in a hurry
 MAX_LOAD = 4.0                                # loads beyond are equally hopeless
 FIRST_OUTPUTS_GUESS = 128.0                   # tokens, until an answer has ended
@@ -85,6 +82,7 @@ class Goodput:
         self._index = index or PrefixIndex()
         self._random = random.Random(options.seed)
         self._flows = {"prefill": Flow(), "decode": Flow()}      # prompt tokens sent to be computed in each pool
+        self._squares = {"prefill": Flow(), "decode": Flow()}    # of their numbers
 
     def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision:
         return self.decide(request, view, now).decision
@@ -94,7 +92,9 @@ class Goodput:
         explanation = self._explain(request, view, now, hashes)
         decision = explanation.decision
         if isinstance(decision, Route):
-            self._flows["decode" if decision.prefill is None else "prefill"].add(len(request.token_ids), now)
+            pool, count = "decode" if decision.prefill is None else "prefill", len(request.token_ids)
+            self._flows[pool].add(count, now)
+            self._squares[pool].add(count * count, now)
             for worker in (decision.prefill, decision.decode):
                 if worker is not None:
                     self._index.insert(hashes, worker)
@@ -137,8 +137,10 @@ class Goodput:
 
     def _inflow(self, pool_name: str, pool: Sequence[WorkerLoad], view: ClusterView, now: float) -> Inflow:
         gateways_per_worker = view.num_gateways / max(1, len(pool))
+        tokens_per_s = self._flows[pool_name].per_s(now)
         return Inflow(
-            tokens_per_s=self._flows[pool_name].per_s(now) * gateways_per_worker,
+            tokens_per_s=tokens_per_s * gateways_per_worker,
+            tokens_each=self._squares[pool_name].per_s(now) / tokens_per_s if tokens_per_s else 0.0,
             num_others=view.num_gateways - 1,
             num_joining=sum(worker.num_expected for worker in pool) * gateways_per_worker,
         )
@@ -188,16 +190,16 @@ def _predict(
 ) -> Prediction:
     estimate = estimate_decode(decode, work, kv_arrival_s, prefill.own_s if sender is None else 0.0, inflow)
     gaps = max(1.0, work.num_outputs - 1)
-    tpot_s = estimate.tpot_s + (kv_arrival_s - prefill.ttft_s) / gaps
+    joining_s = (kv_arrival_s - prefill.ttft_s) / gaps
     needed = blocks_at_end(decode, work)
     held = decode.num_blocks - decode.num_free_blocks
     ttft_scale_s, tpot_scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S, request.objectives.tpot_s or NO_TPOT_SCALE_S
     cost = (
         _rise(prefill.backlog_s / ttft_scale_s, (prefill.backlog_s + prefill.own_s) / ttft_scale_s)
-        + _rise(estimate.before_s / tpot_scale_s, tpot_s / tpot_scale_s)
+        + _rise(estimate.before_s / tpot_scale_s, (estimate.after_s + joining_s) / tpot_scale_s)
         + _rise(held / decode.num_blocks, (held + needed) / decode.num_blocks)
     )
-    ttft_s, tpot_margin = _cautious_ttft_s(prefill, _error(sender or decode)), TPOT_SPARE + _error(decode)
+    tpot_s, objectives = estimate.tpot_s + joining_s, request.objectives
     return Prediction(
         route=Route(decode=decode.ref, prefill=None if sender is None else sender.ref),
         ttft_s=prefill.ttft_s,
@@ -205,8 +207,8 @@ def _predict(
         tpot_s=tpot_s,
         memory=(held + needed) / decode.num_blocks,
         cost=cost,
-        keeps_ttft=request.objectives.ttft_s is None or ttft_s <= work.ttft_slack_s,
-        keeps_tpot=(request.objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s * tpot_margin <= request.objectives.tpot_s)
+        keeps_ttft=prefill.ttft_s * (1 + _error(sender or decode)) <= work.ttft_slack_s,
+        keeps_tpot=(objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s * (1 + _error(decode)) <= objectives.tpot_s)
         and needed + decode.num_decoding <= decode.num_free_blocks,
     )
 
@@ -215,7 +217,7 @@ def _room_in_s(request: RoutingRequest, work: Work, best_s: float) -> float:
     """Until so many sequences have ended that steps are short enough: they end evenly over the life of an answer."""
     if request.objectives.tpot_s is None:
         return FULL_RETRY_AFTER_S
-    excess = 1 - request.objectives.tpot_s / (best_s * TPOT_SPARE)
+    excess = 1 - AIM * request.objectives.tpot_s / best_s
     return max(MIN_RETRY_AFTER_S, excess * work.num_outputs * best_s)
 
 
@@ -224,12 +226,8 @@ def _patience_s(request: RoutingRequest, work: Work, soonest: Prediction) -> flo
     if request.objectives.ttft_s is None:
         return math.inf
     waited_s = request.objectives.ttft_s - work.ttft_slack_s
-    left_s = min(PATIENCE_S - waited_s, work.ttft_slack_s - WAIT_SPARE * soonest.ttft_s)
+    left_s = min(PATIENCE_S - waited_s, work.ttft_slack_s - soonest.ttft_s)
     return left_s if left_s > CLOCK_TICK_S else 0.0
-
-
-def _cautious_ttft_s(prefill: PrefillEstimate, error: float) -> float:
-    return (prefill.ttft_s - prefill.own_s) * (WAIT_SPARE + error) + prefill.own_s * (1 + OWN_ERRORS * error)
 
 
 def _error(worker: WorkerLoad) -> float:
@@ -252,7 +250,8 @@ def _work(request: RoutingRequest, view: ClusterView, now: float) -> Work:
     expected = min(view.mean_outputs or FIRST_OUTPUTS_GUESS, request.max_new_tokens)
     waited_s = 0.0 if request.arrived_at is None else now - request.arrived_at
     slack_s = math.inf if request.objectives.ttft_s is None else request.objectives.ttft_s - waited_s
-    return Work(len(request.token_ids), max(1.0, expected), slack_s)
+    tpot_s = math.inf if request.objectives.tpot_s is None else request.objectives.tpot_s
+    return Work(len(request.token_ids), max(1.0, expected), slack_s, tpot_s)
 
 
 def _hashes(request: RoutingRequest, view: ClusterView) -> list[int]:

@@ -86,6 +86,7 @@ class _Worker:
             num_expected=len(expected),
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,
+            busy_s=report.busy_s if report else 0.0,
             reported_at=self.reported_at,
         )
 

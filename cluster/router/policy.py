@@ -63,6 +63,7 @@ class WorkerLoad(Struct, frozen=True):
     num_expected: int = 0                     # of num_requests, what this gateway sent and others prefill
     prefill_share: float = 0.0                # of this worker's time, lately
     step_model: StepModel | None = None
+    busy_s: float = 0.0                       # as of the report, until the steps under way have ended
     reported_at: float | None = None          # policy's clock; None: never
 
     @property

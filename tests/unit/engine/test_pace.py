@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.engine.pace import AIM, MIN_SHARE, Pacer, StepRoom, affordable_tokens
+from diptych.engine.pace import AIM, MIN_SHARE, Pacer, StepRoom, affordable_tokens, beside_s
 from diptych.engine.sequence import Sequence
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
@@ -59,10 +59,16 @@ def test_a_step_that_has_room_ends_before_the_tightest_decode_is_due(tpots, budg
     decodes = [decode(tpot) for tpot in tpots]
     room = Pacer(lambda: 7.0, lambda: MODEL).room(decodes, budget)
     count = room.take(0, 10**6)
-    step_s = MODEL.decode_s(len(decodes), sum(len(each.token_ids) for each in decodes)) + MODEL.prefill_s(count, attended_pairs(0, count))
+    decode_s = MODEL.decode_s(len(decodes), sum(len(each.token_ids) for each in decodes))
     known = [tpot for tpot in tpots if tpot is not None]
-    assert count <= max(1, budget // MIN_SHARE) or not known or step_s <= AIM * min(known) + 1e-9
+    assert count == 1 or not known or MODEL.prefill_s(count, attended_pairs(0, count)) <= beside_s(decode_s, min(known)) + 1e-9
     assert known or count == budget
+
+
+@given(st.floats(1e-3, 0.1), st.floats(1e-3, 0.1))
+def test_prompts_get_what_the_promise_leaves_and_never_nothing(decode_s, tpot_s):
+    step_s = decode_s + beside_s(decode_s, tpot_s)
+    assert step_s == pytest.approx(max(AIM * tpot_s, decode_s * (1 + 1 / MIN_SHARE)))
 
 
 def test_slack_that_was_gained_is_lent_and_lateness_is_not_for_ever():
@@ -73,7 +79,8 @@ def test_slack_that_was_gained_is_lent_and_lateness_is_not_for_ever():
     now[0] = 10 * 0.006
     assert pacer.room([sequence], 4096).take(0, 10**6) > 3 * at_first
     now[0] = 10.0
-    assert pacer.room([sequence], 4096).take(0, 10**6) == 4096 // MIN_SHARE
+    late_s = MODEL.decode_s(1, len(sequence.token_ids)) / MIN_SHARE
+    assert pacer.room([sequence], 4096).take(0, 10**6) == affordable_tokens(MODEL, 0, late_s, 4096)
     assert pacer.room([decode(None)], 4096).take(0, 10**6) == 4096
 
 

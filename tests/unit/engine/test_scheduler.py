@@ -11,7 +11,7 @@ from diptych.engine.pace import Pacer
 from diptych.engine.predictor import features_of
 from diptych.engine.scheduler import Scheduler, StepPlan
 from diptych.engine.sequence import Sequence, SequenceState
-from diptych.engine.urgency import BATCH_PATIENCE_S, PRIORITY_HEAD_START_S
+from diptych.engine.urgency import BATCH_PATIENCE_S, NO_OBJECTIVE_S, PRIORITY_HEAD_START_S
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.requests import GenerateRequest, Route, SamplingParams, ServiceClass, WorkerRef
 from diptych.messages.steps import StepModel
@@ -276,6 +276,35 @@ def test_park_keeps_the_blocks_and_leaves_the_steps() -> None:
 # Classes
 
 BATCH, PRIORITY = ServiceClass.BATCH, ServiceClass.PRIORITY
+
+
+def test_what_cannot_be_in_time_any_more_lets_those_pass_that_can() -> None:
+    """Ten tokens take 10 ms: r0 and r2 are lost, once and for all, r1 is not, and r3 has no promise."""
+    paced = replace(ROOMY, paced=True)
+    run = started(paced, Job((1,) * 10, 2, ttft=0.009), Job((2,) * 10, 2, ttft=0.05), Job((3,) * 10, 2, ttft=0.001), Job((4,) * 10, 2))
+    first = run.scheduler.schedule()
+    assert first.chunks[0].sequence.id == "r1"
+    assert [s.id for s in run.scheduler.waiting] == ["r3", "r2", "r0"]
+    due_at = {s.id: s.due_at for s in run.scheduler.waiting}
+    run.now = 1.0
+    run.scheduler.schedule()
+    assert {s.id: s.due_at for s in run.scheduler.waiting if s.id in due_at} == due_at
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(1, 12), gap=st.integers(1, 3))
+def test_who_was_postponed_is_not_starved(length: int, gap: int) -> None:
+    """A flood of prompts in time: those that are due later than its new time do not pass it."""
+    flood = [Job((number % 2,) * length, 1, ttft=1.0, arrives=number * gap) for number in range(1200)]
+    run = Run(Machine(num_blocks=8, max_step_tokens=8, max_sequences=3, paced=True), [Job((1, 0) * 5, 2, ttft=0.0), *flood])
+    step = 0
+    while run.sequences.get(0) is None or run.sequences[0].state is not SequenceState.FINISHED:
+        run.arrive_and_leave(step)
+        plan = run.scheduler.schedule()
+        run.compute(plan)
+        run.now += 0.02
+        step += 1
+    assert run.now <= NO_OBJECTIVE_S + 1.0
 
 
 def test_priority_then_default_then_batch() -> None:

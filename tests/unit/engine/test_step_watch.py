@@ -26,6 +26,17 @@ def test_a_step_counts_from_the_end_of_the_one_before(seconds: float, ahead: boo
     assert watch.model.step_s(DECODES) == pytest.approx(seconds, rel=0.1)
 
 
+def test_busy_until_all_that_are_under_way_have_ended() -> None:
+    watch, step_s = StepWatch(PRIOR), PRIOR.step_s(DECODES)
+    assert watch.busy_s(5.0) == 0.0
+    watch.launched(DECODES, 5.0)
+    watch.launched(DECODES, 5.001)                    # ahead: it begins when the first has ended
+    assert watch.busy_s(5.002) == pytest.approx(2 * step_s - 0.002)
+    watch.collected(5.0 + step_s)
+    assert watch.busy_s(5.0 + step_s) == pytest.approx(step_s, rel=0.01)
+    assert watch.busy_s(9.0) == 0.0
+
+
 def test_prompts_are_a_share_of_the_time() -> None:
     watch = StepWatch(PRIOR)
     watch.launched(StepFeatures(prefill_tokens=1000, prefill_pairs=500_000, num_decoding=0, decode_context=0), 1.0)

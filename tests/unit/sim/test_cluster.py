@@ -57,15 +57,15 @@ def test_one_output_is_never_handed_over():
     assert all(worker.engine.pool.num_held == 0 for worker in simulation.workers.values())
 
 
-def test_leaps_change_nothing_but_the_time_it_takes(monkeypatch):
-    """Every step one by one gives the same times as many at once."""
-    plant = replace(EXACT, num_decode=2)
-    fast = Simulation(plant, CHAT.first(60).at_rate(20)).run()
-    monkeypatch.setattr("diptych.sim.worker.MAX_LEAP", 1)
-    slow = Simulation(plant, CHAT.first(60).at_rate(20)).run()
-    for one_outcome, other in zip(fast, slow, strict=True):
-        assert one_outcome.ttft_s == pytest.approx(other.ttft_s, rel=1e-6)
-        assert one_outcome.last_s == pytest.approx(other.last_s, rel=1e-6)
+def test_a_step_is_planned_while_the_one_before_it_runs():
+    """What comes then waits for both: the second prompt's step is planned, alone, when it comes, and the third and fourth share one."""
+    arrivals = [(0.0, 2000), (1e-3, 1000), (2e-3, 500), (3e-3, 300)]
+    requests = tuple(TimedRequest(at_s, tokens, 1) for at_s, tokens in arrivals)
+    outcomes, cost = Simulation(EXACT, Workload("four", requests)).run(), EXACT.cost
+    alone = [cost.step_s(StepFeatures(tokens, attended_pairs(0, tokens))) for tokens in (2000, 1000)]
+    together_s = cost.step_s(StepFeatures(800, attended_pairs(0, 500) + attended_pairs(0, 300)))
+    ends_s = [alone[0], sum(alone), sum(alone) + together_s, sum(alone) + together_s]
+    assert [outcome.first_s for outcome in outcomes] == pytest.approx([2 * EXACT.hop_s + end_s for end_s in ends_s])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -2,7 +2,8 @@ import pytest
 
 from diptych.cluster.bench.generator import Lengths, Recipe, generate
 from diptych.cluster.router.policy import Objectives
-from diptych.sim import h200
+from diptych.messages.steps import StepFeatures
+from diptych.sim import h200, own_engine
 from diptych.sim.outcome import Outcome
 from diptych.sim.study import Case, Contender, batch_attainment, crossing_rate, curve, goodput_of
 
@@ -32,6 +33,28 @@ def test_the_cost_model_is_within_a_few_percent_of_the_measured_table():
     residuals = [abs(each) for each in h200.residuals()]
     assert sorted(residuals)[-2] <= 0.06
     assert max(residuals) <= 0.15, "a prompt of 128 tokens"
+
+
+@pytest.mark.parametrize("measured", [own_engine.H100, own_engine.H200], ids=["H100", "H200"])
+def test_our_own_engines_cost_is_within_a_tenth_of_what_was_measured(measured):
+    residuals = sorted(abs(each) for each in own_engine.residuals(measured))
+    assert residuals[len(residuals) // 2] <= 0.03
+    assert residuals[-1] <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "decodes", "rows"), [(1, 0, 64), (65, 0, 128), (900, 0, 960), (60, 10, 128), (300, 10, 384), (0, 10, 10), (3000, 0, 3000)]
+)
+def test_a_step_with_prompts_has_the_rows_of_its_graph(prompt, decodes, rows):
+    assert own_engine.rows_of(StepFeatures(prefill_tokens=prompt, num_decoding=decodes)) == rows
+
+
+def test_a_contender_may_run_on_any_machine():
+    workload = generate(Recipe(40, Lengths(2000), Lengths(20)))
+    case = Case("short", workload, Objectives(0.4, 0.02), (10.0,), warm_s=0.0)
+    contenders = (Contender(1, 1, "round_robin", num_gateways=1, machine=name) for name in ("h100", "h200"))
+    [slow], [fast] = (curve(case, contender, lambda point: None) for contender in contenders)
+    assert fast.tpot_ms[0] < 0.85 * slow.tpot_ms[0]
 
 
 def test_a_curve_stops_where_it_is_hopeless():

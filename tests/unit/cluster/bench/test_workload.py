@@ -52,6 +52,10 @@ def test_narrowing() -> None:
     assert len(evenly(10, 0.5).first(3)) == 3
     assert len(evenly(10, 0.5).first_seconds(2.0)) == 5
     assert evenly(11, 0.5).rate == 2.0
+    stretch = evenly(10, 0.5).between(6, 9)
+    assert [request.at_s for request in stretch.requests] == [0.0, 0.5, 1.0]
+    with pytest.raises(WorkloadError, match="no requests"):
+        evenly(10, 0.5).between(10, 12)
 
 
 def test_what_cannot_be_done_says_why() -> None:

@@ -12,6 +12,7 @@ from diptych.cluster.router.goodput import PATIENCE_S, Goodput, GoodputOptions
 from diptych.cluster.router.load_view import LoadView
 from diptych.cluster.router.policy import ClusterView, Objectives, Path, Queue, Refuse, RoutingRequest, WorkerLoad
 from diptych.cluster.router.registry import PolicyOptions, make_policy
+from diptych.engine.pace import beside_s
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
 from diptych.messages.requests import LoadReport, Route, WorkerRef
@@ -235,10 +236,37 @@ class TestEstimates:
         assert estimate_prefill(worker, self.work, 0, 0.1).ttft_s == pytest.approx(estimate_prefill(worker, self.work, 0, 0.0).ttft_s - 0.1)
         assert estimate_prefill(worker, self.work, 0, 10.0).backlog_s == 0.0
 
+    def test_a_step_under_way_is_waited_for(self):
+        idle, busy = load("p0"), msgspec.structs.replace(load("p0"), busy_s=0.05)
+        idle_s, busy_s, over_s = (estimate_prefill(each, self.work, 0, at).ttft_s for each, at in ((idle, 0.0), (busy, 0.0), (busy, 0.05)))
+        assert busy_s == pytest.approx(idle_s + 0.05)
+        assert over_s == pytest.approx(idle_s)
+
+    @given(st.integers(1, 200), st.floats(0.008, 0.05))
+    def test_prompts_beside_decodes_get_what_their_pace_leaves(self, decoding, tpot_s):
+        """Chunks and decodes in turn, step by step, as the worker's pacer gives them out."""
+        worker, decode_s = load("d0", decoding=decoding), MODEL.decode_s(decoding, decoding * 1200)
+        estimate = estimate_prefill(worker, Work(4000, 200.0, 0.4, tpot_s), 0, 0.0)
+        num_steps = estimate.own_s / beside_s(decode_s, tpot_s)
+        assert estimate.ttft_s == pytest.approx(estimate.own_s + max(num_steps, 3 if decoding > 48 else 2) * decode_s + decode_s / 2)
+
+    @given(st.integers(0, 250), st.floats(0, 0.9))
+    def test_prompts_stretch_decodes_no_further_than_their_pace(self, decoding, share):
+        estimate = estimate_decode(load("d0", decoding=decoding, share=share), Work(1000, 200.0, 0.4, 0.02), 0.0, 0.0)
+        alone_s = MODEL.decode_s(decoding + 1, decoding * 1200 + 1100)
+        assert alone_s <= estimate.tpot_s <= alone_s + beside_s(alone_s, 0.02) + 1e-12
+
     def test_what_other_gateways_sent_is_guessed(self):
         inflow = Inflow(tokens_per_s=20_000, num_others=3, num_joining=10.0)
         assert estimate_prefill(load("p0"), self.work, 0, 0.05, inflow).backlog_s == pytest.approx(20_000 * 0.75 * 0.05 * 22e-6)
         assert estimate_decode(load("d0"), self.work, 0.0, 0.0, inflow).tpot_s > estimate_decode(load("d0"), self.work, 0.0, 0.0).tpot_s
+
+    def test_of_few_large_prompts_more_may_have_come_unseen_than_of_many_small_ones(self):
+        small, large = (Inflow(tokens_per_s=20_000, tokens_each=each, num_others=3) for each in (100.0, 4000.0))
+        expected_s = 20_000 * 0.75 * 0.05 * 22e-6
+        small_s, large_s = (estimate_prefill(load("p0"), self.work, 0, 0.05, inflow).backlog_s for inflow in (small, large))
+        assert expected_s < small_s < large_s
+        assert estimate_prefill(load("p0"), self.work, 0, 0.05, Inflow(20_000, 4000.0, 0)).backlog_s == 0.0
 
     @given(st.integers(0, 20_000), st.integers(0, 20_000), st.integers(0, 7))
     def test_room_that_one_sees_all_see(self, sent, more, num_others):

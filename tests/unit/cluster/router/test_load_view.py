@@ -1,3 +1,5 @@
+import msgspec
+
 from diptych.cluster.router.load_view import SETTLE_S, LoadView
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
@@ -34,6 +36,8 @@ def test_a_report_is_the_load():
     view.heard(D0, report(D0, waiting=1, tokens=30, running=5, reserved=2, free=40), 1.0)
     [worker] = view.view(1.0).decode
     assert (worker.num_requests, worker.num_waiting_tokens, worker.num_free_blocks, worker.used_share) == (8, 30, 40, 0.6)
+    view.heard(D0, msgspec.structs.replace(report(D0), busy_s=0.09), 2.0)
+    assert view.view(2.0).decode[0].busy_s == 0.09
 
 
 def test_what_was_sent_counts_at_once_on_both_workers():
