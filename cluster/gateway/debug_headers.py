@@ -3,8 +3,8 @@
 import math
 
 from ...messages.requests import Route
-from .exchange import Headers
 from .generation import Generation
+from .response_head import Headers
 
 
 def debug_headers(generation: Generation) -> Headers:

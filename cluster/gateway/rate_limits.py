@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from .errors import RateLimited
-from .exchange import Headers
+from .response_head import Headers
 
 MINUTE_S = 60.0
 

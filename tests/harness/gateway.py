@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
+import httptools
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from diptych.cluster.gateway.app import App
-from diptych.cluster.gateway.asgi import asgi
 from diptych.cluster.gateway.config import GatewayConfig, Limits
+from diptych.cluster.gateway.connection import Connection
 from diptych.cluster.gateway.core import Core
 from diptych.messages.fake_post import FakeNetwork, FakePost
 from diptych.messages.ids import Epoch, GatewayId, WorkerId
@@ -154,7 +155,7 @@ class House:
         model = make_model(folder, chat_template=chat_template)
         self.config = GatewayConfig(GatewayId("gateway-0"), "test", str(model), MODEL, limits=limits, **config)
         self.core = Core(self.config, self.post_office, clock=lambda: self.now)
-        self.app = asgi(App(self.core).handle)
+        self.app = App(self.core)
         self.workers: list[FakeWorker] = []
         self._version = 0
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
@@ -226,9 +227,9 @@ class House:
         self.core.watch()
         await asyncio.sleep(0)
 
-    def open(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> "Connection":
+    def open(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> "Client":
         raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        return Connection(self.app, method, path, raw, headers or {})
+        return Client(self.app, method, path, raw, headers or {})
 
     async def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> "Reply":
         return await self.open(method, path, body, headers).reply()
@@ -282,39 +283,125 @@ class Reply:
         return "".join(chunk["text"] if "text" in chunk else chunk["delta"].get("content", "") for chunk in chunks)
 
 
-class Connection:
-    """An ASGI client that can leave at any time, and read as slowly as it likes."""
+class Socket(asyncio.Transport):
+    """The client's end: keeps what is written to it, and takes no more than the first byte while it is not `reading`."""
 
-    def __init__(self, app: Any, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
-        raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-        self._scope = {"type": "http", "method": method, "path": path, "headers": raw_headers}
-        self._requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        for start in range(0, max(len(body), 1), 1 << 16):
-            more = start + (1 << 16) < len(body)
-            self._requests.put_nowait({"type": "http.request", "body": body[start : start + (1 << 16)], "more_body": more})
-        self.sent: list[dict[str, Any]] = []
-        self.reading = asyncio.Event()
-        self.reading.set()
-        self._app = app
-        self.task = asyncio.create_task(self._app(self._scope, self._requests.get, self._send))
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []        # each by one write
+        self.held: list[bytes] = []           # written, not taken
+        self.reading = True
+        self.reads_requests = True
+        self.closed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()        # True: in order
+
+    def connect(self, protocol: asyncio.Protocol) -> None:
+        self.protocol = protocol
+        protocol.connection_made(self)
+
+    def read_on(self) -> None:
+        self.reading = True
+        self.written += self.held
+        self.held.clear()
+        self.protocol.resume_writing()
+
+    def write(self, data: Any) -> None:
+        if self.reading:
+            self.written.append(bytes(data))
+        else:
+            self.held.append(bytes(data))
+            self.protocol.pause_writing()
+
+    def write_eof(self) -> None:
+        """Nothing more will come: the client leaves, too."""
+        self._lose(in_order=True)
+
+    def close(self) -> None:
+        self._lose(in_order=True)
+
+    def abort(self) -> None:
+        self._lose(in_order=False)
+
+    def is_closing(self) -> bool:
+        return self.closed.done()
+
+    def get_write_buffer_size(self) -> int:
+        return sum(map(len, self.held))
+
+    def pause_reading(self) -> None:
+        self.reads_requests = False
+
+    def resume_reading(self) -> None:
+        self.reads_requests = True
+
+    def _lose(self, *, in_order: bool) -> None:
+        if not self.closed.done():
+            self.closed.set_result(in_order)
+            asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
+
+
+class Response:
+    """Bytes of one answer → its parts."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.body = b""
+        self.complete = False
+        self._parser = httptools.HttpResponseParser(self)
+
+    def feed(self, raw: bytes) -> None:
+        self._parser.feed_data(raw)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.decode("latin-1")] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+
+
+class Client:
+    """One request on a connection of its own. It can leave at any time, and stop reading."""
+
+    def __init__(self, app: App, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
+        self.socket = Socket()
+        self.socket.connect(Connection(app.handle, asyncio.get_running_loop().time, lambda connection: None))
+        if body:
+            headers = {"content-length": str(len(body))} | headers
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self._send(f"{method} {path} HTTP/1.1\r\nconnection: close\r\n{head}\r\n".encode("latin-1") + body)
 
     def leave(self) -> None:
-        self._requests.put_nowait({"type": "http.disconnect"})
+        self.socket.close()
+
+    def stop_reading(self) -> None:
+        self.socket.reading = False
+
+    def read_on(self) -> None:
+        self.socket.read_on()
+
+    async def over(self) -> None:
+        async with asyncio.timeout(20):
+            await asyncio.shield(self.socket.closed)
 
     @property
-    def body(self) -> bytes:
-        return b"".join(event.get("body", b"") for event in self.sent)
+    def writes(self) -> list[bytes]:
+        return self.socket.written
 
     async def reply(self) -> Reply:
-        async with asyncio.timeout(20):
-            await self.task
-        start = self.sent[0]
-        headers = {name.decode(): value.decode() for name, value in start["headers"]}
-        return Reply(start["status"], headers, self.body, complete=not self.sent[-1].get("more_body", False) and len(self.sent) > 1)
+        await self.over()
+        response = Response()
+        response.feed(b"".join(self.socket.written))
+        return Reply(response.status, response.headers, response.body, response.complete)
 
-    async def _send(self, event: dict[str, Any]) -> None:
-        await self.reading.wait()
-        self.sent.append(event)
+    def _send(self, raw: bytes) -> None:
+        for start in range(0, len(raw), 1 << 16):
+            self.socket.protocol.data_received(raw[start : start + (1 << 16)])
 
 
 

@@ -96,6 +96,7 @@ async def test_metrics_count_what_happened(tmp_path):
         prefill.post.send(house.address, TransferFailed(prefill.ref, "decode-0", "fake", "the link is down"))
         prefill.post.send(house.address, LinkMeasured(prefill.ref, WorkerId("decode-0"), "fake", 2e-5, 12.5, 1 << 20))
         await house.post("/v1/completions", {})
+        await house.until(lambda: b"diptych_kv_transfer_probe_gbps{" in house.core.render_metrics())
         text = (await house.get("/metrics")).body.decode()
         for line in (
             'diptych_choices_total{outcome="finished"} 1.0',
