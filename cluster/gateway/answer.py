@@ -13,6 +13,7 @@ from .choice import Choice, Piece
 from .detokenizer import Vocabulary
 from .dialects import PromptTokensDetails, Usage
 from .dispatch import Dispatcher
+from .exchange import nothing
 from .generation import Generation, Prompt
 from .jobs import Job
 
@@ -25,7 +26,7 @@ class Answer:
         self._job = job
         self._dispatcher = dispatcher
         self._woken: dict[int, None] = {}
-        self._on_news: Callable[[], None] = lambda: None
+        self._on_news: Callable[[], None] = nothing
         self._choices = [Choice(job, job.prompt_of(index), vocabulary) for index in range(job.num_choices)]
         self._num_open = job.num_choices
         self._cached_tokens = [0] * job.num_choices
@@ -51,9 +52,11 @@ class Answer:
         for generation in self._generations:
             self._dispatcher.start(generation)
 
-    def abort(self) -> None:
-        """Everywhere; without effect on what has ended."""
+    def close(self) -> None:
+        """Nobody is told of news any more. What has not ended is aborted."""
+        self._on_news = nothing
         for generation in self._generations:
+            generation.wake = nothing         # with it a cycle of references ends, which the collector would have to find
             self._dispatcher.abort(generation)
 
     @property

@@ -50,9 +50,9 @@ class Exchange:
         self.status: int | None = None        # of the answer that has begun
         self.complete = False                 # the request is here as a whole
         self.gone = False                     # the client
-        self.on_status: Callable[[int], None] = _ignore_status
-        self.on_gone: Callable[[], None] = _ignore
-        self.on_writable: Callable[[], None] = _ignore
+        self.on_status: Callable[[int], None] = _ignore
+        self.on_gone: Callable[[], None] = nothing
+        self.on_writable: Callable[[], None] = nothing
         self._channel = channel
         self._headers = headers
         self._chunked = chunked
@@ -168,9 +168,9 @@ def _check_size(num_bytes: int, max_bytes: int) -> None:
         raise BadRequest(f"the body has {num_bytes} bytes or more; the limit is {max_bytes}", code="request_too_large", status=413)
 
 
-def _ignore() -> None:
+def nothing() -> None:
     pass
 
 
-def _ignore_status(status: int) -> None:
+def _ignore(status: int) -> None:
     pass

@@ -8,7 +8,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ...messages.errors import DiptychError
@@ -16,7 +16,7 @@ from .answer import Answer, join
 from .choice import Piece
 from .dialects import Dialect
 from .errors import SlowClient, to_http
-from .exchange import Exchange
+from .exchange import Exchange, nothing
 from .response_head import Headers
 
 JSON = ("content-type", "application/json")
@@ -86,7 +86,8 @@ class Responder(ABC):
 
     def _end(self) -> None:
         self._over = True
-        self._answer.abort()
+        self._exchange.on_gone = self._exchange.on_writable = nothing
+        self._answer.close()
 
 
 class WholeResponder(Responder):
@@ -120,19 +121,21 @@ class StreamResponder(Responder):
         if not self._exchange.writable:
             self._wait()
             return
-        events = b"".join(self._chunks(self._answer.take()))
+        events = b""
+        for index, piece in self._answer.take():
+            events += self._chunk(index, piece)
         if self._answer.done:
             self._finish(events + self._usage_event() + DONE)
         elif events:
             self._open()
             self._exchange.write(events)
 
-    def _chunks(self, pieces: Sequence[tuple[int, Piece]]) -> Iterator[bytes]:
-        for index, piece in pieces:
-            first = index not in self._begun
-            if first or piece.text or piece.tokens or piece.finish is not None:
-                self._begun.add(index)
-                yield _event(self._dialect.chunk(index, piece, first=first))
+    def _chunk(self, index: int, piece: Piece) -> bytes:
+        first = index not in self._begun
+        if not (first or piece.text or piece.tokens or piece.finish is not None):
+            return b""
+        self._begun.add(index)
+        return _event(self._dialect.chunk(index, piece, first=first))
 
     def _usage_event(self) -> bytes:
         return _event(self._dialect.usage_chunk(self._answer.usage())) if self._usage else b""

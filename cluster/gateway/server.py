@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import gc
 import math
 import socket
 import threading
@@ -56,6 +57,8 @@ class Gateway:
 
     def run(self) -> None:
         """Blocks until stopped; once only. Raises what broke the loop's own tasks."""
+        gc.collect()
+        gc.freeze()                           # what lives now lives on: a collection that looked at it, too, would hold up all streams
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
         if self._failure is not None:

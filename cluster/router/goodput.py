@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from ...engine.pace import AIM
 from ...messages.requests import Route, WorkerRef
-from .estimate import Inflow, PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill
+from .estimate import NOTHING, Inflow, PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill
 from .policy import ClusterView, Decision, Explanation, Prediction, Queue, Refuse, RoutingRequest, WorkerLoad
 from .prefix_aware import PrefixIndex, chain
 
@@ -122,7 +122,9 @@ class Goodput:
         return predictions
 
     def _inflow(self, pool_name: str, pool: Sequence[WorkerLoad], view: ClusterView, now: float) -> Inflow:
-        gateways_per_worker = view.num_gateways / max(1, len(pool))
+        if not pool:
+            return NOTHING
+        gateways_per_worker = view.num_gateways / len(pool)
         return Inflow(
             tokens_per_s=self._flows[pool_name].per_s(now) * gateways_per_worker,
             num_others=view.num_gateways - 1,
