@@ -70,14 +70,14 @@ class Exchange:
     async def read(self, max_bytes: int) -> bytes:
         """The whole body. Raises BadRequest (413 as soon as it is known to be larger, 408, 400), ClientGone."""
         declared = self.header("content-length")
-        _check_size(int(declared) if declared else 0, max_bytes)
+        self._check_size(int(declared) if declared else 0, max_bytes)
         if not self.complete and (self.header("expect") or "").lower() == "100-continue":
             self._send(CONTINUE)
-        while not self.complete:
+        while True:
+            self._check_size(len(self._body), max_bytes)
+            if self.complete:
+                return bytes(self._body)
             await self._more()
-            _check_size(len(self._body), max_bytes)
-        _check_size(len(self._body), max_bytes)
-        return bytes(self._body)
 
     @property
     def writable(self) -> bool:
@@ -136,6 +136,11 @@ class Exchange:
         if self.gone:
             raise ClientGone
 
+    def _check_size(self, num_bytes: int, max_bytes: int) -> None:
+        if num_bytes > max_bytes:
+            self._keep_alive = False          # the rest is not worth reading
+            raise BadRequest(f"the body has {num_bytes} bytes or more; the limit is {max_bytes}", code="request_too_large", status=413)
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -161,11 +166,6 @@ class Exchange:
     def _send(self, raw: bytes) -> None:
         if not self.gone:
             self._channel.send(raw)
-
-
-def _check_size(num_bytes: int, max_bytes: int) -> None:
-    if num_bytes > max_bytes:
-        raise BadRequest(f"the body has {num_bytes} bytes or more; the limit is {max_bytes}", code="request_too_large", status=413)
 
 
 def nothing() -> None:

@@ -385,9 +385,10 @@ class Client:
     def read_on(self) -> None:
         self.socket.read_on()
 
-    async def over(self) -> None:
+    async def over(self) -> bool:
+        """True: the connection ended in order."""
         async with asyncio.timeout(20):
-            await asyncio.shield(self.socket.closed)
+            return await asyncio.shield(self.socket.closed)
 
     @property
     def writes(self) -> list[bytes]:

@@ -159,6 +159,13 @@ class TestStop:
             assert last["choices"][0]["finish_reason"] == "stop"
 
     @in_loop
+    async def test_strings_end_each_choice_once(self, tmp_path):
+        async with House(tmp_path) as house:
+            reply = await house.post("/v1/completions", ASK | {"stop": "th", "n": 3, "stream": True})
+            choices = [choice for event in reply.events[:-1] for choice in event["choices"]]
+            assert sorted(choice["index"] for choice in choices if choice["finish_reason"]) == [0, 1, 2]
+
+    @in_loop
     async def test_a_match_aborts_the_workers(self, tmp_path):
         async with House(tmp_path) as house:
             house.says = tokens_of("Hello there" * 10)

@@ -4,6 +4,7 @@
 import pytest
 from harness.gateway import EOS, FakeWorker, House, in_loop, tokens_of
 
+from diptych.cluster.gateway import responder
 from diptych.cluster.gateway.config import Limits
 from diptych.messages.membership import Role
 from diptych.messages.requests import FailureKind, GenerateRequest
@@ -213,6 +214,17 @@ class TestClient:
             assert counts.pop("finished") == 1
             assert counts["failed"] + counts.get("aborted", 0) == n
             await house.until(lambda: len(house.worker("decode-0").aborted) == n)
+
+    @in_loop
+    async def test_that_does_not_read_until_the_deadline_is_dropped(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(responder, "WRITE_GRACE_S", 0.02)
+        async with House(tmp_path, limits=Limits(request_timeout_s=0.02)) as house:
+            house.says = tokens_of("x" * 100)
+            slow = house.open("POST", "/v1/completions", {"model": "tiny"} | STREAM)
+            slow.stop_reading()
+            assert not await slow.over()
+            await house.until(lambda: house.core.dispatcher.num_running == 0)
+            assert outcomes(house) in ({"finished": 1}, {"aborted": 1})
 
     @in_loop
     async def test_that_reads_slowly_gets_all_of_it_in_fewer_writes(self, tmp_path):
