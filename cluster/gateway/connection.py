@@ -49,7 +49,8 @@ class Connection(asyncio.Protocol):
         self._refusal: BadRequest | None = None               # for what came after the last Exchange
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
-        self._head_bytes = 0
+        self._head_bytes = 0                  # of its target and headers
+        self._unparsed_bytes = 0              # as they came
         self._in_head = False
         self._is_last = False                 # whatever comes now is not a request
         self._leaving = False                 # the last answer is written
@@ -78,7 +79,8 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._break(BadRequest(f"this is not HTTP/1.1: {error}", code="invalid_http"))
         if was_in_head and self._in_head:     # a header without an end is none that the parser tells of
-            self._count_head(len(data))
+            self._unparsed_bytes += len(data)
+            self._check_head(self._unparsed_bytes // 2)       # what it did tell of is counted here, too
         self._advance()
 
     def pause_writing(self) -> None:
@@ -100,17 +102,20 @@ class Connection(asyncio.Protocol):
     # httptools
 
     def on_message_begin(self) -> None:
-        self._url, self._headers, self._head_bytes, self._in_head = b"", {}, 0, True
+        self._url, self._headers, self._in_head = b"", {}, True
+        self._head_bytes = self._unparsed_bytes = 0
         self._since = self._clock()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._count_head(len(url))
+        self._head_bytes += len(url)
+        self._check_head(self._head_bytes)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:
             self._headers.setdefault(name.lower(), value)
-            self._count_head(len(name) + len(value))
+            self._head_bytes += len(name) + len(value)
+            self._check_head(self._head_bytes)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -205,9 +210,8 @@ class Connection(asyncio.Protocol):
         method, is_11 = self._parser.get_method().decode(), version == "1.1"
         return Exchange(self, method, _path(self._url), self._headers, chunked=is_11, keep_alive=self._parser.should_keep_alive())
 
-    def _count_head(self, num_bytes: int) -> None:
-        self._head_bytes += num_bytes
-        if self._head_bytes > MAX_HEAD_BYTES:
+    def _check_head(self, num_bytes: int) -> None:
+        if num_bytes > MAX_HEAD_BYTES:
             self._break(BadRequest(f"the head has more than {MAX_HEAD_BYTES} bytes", code="head_too_large", status=431))
 
     def _break(self, failure: BadRequest) -> None:

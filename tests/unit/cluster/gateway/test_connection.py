@@ -19,6 +19,7 @@ MAX_BODY = 1000
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /b?c=d HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = b"POST /c HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\nTrailer: z\r\n\r\n"
+LONG = b"GET /long HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (i, b"y" * 20) for i in range(7)) + b"\r\n"
 LAST = b"GET /last HTTP/1.1\r\nConnection: close\r\n\r\n"
 OLD = b"GET /old HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
 
@@ -136,7 +137,7 @@ class TestRequests:
 
 class TestAnySplit:
     @given(
-        requests=st.lists(st.sampled_from([GET, POST, CHUNKED]), max_size=4),
+        requests=st.lists(st.sampled_from([GET, POST, CHUNKED, LONG]), max_size=4),
         last=st.sampled_from(
             [
                 b"", LAST, OLD, LAST + GET, b"nonsense\r\n\r\n", b"GET / HTTP/3.0\r\n\r\n",
