@@ -94,7 +94,8 @@ class Exchange:
         self._unsent = self._start(200, (*headers, ("transfer-encoding", "chunked")) if self._chunked else headers)
 
     def write(self, chunk: bytes) -> None:
-        self._send(self._framed(chunk))
+        if not self.gone:
+            self._channel.send(self._framed(chunk))
 
     def end(self, chunk: bytes) -> None:
         """The stream ends in order after `chunk`."""

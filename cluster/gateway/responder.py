@@ -9,6 +9,7 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from ...messages.errors import DiptychError
@@ -63,7 +64,7 @@ class Responder(ABC):
 
     def start(self, turn: Turn) -> None:
         self._exchange.on_gone = self._end
-        self._answer.start(lambda: turn.add(self._deliver))
+        self._answer.start(partial(turn.add, self._deliver))
 
     @abstractmethod
     def _take(self) -> None:

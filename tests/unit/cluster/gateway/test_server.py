@@ -256,7 +256,7 @@ def test_a_client_that_does_not_read_is_cut(tmp_path):
         slow.settimeout(20)
         slow.connect(("127.0.0.1", gateway.port))
         body = b'{"model": "%b", "prompt": "x", "max_tokens": 4000, "stream": true, "ignore_eos": true, "n": 64}' % MODEL.encode()
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         wait_for(lambda: len(worker.aborted) == 64)
         assert gateway.status().outcomes["finished"] == 0
         received = bytearray()
