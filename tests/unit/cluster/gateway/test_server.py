@@ -250,23 +250,6 @@ def test_stop_closes_what_is_idle(tmp_path):
         assert idle.recv(1 << 16) == b""
 
 
-def test_a_client_that_does_not_read_is_cut(tmp_path):
-    with serving(tmp_path, limits=Limits(max_buffered_tokens=20)) as (gateway, worker, _), socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.settimeout(20)
-        slow.connect(("127.0.0.1", gateway.port))
-        body = b'{"model": "%b", "prompt": "x", "max_tokens": 4000, "stream": true, "ignore_eos": true, "n": 64}' % MODEL.encode()
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-        wait_for(lambda: len(worker.aborted) == 64)
-        assert gateway.status().outcomes["finished"] == 0
-        received = bytearray()
-        with contextlib.suppress(ConnectionResetError):
-            while piece := slow.recv(1 << 20):
-                received += piece
-        assert b"data: " in received
-        assert b"[DONE]" not in received
-
-
 def test_two_gateways_share_a_port(tmp_path):
     keyring = Keyring.new()
     posts = [ZmqPost(keyring), ZmqPost(keyring)]
