@@ -145,9 +145,7 @@ class Caller:
         return self._tally
 
     def _request(self, max_tokens: int) -> bytes:
-        prompt = " ".join(f"word{i}" for i in range(self._bench.prompt_words))
-        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
-        return self._address.request("POST", "/v1/completions", json.dumps(body).encode())
+        return completion(self._address, self._bench.prompt_words, max_tokens)
 
     async def _ask(self, raw: bytes, max_tokens: int) -> None:
         sink = Sink(time.perf_counter())
@@ -160,6 +158,13 @@ class Caller:
         tally.tokens += max_tokens
         tally.ttft_s.append(sink.first - sink.began)
         tally.e2e_s.append(ended - sink.began)
+
+
+def completion(address: HttpAddress, prompt_words: int, max_tokens: int) -> bytes:
+    """The request, as bytes."""
+    prompt = " ".join(f"word{i}" for i in range(prompt_words))
+    body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+    return address.request("POST", "/v1/completions", json.dumps(body).encode())
 
 
 def run_gateway_bench(bench: GatewayBench, console: Console) -> list[Phase]:
