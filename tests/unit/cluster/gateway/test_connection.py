@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 
 import pytest
-from harness.gateway import Response, Socket, in_loop
+from harness.gateway import in_loop
+from harness.http import Response, Socket
 from hypothesis import given
 from hypothesis import strategies as st
 
