@@ -168,6 +168,28 @@ class TestAnySplit:
             module.MAX_HEAD_BYTES = before
 
 
+class TestAnyBytes:
+    @given(
+        requests=st.lists(st.sampled_from([GET, POST, CHUNKED, LONG, LAST, OLD]), min_size=1, max_size=4),
+        junk=st.binary(max_size=20) | st.sampled_from([b"\r\n", b"\r", b":", b" ", b"\x00", b"0\r\n\r\n", b"Content-Length: 1\r\n"]),
+        data=st.data(),
+    )
+    def test_in_a_request_are_answered_or_waited_for(self, requests, junk, data):
+        raw = b"".join(requests)
+        start = data.draw(st.integers(0, len(raw)))
+        end = data.draw(st.integers(start, len(raw)))
+
+        async def scenario() -> None:
+            line = Line()
+            await line.feed(raw[:start] + junk + raw[end:])
+            assert set(line.statuses) <= {200, 400, 413, 501, 505}
+            assert line.closed or not set(line.statuses) - {200}
+            await line.pass_time(KEEP_ALIVE_S + 1)
+            assert line.closed
+
+        asyncio.run(scenario())
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("raw", "status"),
