@@ -69,7 +69,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_last:
             return
-        was_in_head = self._in_head
+        head = self._headers if self._in_head else None
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -78,7 +78,7 @@ class Connection(asyncio.Protocol):
             raise
         except httptools.HttpParserError as error:
             self._break(BadRequest(f"this is not HTTP/1.1: {error}", code="invalid_http"))
-        if was_in_head and self._in_head:     # a header without an end is none that the parser tells of
+        if self._in_head and self._headers is head:           # a header without an end is none that the parser tells of
             self._unparsed_bytes += len(data)
             self._check_head(self._unparsed_bytes // 2)       # what it did tell of is counted here, too
         self._advance()
