@@ -5,7 +5,7 @@
     first    one token a request, so many connections that always ask      requests/s
     short    SHORT tokens a request, the same                              requests/s
     streams  one long answer on every connection                           tokens/s
-    latency  SHORT tokens a request, Poisson, LOAD of what `short` did     ms from the request to its first token and to its end
+    latency  SHORT tokens a request, Poisson, LOAD of `short` or `rate`    ms from the request to its first token and to its end
 
 All of it is overhead: the engine's first token takes no time. Figures per core are per second of CPU that the gateways used, so that client
 and engine, which share the machine, do not count; latencies they do distort where cores are scarce.
@@ -57,6 +57,7 @@ class GatewayBench:
     step_ms: float
     prompt_words: int
     policy: str
+    rate: float | None = None                 # of `latency`, requests/s; None: LOAD of what `short` did
 
 
 class Phase(Struct, frozen=True):
@@ -187,7 +188,7 @@ async def _phases(caller: Caller, bench: GatewayBench, processes: list[psutil.Pr
 
     await phase("first", caller.closed(1, bench.seconds))
     await phase("short", caller.closed(SHORT, bench.seconds))
-    rate = LOAD * phases[-1].requests_per_s
+    rate = bench.rate or LOAD * phases[-1].requests_per_s
     await phase("streams", caller.closed(bench.stream_tokens, bench.seconds))
     await phase("latency", caller.open(SHORT, rate, bench.seconds))
     return phases
