@@ -34,6 +34,8 @@ POLL_S = 0.02
 WATCH_S = 0.1
 BACKLOG = 2048
 LOOP_ANSWER_S = 5.0
+GC_ALLOCATIONS = 10_000
+"""Between the collector's passes over what is young; Python's own 700 are a few requests' worth."""
 
 
 class Gateway:
@@ -57,8 +59,7 @@ class Gateway:
 
     def run(self) -> None:
         """Blocks until stopped; once only. Raises what broke the loop's own tasks."""
-        gc.collect()
-        gc.freeze()                           # what lives now lives on: a collection that looked at it, too, would hold up all streams
+        _settle()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
         if self._failure is not None:
@@ -135,6 +136,13 @@ class Gateway:
         except Exception as error:
             self._failure = error
             self.stop()
+
+
+def _settle() -> None:
+    """What lives now lives on: a collection that looked at it, too, would hold up all streams. Requests leave no cycles: few are needed."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS)
 
 
 def _fulfil(result: "Future[T]", call: Callable[[], T]) -> None:
