@@ -99,7 +99,7 @@ class ZmqPost:
 
     def receive(self, timeout_s: float) -> list[Message]:
         received: list[Message] = []
-        if not self._inbox.poll(max(0, round(timeout_s * 1000))):
+        if timeout_s > 0 and not self._inbox.poll(round(timeout_s * 1000)):
             return received
         while True:
             try:

@@ -206,14 +206,15 @@ def gateway(
     step_ms: Annotated[float, typer.Option(min=0.1, help="of the stub engine")] = 2.0,
     prompt_words: Annotated[int, typer.Option(min=1)] = 30,
     policy: Annotated[str, typer.Option(help="of the router")] = "goodput",
+    rate: Annotated[float | None, typer.Option(min=0.1, help="requests/s of the phase latency; default: a share of what they did")] = None,
     json: Annotated[Path | None, report_option()] = None,
 ) -> None:
     """What gateways can do by themselves: HTTP, tokenizing, routing, ZeroMQ, detokenizing, against an engine that computes nothing."""
     from ...models.embedded.path import embedded_model_path
-    from .gateway_bench import GatewayBench, run_gateway_bench  # uvicorn: not for every command that only names `bench`
+    from .gateway_bench import GatewayBench, run_gateway_bench  # a tokenizer: not for every command that only names `bench`
 
     folder = model or embedded_model_path()
-    plan = GatewayBench(folder, gateways, connections, seconds, stream_tokens, step_ms, prompt_words, policy)
+    plan = GatewayBench(folder, gateways, connections, seconds, stream_tokens, step_ms, prompt_words, policy, rate)
     with _exit_codes():
         phases = run_gateway_bench(plan, Console())
         if json is not None:

@@ -5,7 +5,7 @@
     first    one token a request, so many connections that always ask      requests/s
     short    SHORT tokens a request, the same                              requests/s
     streams  one long answer on every connection                           tokens/s
-    latency  SHORT tokens a request, Poisson, LOAD of what `short` did     ms from the request to its first token and to its end
+    latency  SHORT tokens a request, Poisson, LOAD of `short` or `rate`    ms from the request to its first token and to its end
 
 All of it is overhead: the engine's first token takes no time. Figures per core are per second of CPU that the gateways used, so that client
 and engine, which share the machine, do not count; latencies they do distort where cores are scarce.
@@ -57,6 +57,7 @@ class GatewayBench:
     step_ms: float
     prompt_words: int
     policy: str
+    rate: float | None = None                 # of `latency`, requests/s; None: LOAD of what `short` did
 
 
 class Phase(Struct, frozen=True):
@@ -145,9 +146,7 @@ class Caller:
         return self._tally
 
     def _request(self, max_tokens: int) -> bytes:
-        prompt = " ".join(f"word{i}" for i in range(self._bench.prompt_words))
-        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
-        return self._address.request("POST", "/v1/completions", json.dumps(body).encode())
+        return completion(self._address, self._bench.prompt_words, max_tokens)
 
     async def _ask(self, raw: bytes, max_tokens: int) -> None:
         sink = Sink(time.perf_counter())
@@ -160,6 +159,13 @@ class Caller:
         tally.tokens += max_tokens
         tally.ttft_s.append(sink.first - sink.began)
         tally.e2e_s.append(ended - sink.began)
+
+
+def completion(address: HttpAddress, prompt_words: int, max_tokens: int) -> bytes:
+    """The request, as bytes."""
+    prompt = " ".join(f"word{i}" for i in range(prompt_words))
+    body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+    return address.request("POST", "/v1/completions", json.dumps(body).encode())
 
 
 def run_gateway_bench(bench: GatewayBench, console: Console) -> list[Phase]:
@@ -182,7 +188,7 @@ async def _phases(caller: Caller, bench: GatewayBench, processes: list[psutil.Pr
 
     await phase("first", caller.closed(1, bench.seconds))
     await phase("short", caller.closed(SHORT, bench.seconds))
-    rate = LOAD * phases[-1].requests_per_s
+    rate = bench.rate or LOAD * phases[-1].requests_per_s
     await phase("streams", caller.closed(bench.stream_tokens, bench.seconds))
     await phase("latency", caller.open(SHORT, rate, bench.seconds))
     return phases

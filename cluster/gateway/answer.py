@@ -1,20 +1,20 @@
 """A job's generations, joined into one answer.
 
     Job ──► one Generation and one Choice per index ──► dispatcher
-    dispatcher ── wake(index) ──► wait() returns ──► take(): the pieces of all choices that have something new
+    dispatcher ── wake(index) ──► news, once until it is taken ──► take(): the pieces of all choices that have something new
 """
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 
+from ...messages.errors import DiptychError
 from ..router.policy import Objectives, Path
 from .choice import Choice, Piece
 from .detokenizer import Vocabulary
 from .dialects import PromptTokensDetails, Usage
 from .dispatch import Dispatcher
-from .errors import SlowClient
-from .generation import Generation, GenerationState, Prompt
+from .exchange import nothing
+from .generation import Generation, Prompt
 from .jobs import Job
 
 
@@ -29,12 +29,11 @@ class Answer:
         objectives: Objectives,
         path: Path | None = None,
     ) -> None:
+        """The dispatcher ends every generation by its deadline, so there is always news in the end."""
         self._job = job
         self._dispatcher = dispatcher
         self._woken: dict[int, None] = {}
-        self._waiter: asyncio.Future[None] | None = None
-        self._aborted = False
-        self._on_slow: Callable[[], None] | None = None
+        self._on_news: Callable[[], None] = nothing
         self._choices = [Choice(job, job.prompt_of(index), vocabulary) for index in range(job.num_choices)]
         self._num_open = job.num_choices
         self._cached_tokens = [0] * job.num_choices
@@ -55,13 +54,17 @@ class Answer:
             for index in range(job.num_choices)
         ]
 
-    def start(self) -> None:
+    def start(self, on_news: Callable[[], None]) -> None:
+        """`on_news` is called when there is something to take, again when that has been taken, and whenever a choice ends."""
+        self._on_news = on_news
         for generation in self._generations:
             self._dispatcher.start(generation)
 
-    def abort(self) -> None:
-        """Everywhere; without effect on what has ended."""
+    def close(self) -> None:
+        """Nobody is told of news any more. What has not ended is aborted."""
+        self._on_news = nothing
         for generation in self._generations:
+            generation.wake = nothing         # with it a cycle of references ends, which the collector would have to find
             self._dispatcher.abort(generation)
 
     @property
@@ -69,26 +72,14 @@ class Answer:
         return self._num_open == 0
 
     @property
-    def aborted(self) -> bool:
-        return self._aborted
-
-    def on_slow(self, call: Callable[[], None]) -> None:
-        """`call` is made when tokens pile up because the client does not read: a write may be waiting for it."""
-        self._on_slow = call
-
-    async def wait(self) -> None:
-        """Until something is there to take. The dispatcher ends every generation by its deadline, so this returns."""
-        if not self._woken:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+    def error(self) -> DiptychError | None:
+        """Of a choice that failed."""
+        return next((each.error for each in self._generations if each.error is not None), None)
 
     def take(self) -> list[tuple[int, Piece]]:
         """What is new, by choice. Raises the error of a choice that failed: then there is no answer."""
         woken, self._woken = self._woken, {}
-        return [(index, self._advance(index)) for index in woken]
+        return [(index, self._advance(index)) for index in woken if self._choices[index].finish is None]
 
     @property
     def first(self) -> Generation:
@@ -108,22 +99,17 @@ class Answer:
         deltas = generation.take()
         if deltas and deltas[0].index == 0:
             self._cached_tokens[index] = deltas[0].num_cached_tokens
-        was_open = choice.finish is None
         piece = choice.push(deltas)
-        if was_open and piece.finish is not None:
+        if piece.finish is not None:
             self._num_open -= 1
             self._dispatcher.finish(generation)       # a stop string, which the workers do not know of
         return piece
 
     def _wake(self, index: int) -> None:
+        is_news = not self._woken or self._generations[index].ended
         self._woken[index] = None
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-        generation = self._generations[index]
-        if generation.ended:
-            self._aborted = self._aborted or generation.state is GenerationState.ABORTED
-            if self._on_slow is not None and isinstance(generation.error, SlowClient):
-                self._on_slow()
+        if is_news:
+            self._on_news()
 
 
 def join(pieces: list[Piece]) -> Piece:

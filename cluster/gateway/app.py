@@ -13,6 +13,7 @@ import math
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -27,10 +28,11 @@ from .core import Core
 from .debug_headers import debug_headers, path_asked
 from .dialects import Dialect
 from .errors import BadRequest, ErrorText, HttpError, to_http
-from .exchange import ClientGone, Exchange, Headers
+from .exchange import ClientGone, Exchange
 from .jobs import Job, JobMaker
 from .rate_limits import RateLimiter
-from .responder import JSON, respond
+from .responder import JSON, Reply, StreamResponder, Turn, WholeResponder
+from .response_head import Headers
 from .tiers import objectives_for
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class App:
         self._core = core
         self._jobs = JobMaker(core.model, core.config.model_name)
         self._keys = [key.encode() for key in core.config.api_keys]
+        self._turn = Turn()
         self._limiter = RateLimiter(core.config.rate_limits, core.clock)
         self._endpoints = {
             "/v1/completions": Endpoint("POST", self._completions),
@@ -76,22 +79,15 @@ class App:
         request_id = _request_id(exchange)
         call = Call(exchange, request_id, (("x-request-id", request_id),), self._core.clock())
         name, endpoint = self._find(exchange.path)
+        exchange.on_status = partial(self._core.metrics.responded, name)
         try:
             self._check(call.exchange, endpoint)
             assert endpoint is not None
             await endpoint.handle(call)
         except ClientGone:
             return
-        except DiptychError as error:
-            await self._refuse(call, to_http(error))
-        except Exception:
-            logger.exception("%s %s failed", exchange.method, exchange.path)
-            if exchange.status is not None:
-                raise                         # the server cuts the connection: the client must not take this for an end
-            await self._refuse(call, OUR_FAULT)
-        finally:
-            if exchange.status is not None:
-                self._core.metrics.responded(name, exchange.status)
+        except Exception as error:
+            self._fail(call, error)
 
     def _find(self, path: str) -> tuple[str, Endpoint | None]:
         """With the name under which it is counted: clients' paths are not ours to count."""
@@ -108,20 +104,20 @@ class App:
             raise BadRequest("no valid API key in the Authorization header (Bearer …)", code="invalid_api_key", status=401)
         if endpoint is None:
             raise BadRequest(f"unknown path {exchange.path}", code="not_found", status=404)
-        if exchange.method != endpoint.method:
+        if exchange.method != endpoint.method and (exchange.method, endpoint.method) != ("HEAD", "GET"):
             raise BadRequest(f"{exchange.path} takes {endpoint.method}, not {exchange.method}", code="method_not_allowed", status=405)
 
     async def _completions(self, call: Call) -> None:
         body = parse(await call.exchange.read(self._core.config.limits.max_body_bytes), CompletionBody)
         self._check_body(body)
         job = await self._jobs.completion(body, self._core.max_model_len)
-        await self._answer(call, job, CompletionDialect(job, body.model, self._core.model.vocabulary))
+        self._answer(call, job, CompletionDialect(job, body.model, self._core.model.vocabulary))
 
     async def _chat(self, call: Call) -> None:
         body = parse(await call.exchange.read(self._core.config.limits.max_body_bytes), ChatBody)
         self._check_body(body)
         job = await self._jobs.chat(body, self._core.max_model_len)
-        await self._answer(call, job, ChatDialect(job, body.model, self._core.model.vocabulary))
+        self._answer(call, job, ChatDialect(job, body.model, self._core.model.vocabulary))
 
     def _check_body(self, body: CompletionBody | ChatBody) -> None:
         self._check_model(body.model)
@@ -133,30 +129,30 @@ class App:
             text = f"the model {name!r} does not exist; this endpoint serves {served!r}"
             raise BadRequest(text, param="model", code="model_not_found", status=404)
 
-    async def _answer(self, call: Call, job: Job, dialect: Dialect) -> None:
-        timeout_s = self._core.config.limits.request_timeout_s
-        core, deadline = self._core, call.arrived_at + timeout_s
+    def _answer(self, call: Call, job: Job, dialect: Dialect) -> None:
+        """Raises RateLimited, BadRequest, ClientGone. The answer goes its own way after this."""
+        if call.exchange.gone:
+            raise ClientGone
+        core, timeout_s = self._core, self._core.config.limits.request_timeout_s
         objectives = objectives_for(job.service_class, call.exchange, core.config.objectives, core.config.class_objectives)
-        path = path_asked(call.exchange, core.config.debug_headers)
+        path, deadline = path_asked(call.exchange, core.config.debug_headers), call.arrived_at + timeout_s
         answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, objectives, path)
         limits = self._limiter.admit(_key_of(call.exchange, self._keys) or b"", 1, job.max_tokens)
         core.decisions.begin(job.response_id, call.request_id)
-        debug = core.config.debug_headers
-        await respond(
-            call.exchange,
-            answer,
-            dialect,
-            job,
-            lambda: call.headers + limits + (debug_headers(answer.first) if debug else ()),
-            timeout_s,
-        )
+
+        def headers() -> Headers:
+            return call.headers + limits + (debug_headers(answer.first) if core.config.debug_headers else ())
+
+        reply = Reply(call.exchange, answer, dialect, headers, partial(self._fail, call))
+        stream = StreamResponder(reply, usage=job.include_usage, timeout_s=timeout_s) if job.stream else WholeResponder(reply)
+        stream.start(self._turn)
 
     async def _models(self, call: Call) -> None:
-        await _send_json(call, 200, {"object": "list", "data": [self._model_entry()]})
+        _send_json(call, 200, {"object": "list", "data": [self._model_entry()]})
 
     async def _model(self, call: Call) -> None:
         self._check_model(call.exchange.path.removeprefix(_MODEL_PREFIX))
-        await _send_json(call, 200, self._model_entry())
+        _send_json(call, 200, self._model_entry())
 
     def _model_entry(self) -> dict[str, str | int]:
         return {
@@ -177,22 +173,32 @@ class App:
             kept = self._core.config.explain
             text = f"no request {asked_id!r} among the last {kept} of {self._core.config.gateway_id}"
             raise BadRequest(text, code="request_not_found", status=404)
-        await call.exchange.respond(200, (JSON, *call.headers), msgspec.json.encode(found))
+        call.exchange.respond(200, (JSON, *call.headers), msgspec.json.encode(found))
 
     async def _health(self, call: Call) -> None:
-        await _send_json(call, 200, {"status": "ok"})
+        _send_json(call, 200, {"status": "ok"})
 
     async def _ready(self, call: Call) -> None:
         reason = self._core.why_not_ready()
         if reason is None:
-            await _send_json(call, 200, {"status": "ready"})
+            _send_json(call, 200, {"status": "ready"})
         else:
-            await _send_json(call, 503, {"status": "not ready", "reason": reason})
+            _send_json(call, 503, {"status": "not ready", "reason": reason})
 
     async def _metrics(self, call: Call) -> None:
-        await call.exchange.respond(200, (("content-type", CONTENT_TYPE_LATEST), *call.headers), self._core.render_metrics())
+        call.exchange.respond(200, (("content-type", CONTENT_TYPE_LATEST), *call.headers), self._core.render_metrics())
 
-    async def _refuse(self, call: Call, error: HttpError) -> None:
+    def _fail(self, call: Call, error: Exception) -> None:
+        if isinstance(error, DiptychError):
+            self._refuse(call, to_http(error))
+            return
+        logger.error("%s %s failed", call.exchange.method, call.exchange.path, exc_info=error)
+        if call.exchange.status is None:
+            self._refuse(call, OUR_FAULT)
+        else:
+            call.exchange.abort()
+
+    def _refuse(self, call: Call, error: HttpError) -> None:
         headers = call.headers + error.headers
         if error.retry_after_s is not None:
             headers += (("retry-after", str(math.ceil(error.retry_after_s))),)
@@ -200,7 +206,7 @@ class App:
             headers += (("www-authenticate", "Bearer"),)
         if error.status == 405 and (endpoint := self._find(call.exchange.path)[1]) is not None:
             headers += (("allow", endpoint.method),)
-        await call.exchange.respond(error.status, (JSON, *headers), error.body)
+        call.exchange.respond(error.status, (JSON, *headers), error.body)
 
 
 def _key_of(exchange: Exchange, keys: Sequence[bytes]) -> bytes | None:
@@ -216,5 +222,5 @@ def _request_id(exchange: Exchange) -> str:
     return given if given is not None and _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
 
 
-async def _send_json(call: Call, status: int, body: dict[str, Any]) -> None:
-    await call.exchange.respond(status, (JSON, *call.headers), msgspec.json.encode(body))
+def _send_json(call: Call, status: int, body: dict[str, Any]) -> None:
+    call.exchange.respond(status, (JSON, *call.headers), msgspec.json.encode(body))

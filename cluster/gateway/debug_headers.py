@@ -6,8 +6,9 @@ import math
 from ...messages.requests import Route
 from ..router.policy import Path
 from .errors import BadRequest
-from .exchange import Exchange, Headers
+from .exchange import Exchange
 from .generation import Generation
+from .response_head import Headers
 
 PATH_HEADER = "x-diptych-path"
 

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 
 from ...messages.errors import UnsupportedModel
 
-_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
@@ -64,14 +63,20 @@ class Utf8Stream:
     """Bytes in, whole characters out."""
 
     def __init__(self) -> None:
-        self._decoder = _Utf8Decoder(errors="replace")
+        self._held = b""                      # of a character that is not whole
 
     def feed(self, chunk: bytes) -> str:
-        return self._decoder.decode(chunk)
+        return self._decode(chunk, is_end=False)
 
     def end(self) -> str:
         """What was held back will not become a character any more."""
-        return self._decoder.decode(b"", final=True)
+        return self._decode(b"", is_end=True)
+
+    def _decode(self, chunk: bytes, *, is_end: bool) -> str:
+        seen = self._held + chunk
+        text, num_used = codecs.utf_8_decode(seen, "replace", is_end)
+        self._held = seen[num_used:]
+        return text
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:

@@ -235,7 +235,8 @@ class Dispatcher:
 
     def _on_delta(self, generation: Generation, attempt: Attempt, delta: TokenDelta, worker: WorkerRef, now: float) -> None:
         try:
-            _check_logprobs(generation, delta)
+            if generation.prompt.sampling.logprobs is not None:
+                _check_logprobs(delta)
             ready = attempt.order.push(delta)
         except Malformed as error:
             self._retry(generation, "malformed", FailureKind.INTERNAL, str(error), backoff=True)
@@ -340,6 +341,6 @@ class Dispatcher:
         generation.wake()
 
 
-def _check_logprobs(generation: Generation, delta: TokenDelta) -> None:
-    if generation.prompt.sampling.logprobs is not None and len(delta.logprobs) != len(delta.token_ids):
+def _check_logprobs(delta: TokenDelta) -> None:
+    if len(delta.logprobs) != len(delta.token_ids):
         raise Malformed(f"{len(delta.logprobs)} log-probabilities for {len(delta.token_ids)} tokens")

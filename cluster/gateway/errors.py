@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from ...messages.errors import DiptychError, Refused, RequestError
 from ...messages.requests import FailureKind
-from .exchange import Headers
+from .response_head import Headers
 
 
 class BadRequest(RequestError):

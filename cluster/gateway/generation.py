@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import msgspec
+from msgspec import Struct
 
 from ...engine.urgency import due_in_s
 from ...messages.errors import DiptychError
@@ -47,8 +48,7 @@ TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
 ENDS = frozenset(state for state, after in TRANSITIONS.items() if not after)
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(Struct, frozen=True):
     """What is asked of the workers, the same in every attempt."""
 
     name: str                                 # unique; request ids of attempts begin with it

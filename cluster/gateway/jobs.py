@@ -3,9 +3,9 @@
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
+from msgspec import Struct
 
 from ...messages.requests import SamplingParams, ServiceClass
 from .bodies import ChatBody, ChatMessage, CompletionBody
@@ -21,14 +21,12 @@ MAX_PROMPT_LOGPROBS = 250_000
 SEED_MASK = (1 << 63) - 1
 
 
-@dataclass(frozen=True)
-class JobPrompt:
+class JobPrompt(Struct, frozen=True):
     token_ids: tuple[int, ...]
     text: str | None                          # as the client sent it; None: it sent tokens
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Struct, frozen=True):
     response_id: str
     created: int                              # seconds since 1970
     prompts: tuple[JobPrompt, ...]
@@ -58,6 +56,8 @@ class Job:
         return self.prompts[index // self.n]
 
     def sampling_of(self, index: int) -> SamplingParams:
+        if index % self.n == 0:
+            return self.sampling
         return msgspec.structs.replace(self.sampling, seed=(self.sampling.seed + index % self.n) & SEED_MASK)
 
 

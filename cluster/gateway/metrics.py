@@ -4,11 +4,11 @@ import math
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import cache
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from ...messages.requests import LinkFigures, LinkMeasured, LoadReport, RequestSpan, TransferFailed
+from .counts import Count, Distribution
 from .errors import NoRoute
 from .generation import Generation, GenerationState
 from .status import Quantiles, TransferTotals
@@ -36,37 +36,31 @@ class Metrics:
         self._transfers: dict[str, TransferTotals] = {}
         self._recent_ttft: deque[float] = deque(maxlen=NUM_RECENT)
         self._recent_tpot: deque[float] = deque(maxlen=NUM_RECENT)
-        self._ttft = Histogram("diptych_ttft_seconds", "HTTP request read to first token", buckets=TTFT_BUCKETS_S, registry=registry)
-        self._tpot = Histogram("diptych_tpot_seconds", "Mean time between a choice's tokens", buckets=TPOT_BUCKETS_S, registry=registry)
-        self._e2e = Histogram("diptych_e2e_seconds", "HTTP request read to last token", buckets=E2E_BUCKETS_S, registry=registry)
-        self._choices = Counter("diptych_choices", "Choices by how they ended", ["outcome"], registry=registry)
+        self._ttft = Distribution("diptych_ttft_seconds", "HTTP request read to first token", TTFT_BUCKETS_S, registry=registry)
+        self._tpot = Distribution("diptych_tpot_seconds", "Mean time between a choice's tokens", TPOT_BUCKETS_S, registry=registry)
+        self._e2e = Distribution("diptych_e2e_seconds", "HTTP request read to last token", E2E_BUCKETS_S, registry=registry)
+        self._choices = Count("diptych_choices", "Choices by how they ended", ["outcome"], registry=registry)
         by_class = ["class", "outcome"]
-        self._requests = Counter("diptych_requests", "Choices by class and how they ended", by_class, registry=registry)
+        self._requests = Count("diptych_requests", "Choices by class and how they ended", by_class, registry=registry)
         in_time = "Choices that finished and kept their objectives"
-        self._goodput = Counter("diptych_goodput_requests", in_time, ["class"], registry=registry)
-        self._refusals = Counter("diptych_refusals", "Choices refused by the router", ["reason"], registry=registry)
-        self._paths = Counter("diptych_paths", "Choices by the way of their last attempt", ["path"], registry=registry)
+        self._goodput = Count("diptych_goodput_requests", in_time, ["class"], registry=registry)
+        self._refusals = Count("diptych_refusals", "Choices refused by the router", ["reason"], registry=registry)
+        self._paths = Count("diptych_paths", "Choices by the way of their last attempt", ["path"], registry=registry)
         error_text = "Mean relative error of a worker's predicted step times"
         self._predictor_error = Gauge("diptych_predictor_error", error_text, ["worker"], registry=registry)
-        self._responses = Counter("diptych_http_responses", "HTTP answers", ["path", "status"], registry=registry)
-        self._retries = Counter("diptych_retries", "Attempts given up for another", ["reason"], registry=registry)
-        self._prompt_tokens = Counter("diptych_prompt_tokens", "Prompt tokens of finished choices", registry=registry)
-        self._output_tokens = Counter("diptych_output_tokens", "Output tokens of finished choices", registry=registry)
-        self._kv_bytes = Counter("diptych_kv_transfer_bytes", "KV written into decode workers", PAIR, registry=registry)
-        self._kv_seconds = Counter("diptych_kv_transfer_seconds", "Time the writers' transports were busy", PAIR, registry=registry)
+        self._responses = Count("diptych_http_responses", "HTTP answers", ["path", "status"], registry=registry)
+        self._retries = Count("diptych_retries", "Attempts given up for another", ["reason"], registry=registry)
+        self._prompt_tokens = Count("diptych_prompt_tokens", "Prompt tokens of finished choices", registry=registry)
+        self._output_tokens = Count("diptych_output_tokens", "Output tokens of finished choices", registry=registry)
+        self._kv_bytes = Count("diptych_kv_transfer_bytes", "KV written into decode workers", PAIR, registry=registry)
+        self._kv_seconds = Count("diptych_kv_transfer_seconds", "Time the writers' transports were busy", PAIR, registry=registry)
         self._kv_gbps = Gauge("diptych_kv_transfer_gbps", "GB/s while busy, of the last handoff", PAIR, registry=registry)
-        self._kv_failures = Counter("diptych_kv_transfer_failures", "Handoffs whose KV could not be moved", PAIR, registry=registry)
+        self._kv_failures = Count("diptych_kv_transfer_failures", "Handoffs whose KV could not be moved", PAIR, registry=registry)
         probed = "of the probe when the prefill worker met the decode worker"
         self._probe_gbps = Gauge("diptych_kv_transfer_probe_gbps", f"GB/s {probed}", PAIR, registry=registry)
         self._probe_latency = Gauge("diptych_kv_transfer_probe_latency_seconds", f"One page's write, {probed}", PAIR, registry=registry)
         self._used = Gauge("diptych_kv_transfer_used", "1: of the pair's transports the one that it uses", PAIR, registry=registry)
         self._reached: dict[tuple[str, str], set[str]] = {}          # transports of a pair, so far
-
-        # `labels` validates and locks each time: what every request counts is looked up once.
-        self._of_outcome, self._of_class = cache(self._choices.labels), cache(self._requests.labels)
-        self._of_good, self._of_path, self._of_response = (
-            cache(counter.labels) for counter in (self._goodput, self._paths, self._responses)
-        )
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Read when scraped."""
@@ -80,11 +74,11 @@ class Metrics:
         return generate_latest(self._registry)
 
     def responded(self, path: str, status: int) -> None:
-        self._of_response(path, status).inc()
+        self._responses.add(path, str(status))
 
     def retried(self, reason: str) -> None:
         self.num_retries += 1
-        self._retries.labels(reason).inc()
+        self._retries.add(reason)
 
     def span(self, span: RequestSpan) -> None:
         self.last_span = span
@@ -97,13 +91,13 @@ class Metrics:
             busy_s=old.busy_s + span.transfer_s,
         )
         pair = (span.worker.worker_id, span.decode_id, span.transport)
-        self._kv_bytes.labels(*pair).inc(span.num_bytes)
-        self._kv_seconds.labels(*pair).inc(span.transfer_s)
+        self._kv_bytes.add(*pair, amount=span.num_bytes)
+        self._kv_seconds.add(*pair, amount=span.transfer_s)
         if span.transfer_s > 0:                        # 0: the decode worker had all of it
             self._kv_gbps.labels(*pair).set(span.num_bytes / span.transfer_s / 1e9)
 
     def transfer_failed(self, failed: TransferFailed) -> None:
-        self._kv_failures.labels(failed.worker.worker_id, failed.decode_id, failed.transport).inc()
+        self._kv_failures.add(failed.worker.worker_id, failed.decode_id, failed.transport)
 
     def link_measured(self, link: LinkMeasured) -> None:
         ends = (link.worker.worker_id, link.decode_id)
@@ -118,12 +112,12 @@ class Metrics:
 
     def ended(self, generation: Generation) -> None:
         self.outcomes[generation.state] += 1
-        self._of_outcome(generation.state).inc()
+        self._choices.add(generation.state)
         self._count_by_class(generation)
         if generation.state is GenerationState.REFUSED:
-            self._refusals.labels("no_route" if isinstance(generation.error, NoRoute) else "overloaded").inc()
+            self._refusals.add("no_route" if isinstance(generation.error, NoRoute) else "overloaded")
         if generation.path is not None:
-            self._of_path(generation.path).inc()
+            self._paths.add(generation.path)
         first, last = generation.first_token_at, generation.last_token_at
         if first is None or last is None:
             return
@@ -146,19 +140,19 @@ class Metrics:
 
     def _count_by_class(self, generation: Generation) -> None:
         name = generation.prompt.service_class
-        self._of_class(name, generation.state).inc()
+        self._requests.add(name, generation.state)
         if generation.state is not GenerationState.ABORTED:
             self.by_class[name] += 1
         if generation.kept_objectives:
             self.good_by_class[name] += 1
-            self._of_good(name).inc()
+            self._goodput.add(name)
 
     def _finished(self, generation: Generation, first: float, last: float) -> None:
         num_prompt, num_output = len(generation.prompt.token_ids), len(generation.outputs)
         self.num_prompt_tokens += num_prompt
         self.num_output_tokens += num_output
-        self._prompt_tokens.inc(num_prompt)
-        self._output_tokens.inc(num_output)
+        self._prompt_tokens.add(amount=num_prompt)
+        self._output_tokens.add(amount=num_output)
         self._e2e.observe(last - generation.arrived_at)
         if num_output > 1:
             assert generation.tpot_s is not None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from .errors import RateLimited
-from .exchange import Headers
+from .response_head import Headers
 
 MINUTE_S = 60.0
 
@@ -62,6 +62,8 @@ class RateLimiter:
 
     def admit(self, key: bytes, num_requests: int, num_tokens: int) -> Headers:
         """For the answer. Raises RateLimited."""
+        if not self._rates:
+            return ()
         now = self._clock()
         buckets = self._buckets.setdefault(key, {name: Bucket(rate, rate, now) for name, rate in self._rates.items()})
         wanted = {"requests": num_requests, "tokens": num_tokens}

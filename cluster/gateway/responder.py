@@ -1,21 +1,24 @@
-"""Carries an answer to its client: whole, or as server-sent events, one write for each step.
+"""Carries an answer to its client: whole, or as server-sent events, one write for each step. No task: it is called when there is news.
 
     before the first byte   an error is an HTTP status
     after it                an error is `data: {"error": …}`, and the stream ends without [DONE]
     the client leaves       everything it asked for is aborted
-    the client reads slowly the write waits; too many unread tokens, or the deadline, end it
+    the client reads slowly what comes waits; too many unread tokens, or the deadline, cut the connection
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from ...messages.errors import DiptychError
 from .answer import Answer, join
 from .choice import Piece
 from .dialects import Dialect
-from .errors import to_http
-from .exchange import Exchange, Headers
-from .jobs import Job
+from .errors import SlowClient, to_http
+from .exchange import Exchange, nothing
+from .response_head import Headers
 
 JSON = ("content-type", "application/json")
 SSE: Headers = (("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache"))
@@ -24,81 +27,150 @@ WRITE_GRACE_S = 5.0
 """After the request's deadline, for the error to reach the client."""
 
 
-async def respond(
-    exchange: Exchange, answer: Answer, dialect: Dialect, job: Job, headers: Callable[[], Headers], timeout_s: float
-) -> None:
-    """`headers` is asked at the first byte. Raises DiptychError for a failure before it."""
-    watcher = asyncio.create_task(_abort_when_gone(exchange, answer))
-    try:
-        async with asyncio.timeout(timeout_s + WRITE_GRACE_S) as patience:
-            answer.on_slow(lambda: None if patience.expired() else patience.reschedule(0))
-            answer.start()
-            if job.stream:
-                await _Stream(exchange, answer, dialect, headers).run(usage=job.include_usage)
-            else:
-                await _whole(exchange, answer, dialect, headers)
-    except TimeoutError:
-        return                                # a write is stuck: the server closes the connection of an unfinished answer
-    finally:
-        watcher.cancel()
-        answer.abort()
+class Turn:
+    """Who has news is called when the messages at hand have all been taken in: so a step is one write, however many choices it is of."""
+
+    def __init__(self) -> None:
+        self._due: list[Callable[[], None]] = []
+
+    def add(self, call: Callable[[], None]) -> None:
+        """`call` raises nothing."""
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._run)
+        self._due.append(call)
+
+    def _run(self) -> None:
+        due, self._due = self._due, []
+        for call in due:
+            call()
 
 
-async def _abort_when_gone(exchange: Exchange, answer: Answer) -> None:
-    await exchange.gone()
-    answer.abort()
+class Reply(NamedTuple):
+    exchange: Exchange
+    answer: Answer
+    dialect: Dialect
+    headers: Callable[[], Headers]            # asked at the first byte
+    fail: Callable[[Exception], None]         # is told what goes wrong before it, and every fault of ours
 
 
-async def _whole(exchange: Exchange, answer: Answer, dialect: Dialect, headers: Callable[[], Headers]) -> None:
-    pieces: dict[int, list[Piece]] = {}
-    while not answer.done:
-        await answer.wait()
-        if answer.aborted:
+class Responder(ABC):
+    def __init__(self, reply: Reply) -> None:
+        self._exchange = reply.exchange
+        self._answer = reply.answer
+        self._dialect = reply.dialect
+        self._headers = reply.headers
+        self._fail = reply.fail
+        self._over = False
+
+    def start(self, turn: Turn) -> None:
+        self._exchange.on_gone = self._end
+        self._answer.start(partial(turn.add, self._deliver))
+
+    @abstractmethod
+    def _take(self) -> None:
+        """What is new. Raises the error of a choice that failed."""
+
+    def _tell(self, error: DiptychError) -> None:
+        self._fail(error)
+
+    def _deliver(self) -> None:
+        if self._over:
             return
-        for index, piece in answer.take():
-            pieces.setdefault(index, []).append(piece)
-    wholes = [join(pieces[index]) for index in sorted(pieces)]
-    await exchange.respond(200, (JSON, *headers()), dialect.whole(wholes, answer.usage()))
-
-
-class _Stream:
-    def __init__(self, exchange: Exchange, answer: Answer, dialect: Dialect, headers: Callable[[], Headers]) -> None:
-        self._exchange = exchange
-        self._answer = answer
-        self._dialect = dialect
-        self._headers = headers
-        self._begun: set[int] = set()         # choices that have had their first chunk
-        self._open = False
-
-    async def run(self, *, usage: bool) -> None:
         try:
-            while not self._answer.done:
-                await self._answer.wait()
-                if self._answer.aborted:
-                    return
-                await self._write(b"".join(self._chunks(self._answer.take())))
+            self._take()
         except DiptychError as error:
-            if not self._open:
-                raise
-            await self._write(_event(to_http(error).body))
+            self._end()
+            self._tell(error)
+        except Exception as error:
+            self._end()
+            self._fail(error)
+
+    def _end(self) -> None:
+        self._over = True
+        self._exchange.on_gone = self._exchange.on_writable = nothing
+        self._answer.close()
+
+
+class WholeResponder(Responder):
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self._pieces: dict[int, list[Piece]] = {}
+
+    def _take(self) -> None:
+        for index, piece in self._answer.take():
+            self._pieces.setdefault(index, []).append(piece)
+        if self._answer.done:
+            wholes = [join(self._pieces[index]) for index in sorted(self._pieces)]
+            body = self._dialect.whole(wholes, self._answer.usage())
+            self._end()
+            self._exchange.respond(200, (JSON, *self._headers()), body)
+
+
+class StreamResponder(Responder):
+    def __init__(self, reply: Reply, *, usage: bool, timeout_s: float) -> None:
+        super().__init__(reply)
+        self._usage = usage
+        self._begun: set[int] = set()         # choices that have had their first chunk
+        self._cut_at = asyncio.get_running_loop().time() + timeout_s + WRITE_GRACE_S
+        self._patience: asyncio.TimerHandle | None = None     # while the client does not read
+
+    def start(self, turn: Turn) -> None:
+        self._exchange.on_writable = self._deliver
+        super().start(turn)
+
+    def _take(self) -> None:
+        if not self._exchange.writable:
+            self._wait()
+            return
+        events = b""
+        for index, piece in self._answer.take():
+            events += self._chunk(index, piece)
+        if self._answer.done:
+            self._finish(events + self._usage_event() + DONE)
+        elif events:
+            self._open()
+            self._exchange.write(events)
+
+    def _chunk(self, index: int, piece: Piece) -> bytes:
+        first = index not in self._begun
+        if not (first or piece.text or piece.tokens or piece.finish is not None):
+            return b""
+        self._begun.add(index)
+        return _event(self._dialect.chunk(index, piece, first=first))
+
+    def _usage_event(self) -> bytes:
+        return _event(self._dialect.usage_chunk(self._answer.usage())) if self._usage else b""
+
+    def _tell(self, error: DiptychError) -> None:
+        if self._exchange.status is None:
+            self._fail(error)
         else:
-            last = _event(self._dialect.usage_chunk(self._answer.usage())) if usage else b""
-            await self._write(last + DONE)
-        await self._exchange.close()
+            self._finish(_event(to_http(error).body))
 
-    def _chunks(self, pieces: Sequence[tuple[int, Piece]]) -> Iterator[bytes]:
-        for index, piece in pieces:
-            first = index not in self._begun
-            if first or piece.text or piece.tokens or piece.finish is not None:
-                self._begun.add(index)
-                yield _event(self._dialect.chunk(index, piece, first=first))
+    def _open(self) -> None:
+        if self._exchange.status is None:
+            self._exchange.open((*SSE, *self._headers()))
 
-    async def _write(self, events: bytes) -> None:
-        if not self._open:
-            self._open = True
-            await self._exchange.open((*SSE, *self._headers()))
-        if events:
-            await self._exchange.write(events)
+    def _finish(self, events: bytes) -> None:
+        self._end()
+        self._open()
+        self._exchange.end(events)
+
+    def _wait(self) -> None:
+        """What comes piles up until the client reads again: up to a number of tokens, and until the deadline."""
+        if isinstance(self._answer.error, SlowClient):
+            self._cut()
+        elif self._patience is None:
+            self._patience = asyncio.get_running_loop().call_at(self._cut_at, self._cut)
+
+    def _cut(self) -> None:
+        self._end()
+        self._exchange.abort()
+
+    def _end(self) -> None:
+        super()._end()
+        if self._patience is not None:
+            self._patience.cancel()
 
 
 def _event(body: bytes) -> bytes:

@@ -3,11 +3,12 @@
     run() ──► bind ──► loop: ┌ Post readable ──► core.pump      (and every POLL_S, as its edge may be missed)
                              ├ core.wake_at ───► core.look      at who waits for a route, at the moment that it named
                              ├ every WATCH_S ──► core.watch     deadlines of what runs
-                             └ uvicorn ──► App
+                             └ HttpServer ──► App
     stop() from any thread ──► no new connections ──► open answers end, within grace_s ──► run() returns
 """
 
 import asyncio
+import gc
 import math
 import socket
 import threading
@@ -15,26 +16,26 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-import uvicorn
 import uvloop
 
 from ...messages.errors import ClusterError
 from ...messages.membership import Membership
 from ...messages.zmq_post import ZmqPost
 from .app import App
-from .asgi import asgi
 from .config import GatewayConfig
 from .core import Core
 from .decisions import RequestExplanation
+from .http_server import HttpServer
 from .status import GatewayStatus
 
 T = TypeVar("T")
 
 POLL_S = 0.02
 WATCH_S = 0.1
-KEEP_ALIVE_S = 75
 BACKLOG = 2048
 LOOP_ANSWER_S = 5.0
+GC_ALLOCATIONS = 10_000
+"""Between the collector's passes over what is young; Python's own 700 are a few requests' worth."""
 
 
 class Gateway:
@@ -45,7 +46,7 @@ class Gateway:
         self._core = Core(config, post)
         self._socket = _bind(config)
         self._port: int = self._socket.getsockname()[1]
-        self._server = uvicorn.Server(_uvicorn_config(App(self._core), config.limits.grace_s))
+        self._server = HttpServer(App(self._core).handle, config.limits.grace_s)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None   # while it runs
         self._failure: BaseException | None = None            # of a background task
@@ -58,6 +59,7 @@ class Gateway:
 
     def run(self) -> None:
         """Blocks until stopped; once only. Raises what broke the loop's own tasks."""
+        _settle()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
         if self._failure is not None:
@@ -65,7 +67,11 @@ class Gateway:
 
     def stop(self) -> None:
         """Returns at once; `run` returns when open answers have ended, after `grace_s` at the latest."""
-        self._server.should_exit = True
+        with self._lock:
+            if self._loop is None:
+                self._server.stop()
+            else:
+                self._loop.call_soon_threadsafe(self._server.stop)
 
     def close(self) -> None:
         """For a gateway that was never run; `run` closes by itself."""
@@ -98,7 +104,7 @@ class Gateway:
         self._core.dispatcher.wake_at = self._wake_at
         beats = [asyncio.create_task(self._beat(POLL_S, self._core.pump)), asyncio.create_task(self._beat(WATCH_S, self._core.watch))]
         try:
-            await self._server.serve(sockets=[self._socket])
+            await self._server.serve(self._socket, BACKLOG)
         finally:
             for beat in beats:
                 beat.cancel()
@@ -132,6 +138,13 @@ class Gateway:
             self.stop()
 
 
+def _settle() -> None:
+    """What lives now lives on: a collection that looked at it, too, would hold up all streams. Requests leave no cycles: few are needed."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS)
+
+
 def _fulfil(result: "Future[T]", call: Callable[[], T]) -> None:
     try:
         result.set_result(call())
@@ -153,20 +166,3 @@ def _bind(config: GatewayConfig) -> socket.socket:
         bound.close()
         raise ClusterError(f"gateway {config.gateway_id} cannot listen on {config.host}:{config.port}: {error.strerror}") from None
     return bound
-
-
-def _uvicorn_config(app: App, grace_s: float) -> uvicorn.Config:
-    return uvicorn.Config(
-        asgi(app.handle),
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        interface="asgi3",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,                  # nobody here asks who the client is
-        backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(grace_s),
-    )

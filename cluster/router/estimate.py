@@ -9,7 +9,8 @@ looks at today's load only lets prefill fill up, then starves it, and so on: Moo
 """
 
 import math
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ...engine.load import SHARE_HORIZON_S
 from ...engine.pace import beside_s
@@ -20,8 +21,7 @@ from .policy import WorkerLoad
 MAX_PREFILL_SHARE = 0.95
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(Struct, frozen=True):
     """What a request needs, before it is known where."""
 
     num_tokens: int                           # prompt
@@ -30,8 +30,7 @@ class Work:
     tpot_s: float = math.inf                  # promised
 
 
-@dataclass(frozen=True, slots=True)
-class Inflow:
+class Inflow(Struct, frozen=True):
     """What all gateways send to one worker of a pool: guessed from what this one sends, for they are alike."""
 
     tokens_per_s: float = 0.0                 # prompt tokens
@@ -43,15 +42,13 @@ class Inflow:
 NOTHING = Inflow()
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillEstimate:
+class PrefillEstimate(Struct, frozen=True):
     backlog_s: float                          # all that waits at the worker, served before this request or not
     own_s: float                              # what the request adds to it
     ttft_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeEstimate:
+class DecodeEstimate(Struct, frozen=True):
     before_s: float                           # per token, without the request: what prompts take counted as lately
     after_s: float                            # with it
     tpot_s: float                             # with it, as the worker paces itself: prompts get no more than the promise leaves

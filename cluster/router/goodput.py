@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from ...engine.pace import AIM
 from ...messages.requests import Route, WorkerRef
-from .estimate import Inflow, PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill
+from .estimate import NOTHING, Inflow, PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill
 from .policy import (
     ClusterView,
     Decision,
@@ -136,8 +136,9 @@ class Goodput:
         return predictions
 
     def _inflow(self, pool_name: str, pool: Sequence[WorkerLoad], view: ClusterView, now: float) -> Inflow:
-        gateways_per_worker = view.num_gateways / max(1, len(pool))
-        tokens_per_s = self._flows[pool_name].per_s(now)
+        if not pool:
+            return NOTHING
+        gateways_per_worker, tokens_per_s = view.num_gateways / len(pool), self._flows[pool_name].per_s(now)
         return Inflow(
             tokens_per_s=tokens_per_s * gateways_per_worker,
             tokens_each=self._squares[pool_name].per_s(now) / tokens_per_s if tokens_per_s else 0.0,

@@ -12,7 +12,11 @@ A report is older than what was sent after it. So each request counts, on top of
 and nowhere once it ended. While its KV moves a request may count twice on its decode worker; it never counts nowhere.
 """
 
+import math
 from dataclasses import dataclass, field
+from itertools import takewhile
+
+from msgspec import Struct
 
 from ...messages.ids import RequestId
 from ...messages.membership import Member, Membership, Role
@@ -21,12 +25,12 @@ from ...messages.steps import StepFeatures, attended_pairs
 from .policy import ClusterView, WorkerLoad
 
 SETTLE_S = 0.05
+NO_WORK = StepFeatures()
 MEMORY = 0.98
 """Of means over ended requests and measured transfers: about the last 50 count."""
 
 
-@dataclass(frozen=True)
-class _Sent:
+class _Sent(Struct, frozen=True):
     at: float
     num_tokens: int
     num_blocks: int
@@ -37,14 +41,53 @@ def _sent(now: float, num_tokens: int, block_size: int) -> _Sent:
     return _Sent(now, num_tokens, -(-num_tokens // block_size), attended_pairs(0, num_tokens))
 
 
+class _Outstanding:
+    """Requests in the order they were sent, and their sums: a decision must not cost more when there are many."""
+
+    def __init__(self) -> None:
+        self._each: dict[RequestId, _Sent] = {}
+        self._reported_at = -math.inf
+        self.num_tokens = self.num_blocks = self.num_pairs = 0
+        self.num_unreported_tokens = 0        # sent since the last report, or at its very moment
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+    def add(self, request_id: RequestId, sent: _Sent) -> None:
+        self.remove(request_id)
+        self._each[request_id] = sent
+        self._count(sent, 1)
+
+    def remove(self, request_id: RequestId) -> None:
+        if (sent := self._each.pop(request_id, None)) is not None:
+            self._count(sent, -1)
+
+    def report(self, now: float) -> None:
+        """A report has come: it shows what was sent SETTLE_S ago, and who knows what of the rest."""
+        self._reported_at = now
+        self.num_unreported_tokens = sum(sent.num_tokens for sent in takewhile(lambda sent: sent.at >= now, reversed(self._each.values())))
+        while self._each:
+            request_id, sent = next(iter(self._each.items()))
+            if now - sent.at < SETTLE_S:
+                return
+            self.remove(request_id)
+
+    def _count(self, sent: _Sent, sign: int) -> None:
+        self.num_tokens += sign * sent.num_tokens
+        self.num_blocks += sign * sent.num_blocks
+        self.num_pairs += sign * sent.num_pairs
+        if sent.at >= self._reported_at:
+            self.num_unreported_tokens += sign * sent.num_tokens
+
+
 @dataclass
 class _Worker:
     member: Member
     heard_at: float
     report: LoadReport | None = None
     reported_at: float | None = None
-    sent: dict[RequestId, _Sent] = field(default_factory=dict)          # until the next settled report
-    expected: dict[RequestId, _Sent] = field(default_factory=dict)      # to decode here, being prefilled elsewhere
+    sent: _Outstanding = field(default_factory=_Outstanding)            # until the next settled report
+    expected: _Outstanding = field(default_factory=_Outstanding)        # to decode here, being prefilled elsewhere
     _load: WorkerLoad | None = None
 
     def changed(self) -> None:
@@ -56,33 +99,23 @@ class _Worker:
         return self._load
 
     def _compute_load(self) -> WorkerLoad:
-        report, sent, expected = self.report, self.sent.values(), self.expected.values()
-        free = report.num_free_blocks if report else self.member.num_blocks
-        work = report.work if report and report.work else StepFeatures()
-        num_waiting_tokens, pairs = report.num_waiting_tokens if report else 0, work.prefill_pairs
-        num_sent_tokens = 0
-        for each in sent:
-            num_waiting_tokens += each.num_tokens
-            pairs += each.num_pairs
-            free -= each.num_blocks
-            if self.reported_at is None or each.at >= self.reported_at:
-                num_sent_tokens += each.num_tokens
-        for each in expected:
-            free -= each.num_blocks
+        report, sent, expected = self.report, self.sent, self.expected
+        work = report.work if report and report.work else NO_WORK
         num_reported = report.num_waiting + report.num_running + report.num_reserved if report else 0
+        free = report.num_free_blocks if report else self.member.num_blocks
         return WorkerLoad(
             ref=self.member.ref,
             num_requests=num_reported + len(sent) + len(expected),
-            num_waiting_tokens=num_waiting_tokens,
+            num_waiting_tokens=(report.num_waiting_tokens if report else 0) + sent.num_tokens,
             num_blocks=self.member.num_blocks,
-            num_free_blocks=free,
+            num_free_blocks=free - sent.num_blocks - expected.num_blocks,
             block_size=self.member.block_size,
-            prefill_pairs=pairs,
+            prefill_pairs=work.prefill_pairs + sent.num_pairs,
             num_decoding=work.num_decoding,
             decode_context=work.decode_context,
             queue=report.queue if report else (),
             max_step_tokens=report.max_step_tokens if report else 0,
-            num_sent_tokens=num_sent_tokens,
+            num_sent_tokens=sent.num_unreported_tokens,
             num_expected=len(expected),
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,
@@ -125,29 +158,29 @@ class LoadView:
         if report is not None:
             worker.report, worker.reported_at = report, now
             worker.changed()
-            worker.sent = {request_id: sent for request_id, sent in worker.sent.items() if now - sent.at < SETTLE_S}
+            worker.sent.report(now)
 
     def sent(self, request_id: RequestId, route: Route, num_tokens: int, now: float) -> None:
         """A request with `num_tokens` to prefill has left for `route`."""
         if first := self._workers.get(route.first):
-            first.sent[request_id] = _sent(now, num_tokens, first.member.block_size)
+            first.sent.add(request_id, _sent(now, num_tokens, first.member.block_size))
             first.changed()
         decode = self._workers.get(route.decode)
         if route.prefill is not None and decode is not None:
-            decode.expected[request_id] = _sent(now, num_tokens, decode.member.block_size)
+            decode.expected.add(request_id, _sent(now, num_tokens, decode.member.block_size))
             decode.changed()
 
     def arrived(self, request_id: RequestId, route: Route) -> None:
         """The decode worker has it: its reports show it from now on."""
         if worker := self._workers.get(route.decode):
-            worker.expected.pop(request_id, None)
+            worker.expected.remove(request_id)
             worker.changed()
 
     def ended(self, request_id: RequestId, route: Route, num_outputs: int | None = None) -> None:
         """`num_outputs`: of an answer that came to its own end."""
         self.arrived(request_id, route)
         if worker := self._workers.get(route.first):
-            worker.sent.pop(request_id, None)
+            worker.sent.remove(request_id)
             worker.changed()
         if num_outputs is not None:
             self._mean_outputs = _mean(self._mean_outputs, num_outputs)

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import msgspec
+from harness.http import Client, Reply
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from diptych.cluster.gateway.app import App
-from diptych.cluster.gateway.asgi import asgi
 from diptych.cluster.gateway.config import GatewayConfig, Limits
 from diptych.cluster.gateway.core import Core
 from diptych.messages.fake_post import FakeNetwork, FakePost
@@ -154,7 +153,7 @@ class House:
         model = make_model(folder, chat_template=chat_template)
         self.config = GatewayConfig(GatewayId("gateway-0"), "test", str(model), MODEL, limits=limits, **config)
         self.core = Core(self.config, self.post_office, clock=lambda: self.now)
-        self.app = asgi(App(self.core).handle)
+        self.app = App(self.core)
         self.workers: list[FakeWorker] = []
         self._version = 0
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
@@ -226,17 +225,17 @@ class House:
         self.core.watch()
         await asyncio.sleep(0)
 
-    def open(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> "Connection":
+    def open(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Client:
         raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        return Connection(self.app, method, path, raw, headers or {})
+        return Client(self.app.handle, method, path, raw, headers or {})
 
-    async def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> "Reply":
+    async def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         return await self.open(method, path, body, headers).reply()
 
-    async def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> "Reply":
+    async def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> Reply:
         return await self.send("POST", path, {"model": MODEL} | body if isinstance(body, dict) else body, headers)
 
-    async def get(self, path: str, headers: dict[str, str] | None = None) -> "Reply":
+    async def get(self, path: str, headers: dict[str, str] | None = None) -> Reply:
         return await self.send("GET", path, None, headers)
 
     async def _turns(self) -> None:
@@ -252,70 +251,6 @@ class House:
 def logprobs_of(token_id: int) -> TokenLogprobs:
     """The token with −0.5, the two ids after it with −1 and −∞."""
     return TokenLogprobs(token_id, -0.5, ((token_id, -0.5), ((token_id + 1) % 256, -1.0), ((token_id + 2) % 256, float("-inf"))))
-
-
-@dataclass(frozen=True)
-class Reply:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-    complete: bool
-
-    @property
-    def json(self) -> Any:
-        return msgspec.json.decode(self.body)
-
-    @property
-    def error(self) -> Any:
-        return self.json["error"]
-
-    @property
-    def events(self) -> list[Any]:
-        """Of a stream, "[DONE]" as it is."""
-        lines = [event.removeprefix("data: ") for event in self.body.decode().split("\n\n") if event]
-        return [line if line == "[DONE]" else json.loads(line) for line in lines]
-
-    @property
-    def text(self) -> str:
-        """Of a streamed answer's first choice."""
-        chunks = [choice for event in self.events if event != "[DONE]" for choice in event.get("choices", []) if choice["index"] == 0]
-        return "".join(chunk["text"] if "text" in chunk else chunk["delta"].get("content", "") for chunk in chunks)
-
-
-class Connection:
-    """An ASGI client that can leave at any time, and read as slowly as it likes."""
-
-    def __init__(self, app: Any, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
-        raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-        self._scope = {"type": "http", "method": method, "path": path, "headers": raw_headers}
-        self._requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        for start in range(0, max(len(body), 1), 1 << 16):
-            more = start + (1 << 16) < len(body)
-            self._requests.put_nowait({"type": "http.request", "body": body[start : start + (1 << 16)], "more_body": more})
-        self.sent: list[dict[str, Any]] = []
-        self.reading = asyncio.Event()
-        self.reading.set()
-        self._app = app
-        self.task = asyncio.create_task(self._app(self._scope, self._requests.get, self._send))
-
-    def leave(self) -> None:
-        self._requests.put_nowait({"type": "http.disconnect"})
-
-    @property
-    def body(self) -> bytes:
-        return b"".join(event.get("body", b"") for event in self.sent)
-
-    async def reply(self) -> Reply:
-        async with asyncio.timeout(20):
-            await self.task
-        start = self.sent[0]
-        headers = {name.decode(): value.decode() for name, value in start["headers"]}
-        return Reply(start["status"], headers, self.body, complete=not self.sent[-1].get("more_body", False) and len(self.sent) > 1)
-
-    async def _send(self, event: dict[str, Any]) -> None:
-        await self.reading.wait()
-        self.sent.append(event)
-
 
 
 P = ParamSpec("P")

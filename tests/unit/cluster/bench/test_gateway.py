@@ -81,12 +81,13 @@ def test_every_gateway_hears_its_heart():
 
 
 def test_the_command_measures_two_gateways_on_one_port(tmp_path: Path):
-    options = ["--gateways", "2", "--connections", "4", "--seconds", "0.3", "--stream-tokens", "20"]
+    options = ["--gateways", "2", "--connections", "4", "--seconds", "0.3", "--stream-tokens", "20", "--rate", "100"]
     done = CliRunner().invoke(app, ["gateway", *options, "--json", str(tmp_path / "gateway.json")])
     assert done.exit_code == 0, done.output
     phases = json.loads((tmp_path / "gateway.json").read_text())
     assert [phase["name"] for phase in phases] == ["first", "short", "streams", "latency"]
     assert [phase["tokens"] for phase in phases] == [phase["requests"] * each for phase, each in zip(phases, (1, 16, 20, 16), strict=True)]
+    assert phases[-1]["requests"] <= 60
     assert all(phase["requests"] > 0 and phase["ttft_ms"][0] <= phase["e2e_ms"][1] for phase in phases)
 
 

@@ -1,7 +1,9 @@
 """/v1/completions among scripted workers: what the answer holds, whole and streamed."""
 
 import pytest
-from harness.gateway import ASSISTANT, EOS, House, in_loop, tokens_of
+from harness.gateway import ASSISTANT, EOS, FakeWorker, House, in_loop, tokens_of
+
+from diptych.messages.requests import GenerateRequest
 
 ASK = {"prompt": "Hi", "max_tokens": 50}
 
@@ -157,6 +159,26 @@ class TestStop:
             assert (reply.text if stream else reply.json["choices"][0]["text"]) == expected
             last = reply.events[-2] if stream else reply.json
             assert last["choices"][0]["finish_reason"] == "stop"
+
+    @in_loop
+    async def test_strings_end_each_choice_once(self, tmp_path):
+        held: list[tuple[FakeWorker, GenerateRequest]] = []
+
+        def hold_second(worker: FakeWorker, request: GenerateRequest) -> bool:
+            is_second = request.request_id.endswith("-1-1")
+            if is_second:
+                held.append((worker, request))
+            return is_second
+
+        async with House(tmp_path) as house:
+            house.on_request = hold_second
+            stream = house.open("POST", "/v1/completions", {"model": "tiny"} | ASK | {"stop": "th", "n": 2, "stream": True})
+            await house.until(lambda: house.core.metrics.outcomes["finished"] == 1)
+            await house.until(lambda: b"stop" in stream.writes[-1])
+            [(worker, request)] = held
+            worker.say(request, 0, num_tokens=11, prefill=True)
+            choices = [choice for event in (await stream.reply()).events[:-1] for choice in event["choices"]]
+            assert [choice["index"] for choice in choices if choice["finish_reason"]] == [0, 1]
 
     @in_loop
     async def test_a_match_aborts_the_workers(self, tmp_path):

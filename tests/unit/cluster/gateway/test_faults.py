@@ -1,10 +1,10 @@
 """Workers die, clients leave, and the client that stays sees a pause at most."""
 
-import asyncio
 
 import pytest
 from harness.gateway import EOS, FakeWorker, House, in_loop, tokens_of
 
+from diptych.cluster.gateway import responder
 from diptych.cluster.gateway.config import Limits
 from diptych.messages.membership import Role
 from diptych.messages.requests import FailureKind, GenerateRequest
@@ -186,7 +186,7 @@ class TestClient:
             prefill, decode = house.worker("prefill-0"), house.worker("decode-0")
             await house.until(lambda: [index for _, index in decode.decoding.values()] == [4, 4])
             connection.leave()
-            await asyncio.wait_for(connection.task, 10)
+            await connection.over()
             await house.until(lambda: len(prefill.aborted) == len(decode.aborted) == 2)
             assert outcomes(house) == {"aborted": 2}
             assert not decode.decoding
@@ -206,35 +206,45 @@ class TestClient:
         async with House(tmp_path, limits=Limits(max_buffered_tokens=20)) as house:
             house.says = tokens_of("x" * 100)
             slow = house.open("POST", "/v1/completions", {"model": "tiny"} | STREAM | {"n": n})
-            slow.reading.clear()
+            slow.stop_reading()
             quick = await house.post("/v1/completions", STREAM)
             assert quick.text == "x" * 100
-            await asyncio.wait_for(slow.task, 10)
+            await slow.over()
             counts = outcomes(house)
             assert counts.pop("finished") == 1
             assert counts["failed"] + counts.get("aborted", 0) == n
             await house.until(lambda: len(house.worker("decode-0").aborted) == n)
 
     @in_loop
+    async def test_that_does_not_read_until_the_deadline_is_dropped(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(responder, "WRITE_GRACE_S", 0.02)
+        async with House(tmp_path, limits=Limits(request_timeout_s=0.02)) as house:
+            house.says = tokens_of("x" * 100)
+            slow = house.open("POST", "/v1/completions", {"model": "tiny"} | STREAM)
+            slow.stop_reading()
+            assert not await slow.over()
+            await house.until(lambda: house.core.dispatcher.num_running == 0)
+            assert outcomes(house) in ({"finished": 1}, {"aborted": 1})
+
+    @in_loop
     async def test_that_reads_slowly_gets_all_of_it_in_fewer_writes(self, tmp_path):
         async with House(tmp_path) as house:
             house.says = tokens_of("x" * 100)
             slow = house.open("POST", "/v1/completions", {"model": "tiny"} | STREAM)
-            slow.reading.clear()
+            slow.stop_reading()
             await house.until(lambda: house.core.metrics.outcomes["finished"] == 1)
-            slow.reading.set()
+            slow.read_on()
             reply = await slow.reply()
             assert reply.text == "x" * 100
-            assert len(slow.sent) < 10
+            assert len(slow.writes) < 10
 
     @in_loop
     async def test_each_step_is_one_write(self, tmp_path):
         async with House(tmp_path) as house:
             stream = house.open("POST", "/v1/completions", {"model": "tiny"} | STREAM | {"n": 3})
             assert (await stream.reply()).complete
-            writes = [event["body"] for event in stream.sent[1:-1]]
-            assert len(writes) <= 12 + 1
-            assert writes[2].count(b"data: ") == 3
+            assert len(stream.writes) <= 12 + 1
+            assert stream.writes[2].count(b"data: ") == 3
 
 
 @in_loop

@@ -1,8 +1,14 @@
 """Keys, models, health, metrics, request ids, and paths that are none."""
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 from harness.gateway import CONTEXT, House, in_loop
 
+from diptych.cluster.gateway import app
+from diptych.cluster.gateway.answer import Answer
 from diptych.messages.ids import WorkerId
 from diptych.messages.requests import LinkFigures, LinkMeasured, TransferFailed
 
@@ -100,6 +106,7 @@ async def test_metrics_count_what_happened(tmp_path):
         link = LinkMeasured(prefill.ref, WorkerId("decode-0"), "fake", 2e-5, 12.5, 1 << 20, others=(other,))
         prefill.post.send(house.address, link)
         await house.post("/v1/completions", {})
+        await house.until(lambda: b"diptych_kv_transfer_probe_gbps{" in house.core.render_metrics())
         text = (await house.get("/metrics")).body.decode()
         for line in (
             'diptych_choices_total{outcome="finished"} 1.0',
@@ -159,3 +166,25 @@ async def test_a_fault_of_ours_is_a_500_that_tells_nothing(tmp_path, caplog):
         assert "division" not in reply.body.decode()
         assert "ZeroDivisionError" in caplog.text
         await house.until(lambda: house.core.dispatcher.num_running == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@in_loop
+async def test_an_answer_leaves_no_cycle_of_references(tmp_path, monkeypatch, stream):
+    """Or the collector would have all of them to find."""
+    answers: list[weakref.ref[Answer]] = []
+
+    def remember(*parts: Any) -> Answer:
+        answer = Answer(*parts)
+        answers.append(weakref.ref(answer))
+        return answer
+
+    monkeypatch.setattr(app, "Answer", remember)
+    async with House(tmp_path) as house:
+        gc.disable()
+        try:
+            for body in (ASK, ASK | {"n": 2, "stop": "t"}):
+                assert (await house.post("/v1/completions", body | {"stream": stream})).complete
+            await house.until(lambda: [answer() for answer in answers] == [None, None])
+        finally:
+            gc.enable()

@@ -242,6 +242,14 @@ def test_stop_ends_what_takes_too_long(tmp_path):
         wait_for(lambda: worker.aborted)
 
 
+def test_stop_closes_what_is_idle(tmp_path):
+    with serving(tmp_path) as (gateway, _, _), socket.create_connection(("127.0.0.1", gateway.port), timeout=20) as idle:
+        idle.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        assert idle.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
+        gateway.stop()
+        assert idle.recv(1 << 16) == b""
+
+
 def test_two_gateways_share_a_port(tmp_path):
     keyring = Keyring.new()
     posts = [ZmqPost(keyring), ZmqPost(keyring)]

@@ -1,4 +1,6 @@
 import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diptych.cluster.router.load_view import SETTLE_S, LoadView
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
@@ -123,3 +125,32 @@ def test_messages_about_unknown_workers_are_harmless():
     view.sent(R, SPLIT, 10, 0.0)
     view.ended(R, SPLIT)
     assert view.view(0.0).decode == ()
+
+
+KINDS = st.sampled_from(["sent", "ended", "heard", "wait"])
+STEPS = st.lists(st.tuples(KINDS, st.integers(0, 5), st.integers(1, 70), st.sampled_from([0.0, 0.02, SETTLE_S])), max_size=40)
+
+
+@given(STEPS)
+def test_sums_are_those_of_the_requests(steps):
+    """Against all of them, looked at one by one."""
+    view, now, outstanding, reported_at = loads(D0), 0.0, {}, -1.0
+    for kind, number, num_tokens, wait_s in steps:
+        now += wait_s
+        request_id = RequestId(str(number))
+        if kind == "sent":
+            view.sent(request_id, LOCAL, num_tokens, now)
+            outstanding[request_id] = (now, num_tokens)
+        elif kind == "ended":
+            view.ended(request_id, LOCAL)
+            outstanding.pop(request_id, None)
+        elif kind == "heard":
+            view.heard(D0, report(D0), now)
+            outstanding = {each: sent for each, sent in outstanding.items() if now - sent[0] < SETTLE_S}
+            reported_at = now
+        [worker] = view.view(now).decode
+        tokens = [tokens for _, tokens in outstanding.values()]
+        assert (worker.num_requests, worker.num_waiting_tokens) == (len(tokens), sum(tokens))
+        assert worker.num_free_blocks == 100 - sum(-(-each // 16) for each in tokens)
+        assert worker.prefill_pairs == sum(each * (each + 1) // 2 for each in tokens)
+        assert worker.num_sent_tokens == sum(tokens for at, tokens in outstanding.values() if at >= reported_at)
