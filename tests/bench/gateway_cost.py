@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from harness.http import Socket
+from harness.http_bytes import Socket
 
 import diptych.models.embedded
 from diptych.cluster.bench.client import Address as HttpAddress

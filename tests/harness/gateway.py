@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from harness.http import Client, Reply
+from harness.http_bytes import Client, Reply
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from diptych.cluster.gateway.app import App

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from harness.gateway import in_loop
-from harness.http import Response, Socket
+from harness.http_bytes import Response, Socket
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import AsyncIterator
 
 import uvloop
-from harness.http import Response
+from harness.http_bytes import Response
 
 from diptych.cluster.gateway.connection import Handler
 from diptych.cluster.gateway.exchange import Exchange
