@@ -152,7 +152,7 @@ class CudaRunner:
         packed = step.packed
         arrays = [packed.token_ids, packed.positions, packed.slots, packed.query_starts, packed.context_lens, packed.block_tables]
         share = np.array([step.share_tokens], dtype=np.int32)
-        uploaded = self._staging.upload([*arrays, packed.logit_rows, step.pending_rows, step.sources, step.real, step.top_k, share])
+        uploaded = self._staging.upload([*arrays, packed.logit_rows, step.pending_rows, step.sources, step.aligned_real, step.top_k, share])
         pending_rows, sources, real, top_k, share_on_device = uploaded[7:]
         token_ids, positions, slots, starts, contexts, tables, logit_rows = uploaded[:7]
         shape = step.has_single_rows, step.is_whole_prompt

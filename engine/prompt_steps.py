@@ -61,6 +61,16 @@ class PromptStep:
     share_tokens: int = 1                # of single rows' contexts
 
     @property
+    def aligned_real(self) -> NDArray[np.float32]:
+        """[4, R or a few more]: each row begins at a multiple of 16 bytes, as rows within a shape's inputs do. Triton compiles another
+        variant of a kernel for a pointer that does not, and a request would wait for that.
+        """
+        num_drawn = self.real.shape[1]
+        aligned = np.zeros((4, -(-num_drawn // 4) * 4), dtype=np.float32)
+        aligned[:, :num_drawn] = self.real
+        return aligned
+
+    @property
     def has_single_rows(self) -> bool:
         return bool((np.diff(self.packed.query_starts) == 1).any())
 

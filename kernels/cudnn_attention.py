@@ -25,13 +25,14 @@ def takes(kv_pool: Tensor) -> bool:
 
 
 def plan(num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
-    """Makes the plans for all prompts of up to `max_rows` rows."""
+    """Makes the plans for all prompts of up to `max_rows` rows: whole tiles are read where they lie, others are copied."""
     kv_heads, block_size, head_dim = kv_pool.shape[3:]
     if not takes(kv_pool):
         return
-    for rows in range(FEWEST_ROWS, max_rows + 1, ROWS_OF_A_PLAN):
-        q = torch.zeros(rows, num_heads + 2 * kv_heads, head_dim, dtype=kv_pool.dtype, device=kv_pool.device)[:, :num_heads]
-        attention(q, kv_pool, 0, torch.zeros(-(-rows // block_size), dtype=torch.int32, device=kv_pool.device), 1.0)
+    for rows in range(FEWEST_ROWS, max_rows + ROWS_OF_A_PLAN, ROWS_OF_A_PLAN):
+        qkv = torch.zeros(rows, num_heads + 2 * kv_heads, head_dim, dtype=kv_pool.dtype, device=kv_pool.device)
+        for q in (qkv[:, :num_heads], qkv[1:, :num_heads]):
+            attention(q, kv_pool, 0, torch.zeros(-(-rows // block_size), dtype=torch.int32, device=kv_pool.device), 1.0)
 
 
 def attention(q: Tensor, kv_pool: Tensor, layer: int, block_table: Tensor, scale: float) -> Tensor:

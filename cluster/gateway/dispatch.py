@@ -118,9 +118,8 @@ class Dispatcher:
         """What ran on a life that is gone is routed anew at once."""
         if not self._loads.set_membership(membership, self._clock()):
             return
-        known, self._peers = self._peers, {member.ref for member in membership.workers}
-        for address in {ref.address for ref in known} - {ref.address for ref in self._peers}:
-            self._post.forget(address)
+        self._peers = {member.ref for member in membership.workers}
+        self._post.update_members({ref.address for ref in self._peers})
         self._line.news()
         self.watch()
 

@@ -67,6 +67,14 @@ def test_padding_is_stored_nowhere_and_has_no_rows(lengths: list[int]) -> None:
     assert (views.block_tables[:count, :2] == 5).all()
 
 
+@given(num_drawn=st.integers(0, 40))
+def test_what_a_step_without_a_graph_draws_with_is_aligned_too(num_drawn: int) -> None:
+    real = np.arange(4 * num_drawn, dtype=np.float32).reshape(4, num_drawn)
+    aligned = PromptStep(packed([2]), np.array([0]), np.array([0]), real, np.zeros(num_drawn, dtype=np.int32)).aligned_real
+    assert aligned.strides[0] % 16 == 0
+    assert (aligned[:, :num_drawn] == real).all()
+
+
 def test_fields_do_not_overlap() -> None:
     for shape in step_shapes(512, 32):
         _, num_bytes = inputs_within(torch.empty(1 << 50, dtype=torch.uint8, device="meta"), shape, 3)
