@@ -223,7 +223,7 @@ class Chaos(RuleBasedStateMachine):
         assert not any(member.draining for member in self.world.membership.workers)
 
 
-Chaos.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Chaos.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestChaos = Chaos.TestCase
 
 

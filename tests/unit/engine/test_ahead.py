@@ -90,7 +90,7 @@ class Stranger:
         self.held = []
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.lists(visits, min_size=1, max_size=7), st.integers(7, 20), st.integers(2, 12))
 def test_any_visits(stays: list[Visit], num_blocks: int, max_step_tokens: int) -> None:
     engine, pool, _ = make_engine(num_blocks, max_step_tokens)

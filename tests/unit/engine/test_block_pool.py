@@ -89,7 +89,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestPool.settings = settings(max_examples=80, stateful_step_count=25)
 
 
 def filled(num_blocks: int, chain: list[int], prefix_cache: bool = True) -> BlockPool:
@@ -151,7 +151,7 @@ def test_a_block_that_nobody_holds_cannot_be_released_or_published() -> None:
 tokens = st.lists(st.integers(0, 2**32), max_size=24)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tokens=tokens, block_size=st.integers(1, 6), data=st.data())
 def test_known_hashes_are_continued(tokens: list[int], block_size: int, data: st.DataObject) -> None:
     hashes = chain_hashes(tokens, block_size)
@@ -161,7 +161,7 @@ def test_known_hashes_are_continued(tokens: list[int], block_size: int, data: st
     assert chain_hashes(tuple(tokens), block_size, tuple(known)) == hashes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(a=tokens, b=tokens, block_size=st.integers(1, 4), shared=st.integers(0, 24))
 def test_equal_hashes_mean_equal_prefixes(a: list[int], b: list[int], block_size: int, shared: int) -> None:
     b = a[:shared] + b

@@ -92,7 +92,7 @@ def adopt(engine: Engine, pool: KVPool, asked: GenerateRequest) -> Sequence | No
     return engine.adopt(asked, TokenDelta(asked.request_id, 0, (next_token(asked.token_ids),)), blocks, now=0.0)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     visits=st.lists(visits, min_size=1, max_size=7),
     num_blocks=st.integers(6, 14),

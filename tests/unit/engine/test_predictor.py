@@ -34,7 +34,7 @@ def worst_error(predictor: StepPredictor, truth: StepModel, draw: random.Random)
     return max(abs(predictor.model.step_s(step) / truth.step_s(step) - 1) for step in steps)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(factors=st.lists(st.floats(0.3, 4.0), min_size=5, max_size=5), seed=st.integers(0, 1000))
 def test_recovers_known_coefficients(factors, seed):
     truth = StepModel(*(factor * each for factor, each in zip(factors, coefficients(TRUTH), strict=True)))
@@ -44,7 +44,7 @@ def test_recovers_known_coefficients(factors, seed):
     assert predictor.model.confidence > 0.9
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(factor=st.sampled_from((0.4, 0.7, 1.5, 3.0)), seed=st.integers(0, 1000))
 def test_tracks_drift(factor, seed):
     draw = random.Random(seed)
@@ -54,7 +54,7 @@ def test_tracks_drift(factor, seed):
     assert worst_error(predictor, slower, draw) < 0.05
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 8192), st.integers(0, 256), st.floats(-1.0, 10.0)), min_size=1, max_size=60))
 def test_never_predicts_negative_or_nonsense_whatever_it_is_told(observations):
     predictor = StepPredictor()

@@ -72,7 +72,7 @@ def test_a_released_stream_never_changes() -> None:
     assert values == ["0x1.4e0dba5e9a32fp-1", "0x1.54c7a80d79bf4p-3", "0x1.7169852efd579p-1", "0x1.2307b7174e163p-1"]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.permutations(range(6)), st.integers(0, 2**63 - 1))
 def test_batch_mates_do_not_change_a_draw(order: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed % 1000)
@@ -126,7 +126,7 @@ def test_ties_at_the_edge_of_top_p_go_to_the_lower_id() -> None:
     assert set(drawn(torch.zeros(10), top_p=0.35)) == {0, 1, 2, 3}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(-20, 20), min_size=2, max_size=40),
     st.integers(0, 45),

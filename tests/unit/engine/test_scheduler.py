@@ -188,7 +188,7 @@ machines = st.builds(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(machine=machines, jobs=st.lists(jobs, min_size=1, max_size=9))
 def test_any_jobs_on_any_machine(machine: Machine, jobs: list[Job]) -> None:
     Run(machine, jobs).go()
@@ -291,7 +291,7 @@ def test_what_cannot_be_in_time_any_more_lets_those_pass_that_can() -> None:
     assert {s.id: s.due_at for s in run.scheduler.waiting if s.id in due_at} == due_at
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(length=st.integers(1, 12), gap=st.integers(1, 3))
 def test_who_was_postponed_is_not_starved(length: int, gap: int) -> None:
     """A flood of prompts in time: those that are due later than its new time do not pass it."""
@@ -320,7 +320,7 @@ def test_batch_that_waited_goes_before_what_came_later() -> None:
     assert run.scheduler.waiting[0].id == "r0"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tier=st.sampled_from([ServiceClass.DEFAULT, PRIORITY]), length=st.integers(1, 20), gap=st.integers(1, 4))
 def test_a_flood_of_others_does_not_starve_batch(tier: ServiceClass, length: int, gap: int) -> None:
     """However urgent and many they are, and though they take memory from it: those that come after its patience do not pass it."""

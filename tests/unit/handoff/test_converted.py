@@ -12,7 +12,7 @@ PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
 PROMPT = list(range(20))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prefill_block_size=st.integers(1, 20),
     staging_blocks=st.integers(1, 3),

@@ -73,7 +73,7 @@ class Garbler:
         return hint(**{name: self.value(each) for name, each in typing.get_type_hints(hint).items()})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32))
 def test_no_worker_ends_for_a_message_with_a_wrong_field(seed: int) -> None:
     choose = random.Random(seed)

@@ -160,7 +160,7 @@ class History:
         self.cluster.gateway.send(self.cluster.workers[self.random.choice(WORKERS)].post.address, forged)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(seed=st.integers(0, 2**32), prefill_block_size=st.sampled_from(BLOCK_SIZES))
 def test_any_mix_of_faults(seed: int, prefill_block_size: int) -> None:
     history = History(seed, FAULTS, prefill_block_size)
@@ -177,7 +177,7 @@ def test_each_fault_alone(fault: str) -> None:
         history.finish()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_what_arrives_between_the_layers_of_a_step(seed: int) -> None:
     """Handoff messages are read there too: refusals, cancels and accepts for sequences that are being computed."""

@@ -186,7 +186,7 @@ def test_a_link_that_was_down_is_measured_anew_without_a_request(monkeypatch: py
     assert [link.gbps for link in cluster.links] == pytest.approx([gbps(cluster), gbps(cluster) / 2])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_nothing_leaks_over_two_transports(seed: int) -> None:
     """One of them comes and goes; messages are lost, and both sides die."""
@@ -339,7 +339,7 @@ def one_thing_at_a_time(cluster: FakeCluster, steps: int) -> None:
             cluster.fabric.land()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32))
 def test_nothing_leaks_in_any_history(seed: int) -> None:
     """Messages lost, doubled and out of order; writes that land late; deaths on both sides; time that passes; requests beside it."""

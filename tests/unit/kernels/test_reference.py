@@ -69,7 +69,7 @@ def random_sequence(num_queries: int, context: int, heads: tuple[int, int], head
     return Sequence(q, k, v)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=5),
     heads=st.sampled_from([(3, 1), (6, 3), (4, 4), (8, 2), (1, 1)]),

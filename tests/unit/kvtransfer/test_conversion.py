@@ -42,7 +42,7 @@ def test_every_token_goes_to_its_place_and_nothing_else_does(src_size: int, dst_
             assert moved[ask, token % dst_size] == (token // src_size, token % src_size)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.tuples(block_sizes, block_sizes),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),

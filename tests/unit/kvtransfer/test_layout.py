@@ -17,7 +17,7 @@ sizes = st.integers(1, 5)
 layouts = st.builds(KVLayout, st.just("m"), st.sampled_from([torch.float32, torch.bfloat16, torch.int64]), sizes, sizes, sizes, sizes)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(layout=layouts, num_blocks=sizes)
 def test_a_page_is_one_layer_of_one_block(layout: KVLayout, num_blocks: int) -> None:
     pool = torch.zeros(layout.shape(num_blocks), dtype=layout.dtype)

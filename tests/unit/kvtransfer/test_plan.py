@@ -41,7 +41,7 @@ def groups(schedule: Schedule) -> Iterator[range]:
     return (range(*each) for each in pairwise(bounds))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(schedule=schedules())
 def test_each_page_once_when_ready_and_all_by_the_end(schedule: Schedule) -> None:
     plan = PagePlan(schedule.num_layers, schedule.src, schedule.dst, schedule.num_skipped)

@@ -121,7 +121,7 @@ def test_a_copying_thread_that_fails_ends_the_process_instead_of_its_handoffs(si
 
 # Pages and counts
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 def test_pages_land_where_they_are_sent(sides: tuple[Side, Side], draw: st.DataObject) -> None:
     writer, receiver = sides

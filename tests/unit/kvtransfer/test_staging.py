@@ -90,7 +90,7 @@ def test_what_was_written_comes_back_from_a_handoff_that_has_nothing_more_to_say
     assert bench.staging.num_free == 0, "the second's are not the first's to give"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32), staging_blocks=st.integers(1, 3))
 def test_no_page_is_given_out_twice_and_none_is_lost(seed: int, staging_blocks: int) -> None:
     choose, bench, handoffs = random.Random(seed), Bench(staging_blocks), dict[int, StagedPages]()

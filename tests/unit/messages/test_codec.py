@@ -28,7 +28,7 @@ def decode_or_wire_error(frame: bytes) -> Message | None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_round_trip(kind: Any) -> None:
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(message=values_of(kind))
     def check(message: Any) -> None:
         assert decode(encode(message)) == message
@@ -44,7 +44,7 @@ def test_every_tagged_struct_but_membership_is_a_message() -> None:
     assert tagged - {membership.Membership} == set(KINDS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(frame=st.binary(max_size=64))
 @example(frame=b"")
 @example(frame=b"\xc1")
@@ -56,7 +56,7 @@ def test_random_bytes_are_no_message(frame: bytes) -> None:
         decode(frame)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(message=values_of(Message), at=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_a_damaged_frame_is_a_message_or_a_wire_error(message: Message, at: float, flip: int) -> None:
     frame = bytearray(encode(message))
@@ -64,7 +64,7 @@ def test_a_damaged_frame_is_a_message_or_a_wire_error(message: Message, at: floa
     decode_or_wire_error(bytes(frame))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(message=values_of(Message), at=st.floats(0, 1, exclude_max=True), tail=st.binary(min_size=1, max_size=4))
 def test_a_cut_or_lengthened_frame_is_malformed(message: Message, at: float, tail: bytes) -> None:
     frame = encode(message)

@@ -178,7 +178,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 1 << 32), st.integers(1, 300))
 def test_any_history_ends_well(seed, num_events):
     history = History(Random(seed))
