@@ -2,8 +2,9 @@
 
     KVProbe ──► lent (KVProbeAccept), or BUSY ──► KVProbeSent ──► all counted: KVProbeCounted, per round ──► KVDrained: given back
 
-Requests come first: a probe gets free blocks only, at most a quarter of them, and none while anybody waits for memory. What is lent
-comes back as a handoff's blocks do: when the writer says that it has stopped, or once it is confirmed dead and fenced.
+Requests come first: a probe gets at most a quarter of what is free or only cached (in a pool that has served for a while nearly all of it
+is), and nothing while anybody waits for memory. What is lent comes back as a handoff's blocks do: when the writer says that it has
+stopped, or once it is confirmed dead and fenced.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ..messages.requests import WorkerRef
 from .kv_receiver import FENCE_PAUSE_S, FENCE_S, KVReceiver
 
 MAX_SHARE = 4
-"""A probe gets one of so many free blocks."""
+"""A probe gets one of so many blocks that nobody holds."""
 
 ProbeMessage = KVProbe | KVProbeSent | KVDrained
 
@@ -110,10 +111,11 @@ class ProbeReceiver:
         elif probe.layout != self._layout:
             self._refuse(probe, RefuseReason.LAYOUT, f"pages that do not fit in here: {self._layout.differences(probe.layout)}")
         else:
-            count = min(max(1, probe.num_blocks), pool.num_free // MAX_SHARE)
+            count = min(max(1, probe.num_blocks), pool.num_available // MAX_SHARE)
             blocks = pool.take(count) if count and self._handoffs.imms and self._is_quiet else None
             if blocks is None:
-                self._refuse(probe, RefuseReason.BUSY, f"{pool.num_free} of {pool.num_blocks} blocks are free")
+                why = f"{pool.num_available} of {pool.num_blocks} blocks are nobody's; {len(self._loans)} other probes"
+                self._refuse(probe, RefuseReason.BUSY, why)
             else:
                 self._lend(probe, blocks, now)
 

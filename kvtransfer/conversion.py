@@ -32,7 +32,7 @@ class Converter:
         self.regrouping = Regrouping(source.layout.block_size, target.layout.block_size)
         self._layout = source.layout
         self._dtypes = source.layout.dtype, target.layout.dtype
-        self._scales = scales
+        self._scales = None if scales is None else scales.to(source.tensor.device)
         row = self.regrouping.run_tokens * source.layout.head_dim
         self._source, self._target = _as_words(source.tensor, row), _as_words(target.tensor, row)
 
@@ -52,13 +52,18 @@ class Converter:
         heads = np.arange(2 * self._layout.num_kv_heads)
         per_page = block_size // self.regrouping.run_tokens
         rows = (pages[:, None] * len(heads) + heads) * per_page + places[:, None]
-        return torch.from_numpy(rows.ravel()).to(self._source.device)
+        return self._there(rows.ravel())
+
+    def _there(self, numbers: IdArray) -> Tensor:
+        """On the pools' device. From memory that is not pinned the copy would wait there for all that the engine has queued."""
+        here, device = torch.from_numpy(numbers), self._source.device
+        return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
 
     def _as_stored_there(self, rows: Tensor, layers: IdArray) -> Tensor:
         here, there = self._dtypes
         if here is there:
             return rows
-        scales = None if self._scales is None else self._scales[torch.from_numpy(layers)].reshape(-1, 1).to(rows.device)
+        scales = None if self._scales is None else self._scales[self._there(layers)].reshape(-1, 1)
         return stored(loaded(rows.view(here), torch.float32, scales), there, scales).view(self._target.dtype)
 
 

@@ -5,12 +5,14 @@
      └─────────┴── found anew, or over another transport; below the floor, or not over every transport: after a while
 
 Every transport that both ends have is measured, and the fastest is used from then on (`kvtransfer/selection.py`). One link at a time, and
-none is begun while KV is being handed over: the figures are of the link alone, and no request waits for them. Until a link is measured
-it is used, in the spec's order of transports. A page of the first round pays for what is slow once; each figure is the best of two
-rounds. What is written is whatever the first pages of this worker's pool hold, into blocks that no sequence uses.
+none is begun while KV is being handed over (but for one that is refused, after a while): the figures are of the link alone, and no
+request waits for them. Until a link is measured it is used, in the spec's order of transports. A page of the first round pays for what
+is slow once; each figure is the best of two rounds. What is written is whatever the first pages of this worker's pool hold, into blocks
+that no sequence uses.
 """
 
 import logging
+import math
 from contextlib import suppress
 
 from ..kvtransfer.bundle import TransportBundle
@@ -81,7 +83,7 @@ class LinkProber:
         if probe is None:
             if may_begin:
                 self._look_for_new_links(now)
-                self._begin(now)
+            self._begin(now, may_begin)
         elif probe.session.state is HandoffState.CANCELLING:
             self._try_drain(probe)
         elif now >= probe.session.deadline:
@@ -140,8 +142,8 @@ class LinkProber:
             self._transport.connect(target.descriptors)
         return self._transport.num_links(target.descriptors)
 
-    def _begin(self, now: float) -> None:
-        due_at = {ref: at for ref, at in self._due_at.items() if not self._targets[ref].draining}
+    def _begin(self, now: float, is_idle: bool) -> None:
+        due_at = {ref: at if is_idle else at + self._patience_s(ref) for ref, at in self._due_at.items() if not self._targets[ref].draining}
         ref = min(due_at, key=due_at.__getitem__, default=None)
         if ref is None or now < due_at[ref]:
             return
@@ -151,6 +153,13 @@ class LinkProber:
         self._probe = Probe(Session(ticket, now + self._timeout_s), self._targets[ref])
         num_blocks = max(1, PROBE_BYTES // self._layout.block_bytes)
         self._post.send(ref.address, KVProbe(ticket, self._me, self._layout.told, num_blocks, self._transport.descriptors))
+
+    def _patience_s(self, ref: WorkerRef) -> float:
+        """How long it waits for a moment without handoffs. A link that is not used gets one figure beside them at last: under steady load
+        through others an idle moment may never come, and one bad figure would stand for ever.
+        """
+        link = self._links.get(ref)
+        return REPEAT_S if link is not None and link.refused else math.inf
 
     def _refused(self, probe: Probe, refusal: KVRefuse) -> None:
         """Nothing was lent."""

@@ -253,6 +253,37 @@ def test_a_probe_waits_for_memory_and_for_handoffs() -> None:
     assert all(answer.complete for answer in cluster.answers.values())
 
 
+def test_blocks_that_are_only_cached_are_lent() -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    run(cluster)
+    pool, first = cluster.workers[DECODE].engine.pool, 0
+    while pool.num_free >= 4:                                # fewer would be no loan
+        cluster.submit([first + token for token in PROMPT], max_tokens=2)
+        run(cluster)
+        first += 1
+    cluster.kill(PREFILL)
+    cluster.restart(PREFILL)
+    run(cluster, RETRY_S)
+    assert len(cluster.links) == 2
+    cluster.assert_nothing_leaked()
+
+
+def test_a_refused_link_is_measured_beside_others_handoffs_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(floor=Floor(1e3, refuse=True))
+    run(cluster)
+    assert cluster.links[0].refused
+    prober = cluster.workers[PREFILL]._prober
+    monkeypatch.setattr(prober, "tick", lambda now, may_begin, tick=prober.tick: tick(now, False))       # never an idle moment
+    cluster.transports[PREFILL].page_s = 1e-12
+    run(cluster, REPEAT_S + 1)
+    assert len(cluster.links) == 1
+    run(cluster, REPEAT_S)
+    assert [link.refused for link in cluster.links] == [True, False]
+    run(cluster, 2 * REPEAT_S)
+    assert len(cluster.links) == 2
+    cluster.assert_nothing_leaked()
+
+
 def test_a_request_is_served_while_a_probe_hangs() -> None:
     cluster = FakeCluster(floor=NO_FLOOR)
     while not any(isinstance(letter.message, KVProbeAccept) for letter in cluster.network.in_flight):
