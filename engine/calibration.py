@@ -38,11 +38,14 @@ def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], flo
 
 
 def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
-    """One of each kind of step that a GPU compiles something for, so that no request waits for a compiler: short and long prompts, and
-    decodes of few and many sequences beside a prompt, whose contexts are cut into as many shares as their number allows."""
+    """One of each kind of step that a GPU compiles something for, so that no request waits for a compiler: short and long prompts, several
+    prompts that fill a step, and decodes of few and many sequences beside a prompt, whose contexts are cut into as many shares as their
+    number allows."""
     longest, budget = limits.max_model_len - 1, min(limits.max_step_tokens, limits.max_model_len - 1)
-    for num_tokens in sorted({1, 17, min(1000, budget), budget}):
+    for num_tokens in sorted({min(count, budget) for count in (1, 17, 1000, budget)}):
         runner.launch(_plan([_prompt(num_tokens, limits)]), None).wait()
+    for several in range(2, min(4, limits.max_sequences, budget) + 1):
+        runner.launch(_plan([_prompt(budget // several, limits) for _ in range(several)]), None).wait()
     beside, decode, count = _prompt(min(17, budget), limits), _decode(longest, limits), 1
     while count < min(limits.max_sequences, limits.max_step_tokens - 17):
         runner.launch(_plan([*[decode] * count, beside]), None).wait()

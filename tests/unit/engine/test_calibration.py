@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from diptych.engine.calibration import calibrate
+from diptych.engine.calibration import calibrate, warm_up
 from diptych.engine.engine import EngineLimits
 from diptych.engine.fake_runner import FakeRunner, fake_layout
 from diptych.engine.model_runner import ChunkOutput, SyncRunner
@@ -58,3 +58,12 @@ def test_the_smallest_engines_have_the_blocks_and_tokens_for_it(limits):
     pool = FakeFabric().transport("here").allocate(fake_layout(limits.block_size), num_blocks)
     model = calibrate(FakeRunner(pool), limits, iter(range(10_000)).__next__, budget_s=5000.0)
     assert model.num_observed > 0
+    warm_up(FakeRunner(pool), limits)
+
+
+def test_steps_of_several_prompts_are_warmed_up_for():
+    """Those that fill a step are larger than any CUDA graph."""
+    runner = TimedRunner()
+    warm_up(runner, LIMITS)
+    filling = [seen for seen in runner.seen if seen.prefill_tokens > 2000]
+    assert len({seen.prefill_pairs for seen in filling}) == 4                # of one, two, three and four prompts
