@@ -102,6 +102,8 @@ class Connection(asyncio.Protocol):
     # httptools
 
     def on_message_begin(self) -> None:
+        if self._is_last:
+            return
         self._url, self._headers, self._in_head = b"", {}, True
         self._head_bytes = self._unparsed_bytes = 0
         self._since = self._clock()
@@ -190,6 +192,8 @@ class Connection(asyncio.Protocol):
     @property
     def _awaits_request(self) -> bool:
         """The one whose turn it is."""
+        if self._leaving:
+            return False
         return self._in_head if self._current is None else self._current is self._reading
 
     def _patience_s(self) -> float:

@@ -456,6 +456,21 @@ class TestPatience:
         await line.pass_time(1)
         assert line.closed
 
+    @pytest.mark.parametrize(
+        "refused",
+        [
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+            b"GET / HTTP/1.1\r\nX: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n",
+        ],
+    )
+    @in_loop
+    async def test_with_a_refused_client_that_began_another_request_and_vanished(self, refused, monkeypatch):
+        line = Line()
+        monkeypatch.setattr(line.socket, "write_eof", lambda: None)
+        await line.feed(refused + b"GET /")
+        await line.pass_time(LINGER_S + 1)
+        assert line.closed
+
     @in_loop
     async def test_with_a_client_that_does_not_take_its_answer(self):
         line = Line()
