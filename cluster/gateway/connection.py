@@ -50,7 +50,7 @@ class Connection(asyncio.Protocol):
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
         self._head_bytes = 0                  # of its target and headers
-        self._unparsed_bytes = 0              # as they came
+        self._untold_bytes = 0                # came since the parser last told of part of a head or body
         self._in_head = False
         self._is_last = False                 # whatever comes now is not a request
         self._leaving = False                 # the last answer is written
@@ -69,7 +69,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_last:
             return
-        head = self._headers if self._in_head else None
+        self._untold_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -78,9 +78,7 @@ class Connection(asyncio.Protocol):
             raise
         except httptools.HttpParserError as error:
             self._break(BadRequest(f"this is not HTTP/1.1: {error}", code="invalid_http"))
-        if self._in_head and self._headers is head:           # a header without an end is none that the parser tells of
-            self._unparsed_bytes += len(data)
-            self._check_head(self._unparsed_bytes // 2)       # what it did tell of is counted here, too
+        self._check_head()                    # a header without an end is none that the parser tells of
         self._advance()
 
     def pause_writing(self) -> None:
@@ -105,19 +103,17 @@ class Connection(asyncio.Protocol):
         if self._is_last:
             return
         self._url, self._headers, self._in_head = b"", {}, True
-        self._head_bytes = self._unparsed_bytes = 0
+        self._head_bytes = self._untold_bytes = 0
         self._since = self._clock()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._head_bytes += len(url)
-        self._check_head(self._head_bytes)
+        self._count_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:
             self._headers.setdefault(name.lower(), value)
-            self._head_bytes += len(name) + len(value)
-            self._check_head(self._head_bytes)
+            self._count_head(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -132,6 +128,7 @@ class Connection(asyncio.Protocol):
             self._queue.append(exchange)
 
     def on_body(self, body: bytes) -> None:
+        self._untold_bytes = 0
         if self._reading is not None:
             self._since = self._clock()
             self._reading.feed(body)
@@ -214,9 +211,15 @@ class Connection(asyncio.Protocol):
         method, is_11 = self._parser.get_method().decode(), version == "1.1"
         return Exchange(self, method, _path(self._url), self._headers, chunked=is_11, keep_alive=self._parser.should_keep_alive())
 
-    def _check_head(self, num_bytes: int) -> None:
-        if num_bytes > MAX_HEAD_BYTES:
-            self._break(BadRequest(f"the head has more than {MAX_HEAD_BYTES} bytes", code="head_too_large", status=431))
+    def _count_head(self, num_bytes: int) -> None:
+        self._head_bytes += num_bytes
+        self._untold_bytes = 0
+        self._check_head()
+
+    def _check_head(self) -> None:
+        if self._head_bytes + self._untold_bytes > MAX_HEAD_BYTES:
+            text = f"the head, with trailers, has more than {MAX_HEAD_BYTES} bytes"
+            self._break(BadRequest(text, code="head_too_large", status=431))
 
     def _break(self, failure: BadRequest) -> None:
         """What is being read fails, and nothing after it is read."""

@@ -244,6 +244,27 @@ class TestRefusals:
         assert str(MAX_HEAD_BYTES) in line.output.decode()
         assert line.exchanges == []
 
+    @pytest.mark.parametrize("trailers", [b"X: " + b"x" * 2 * MAX_HEAD_BYTES, b"X: y\r\n" * MAX_HEAD_BYTES])
+    @in_loop
+    async def test_trailers_without_an_end(self, trailers):
+        line = Line()
+        await line.feed(CHUNKED[: CHUNKED.index(b"Trailer")])
+        for start in range(0, MAX_HEAD_BYTES - 1000, 1000):
+            await line.feed(trailers[start : start + 1000])
+        assert not line.closed
+        await line.feed(trailers[start + 1000 : start + 2000], trailers[start + 2000 : start + 3000])
+        assert line.statuses == [431]
+        assert line.closed
+
+    @in_loop
+    async def test_a_body_and_requests_without_a_head_to_speak_of_are_of_any_size(self):
+        line = Line(swallow)
+        await line.feed(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(MAX_HEAD_BYTES // 500):
+            await line.feed(b"3e8\r\n", b"x" * 1000, b"\r\n")
+        await line.feed(b"0\r\n\r\n" + GET * MAX_HEAD_BYTES)
+        assert set(line.statuses) == {200}
+
     @in_loop
     async def test_a_broken_body_fails_its_own_request(self):
         line = Line()
@@ -285,6 +306,11 @@ class TestBodies:
         assert await line.feed(head) == CONTINUE
         assert await line.feed(body) == CONTINUE + ok(b"POST /b hello")
         assert await line.feed(head + body) == CONTINUE + 2 * ok(b"POST /b hello")
+
+
+async def swallow(exchange: Exchange) -> None:
+    await exchange.read(1 << 30)
+    exchange.respond(200, (), b"")
 
 
 async def refuse(exchange: Exchange) -> None:
