@@ -5,7 +5,8 @@
     answered ──► the next one, or closed if either side wants it so
     no HTTP, or too large a head ──► what came before is answered, then this with a 4xx; nothing more is read
 
-Requests sent ahead of their turn wait, and meanwhile nothing more is read. `check`, called every second, ends what is idle or too slow.
+Requests sent ahead of their turn wait. Reading goes on, or a client that leaves would not be noticed, until MAX_AHEAD_BYTES of them are
+held. `check`, called every second, ends what is idle or too slow.
 
 httptools refuses most of what requests are smuggled with: two lengths, a length beside chunks, spaces before a colon, bare line feeds,
 folded lines. What it leaves to its caller is refused here: other versions, other codings than chunked, chunks in HTTP/1.0. Trailers are
@@ -27,6 +28,7 @@ from .exchange import Exchange
 from .response_head import response_head
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_AHEAD_BYTES = 64 << 10                    # and the piece that goes over it
 KEEP_ALIVE_S = 75.0                           # between requests, and for a client that does not take the end of its answer
 READ_S = 30.0                                 # for a head, and for each piece of a body
 LINGER_S = 5.0                                # for a client that goes on sending: a reset would take its answer from it
@@ -52,6 +54,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = 0                  # of its target and headers
         self._untold_bytes = 0                # came since the parser last told of part of a head or body
         self._in_head = False
+        self._ahead_bytes = 0                 # came while requests waited for their turn
         self._is_last = False                 # whatever comes now is not a request
         self._leaving = False                 # the last answer is written
         self._holding = False                 # nothing is read
@@ -79,6 +82,8 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._break(BadRequest(f"this is not HTTP/1.1: {error}", code="invalid_http"))
         self._check_head()                    # a header without an end is none that the parser tells of
+        if self._queue:
+            self._ahead_bytes += len(data)
         self._advance()
 
     def pause_writing(self) -> None:
@@ -243,7 +248,9 @@ class Connection(asyncio.Protocol):
         self._advancing = False
         if self._refusal is not None and self._current is None and not self._queue:
             self._refuse(self._refusal)
-        self._hold(bool(self._queue))
+        if not self._queue:
+            self._ahead_bytes = 0
+        self._hold(self._ahead_bytes > MAX_AHEAD_BYTES)
 
     def _hold(self, holding: bool) -> None:
         if holding is self._holding or self._transport is None or self._transport.is_closing():
