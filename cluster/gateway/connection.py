@@ -50,7 +50,7 @@ class Connection(asyncio.Protocol):
         self._reading: Exchange | None = None                 # whose body is coming in
         self._refusal: BadRequest | None = None               # for what came after the last Exchange
         self._url = b""
-        self._headers: dict[bytes, bytes] = {}
+        self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0                  # of its target and headers
         self._untold_bytes = 0                # came since the parser last told of part of a head or body
         self._in_head = False
@@ -74,9 +74,7 @@ class Connection(asyncio.Protocol):
             return
         self._untold_bytes += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._is_last = True              # the request is answered as though it had not asked
+            self._parse(data)
         except httptools.HttpParserCallbackError:
             raise
         except httptools.HttpParserError as error:
@@ -107,7 +105,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self._is_last:
             return
-        self._url, self._headers, self._in_head = b"", {}, True
+        self._url, self._headers, self._in_head = b"", [], True
         self._head_bytes = self._untold_bytes = 0
         self._since = self._clock()
 
@@ -117,12 +115,12 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:
-            self._headers.setdefault(name.lower(), value)
+            self._headers.append((name.lower(), value))
             self._count_head(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        if self._is_last:
+        if self._is_last or self._parser.should_upgrade():
             return
         try:
             exchange = self._exchange(self._parser.get_http_version())
@@ -205,16 +203,38 @@ class Connection(asyncio.Protocol):
             return math.inf                   # the answer has its own deadline
         return LINGER_S if self._leaving and not self._unsent else KEEP_ALIVE_S
 
+    def _parse(self, data: bytes) -> None:
+        """A parser takes no body after a head that asks for an upgrade: a new one gets that head without the wish."""
+        rest = memoryview(data)
+        while True:
+            try:
+                self._parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self._parser.get_method() == b"CONNECT":
+                    self._break(BadRequest("CONNECT is not supported here: this is no proxy", code="invalid_http"))
+                if self._is_last:
+                    return
+                head, rest = self._head_without_upgrade(), rest[upgrade.args[0] :]
+                self._parser = httptools.HttpRequestParser(self)
+                self._parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> bytes:
+        lines = [b"%b %b HTTP/%b" % (self._parser.get_method(), self._url, self._parser.get_http_version().encode())]
+        lines += [b"%b: %b" % header for header in self._headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"\r\n"])
+
     def _exchange(self, version: str) -> Exchange:
         """Raises BadRequest."""
         if version not in ("1.0", "1.1"):
             raise BadRequest(f"HTTP/{version} is not spoken here, but HTTP/1.1", code="invalid_http", status=505)
-        coding = self._headers.get(b"transfer-encoding")
+        headers = dict(reversed(self._headers))               # of equal ones the first counts
+        coding = headers.get(b"transfer-encoding")
         if coding is not None and (coding.lower() != b"chunked" or version == "1.0"):
             text = f"the transfer coding {coding.decode('latin-1')!r} of HTTP/{version} is not supported, only 'chunked' of HTTP/1.1"
             raise BadRequest(text, code="invalid_http", status=501)
         method, is_11 = self._parser.get_method().decode(), version == "1.1"
-        return Exchange(self, method, _path(self._url), self._headers, chunked=is_11, keep_alive=self._parser.should_keep_alive())
+        return Exchange(self, method, _path(self._url), headers, chunked=is_11, keep_alive=self._parser.should_keep_alive())
 
     def _count_head(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes

@@ -21,6 +21,10 @@ GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /b?c=d HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = b"POST /c HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\nTrailer: z\r\n\r\n"
 LONG = b"GET /long HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (i, b"y" * 20) for i in range(7)) + b"\r\n"
+SETTINGS = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\n"
+GET_UPGRADE = b"GET /up HTTP/1.1\r\n" + SETTINGS + b"\r\n"
+POST_UPGRADE = b"POST /up HTTP/1.1\r\n" + SETTINGS + b"Content-Length: 5\r\n\r\nhello"
+CHUNKED_UPGRADE = b"POST /up HTTP/1.1\r\n" + SETTINGS + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n"
 LAST = b"GET /last HTTP/1.1\r\nConnection: close\r\n\r\n"
 OLD = b"GET /old HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
 
@@ -128,17 +132,26 @@ class TestRequests:
         assert line.exchanges[0].header("x-a") == "1"
         assert line.exchanges[1].header("trailer") is None
 
+    @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
     @in_loop
-    async def test_an_upgrade_is_not_taken_up(self):
+    async def test_an_upgrade_is_not_taken_up(self, version):
         line = Line()
-        await line.feed(b"GET /a HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\nPRI * HTTP/2.0\r\n\r\n")
-        assert line.output == ok(b"GET /a ", b"connection: close")
-        assert line.closed
+        await line.feed(GET_UPGRADE * 2 + POST_UPGRADE + CHUNKED_UPGRADE + GET_UPGRADE.replace(b"1.1", version) + GET)
+        assert line.output.startswith(ok(b"GET /up ") * 2 + ok(b"POST /up hello") + ok(b"POST /up hello world") + ok(b"GET /up ")[:15])
+        assert line.statuses == [200] * (6 if version == b"1.1" else 5)
+        assert line.exchanges[2].header("http2-settings") == "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"
+        assert line.exchanges[2].header("upgrade") is None
+
+    @in_loop
+    async def test_ever_so_many_upgrades(self):
+        line = Line()
+        await line.feed(GET_UPGRADE * 5000)
+        assert line.output == ok(b"GET /up ") * 5000
 
 
 class TestAnySplit:
     @given(
-        requests=st.lists(st.sampled_from([GET, POST, CHUNKED, LONG]), max_size=4),
+        requests=st.lists(st.sampled_from([GET, POST, CHUNKED, LONG, GET_UPGRADE, POST_UPGRADE, CHUNKED_UPGRADE]), max_size=4),
         last=st.sampled_from(
             [
                 b"", LAST, OLD, LAST + GET, b"nonsense\r\n\r\n", b"GET / HTTP/3.0\r\n\r\n",
@@ -210,6 +223,9 @@ class TestRefusals:
             (b"GET / HTTP/1.1\r\nX: a\x00b\r\n\r\n", 400),
             (b"GET /\xc3\xbc HTTP/1.1\r\n\r\n", 400),
             (b"CONNECT host:80 HTTP/1.1\r\n\r\n", 400),
+            (b"CONNECT http://host/path HTTP/1.1\r\n\r\n", 400),
+            (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n" + SETTINGS + b"\r\n0\r\n\r\n", 400),
+            (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n" + SETTINGS + b"\r\n0\r\n\r\n", 501),
             (b"BREW / HTTP/1.1\r\n\r\n", 400),
             (b"GET / HTTP/2.0\r\n\r\n", 505),
             (b"GET /\r\n\r\n", 505),
