@@ -31,6 +31,7 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_AHEAD_BYTES = 64 << 10                    # and the piece that goes over it
 KEEP_ALIVE_S = 75.0                           # between requests, and for a client that does not take the end of its answer
 READ_S = 30.0                                 # for a head, and for each piece of a body
+BODY_S = 120.0                                # for all of a body, from its turn on: 8 MiB at 70 KB/s
 LINGER_S = 5.0                                # for a client that goes on sending: a reset would take its answer from it
 
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
@@ -61,6 +62,7 @@ class Connection(asyncio.Protocol):
         self._advancing = False
         self._draining = False
         self._since = clock()                 # the last progress
+        self._turn_at = self._since           # the current one's
         self._unsent = 0                      # bytes, at the last check
         self.writable = True
 
@@ -181,12 +183,12 @@ class Connection(asyncio.Protocol):
         if unsent < self._unsent:
             self._since = now
         self._unsent = unsent
-        if now - self._since <= self._patience_s():
-            return
         if self._awaits_request:
-            self._break(BadRequest(f"nothing more of the request has come for {READ_S:g} s", code="request_timeout", status=408))
-            self._advance()
-        else:
+            if now - self._since > READ_S:
+                self._time_out(f"nothing more of the request has come for {READ_S:g} s")
+            elif self._current is not None and now - self._turn_at > BODY_S:
+                self._time_out(f"the body is not here as a whole after {BODY_S:g} s")
+        elif now - self._since > self._patience_s():
             self.abort()
 
     @property
@@ -196,9 +198,11 @@ class Connection(asyncio.Protocol):
             return False
         return self._in_head if self._current is None else self._current is self._reading
 
+    def _time_out(self, text: str) -> None:
+        self._break(BadRequest(text, code="request_timeout", status=408))
+        self._advance()
+
     def _patience_s(self) -> float:
-        if self._awaits_request:
-            return READ_S
         if self._current is not None:
             return math.inf                   # the answer has its own deadline
         return LINGER_S if self._leaving and not self._unsent else KEEP_ALIVE_S
@@ -263,7 +267,7 @@ class Connection(asyncio.Protocol):
             return
         self._advancing = True
         while self._queue and self._current is None and self.writable:
-            self._current = self._queue.popleft()
+            self._current, self._turn_at = self._queue.popleft(), self._clock()
             start(self._handle(self._current))
         self._advancing = False
         if self._refusal is not None and self._current is None and not self._queue:

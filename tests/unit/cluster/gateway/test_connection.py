@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.cluster.gateway import connection as module
-from diptych.cluster.gateway.connection import KEEP_ALIVE_S, LINGER_S, MAX_AHEAD_BYTES, MAX_HEAD_BYTES, READ_S, Connection
+from diptych.cluster.gateway.connection import BODY_S, KEEP_ALIVE_S, LINGER_S, MAX_AHEAD_BYTES, MAX_HEAD_BYTES, READ_S, Connection
 from diptych.cluster.gateway.errors import BadRequest
 from diptych.cluster.gateway.exchange import CONTINUE, ClientGone, Exchange
 from diptych.cluster.gateway.response_head import response_head
@@ -500,7 +500,7 @@ class TestPatience:
         line = Line()
         await line.feed(POST[:-5])
         for byte in b"hello":
-            await line.pass_time(READ_S)
+            await line.pass_time(READ_S * 0.75)
             await line.feed(bytes([byte]))
         assert line.statuses == [200]
         for byte in GET[:5]:
@@ -508,6 +508,29 @@ class TestPatience:
             await line.pass_time(READ_S / 4)
         await line.pass_time(1)
         assert line.statuses == [200, 408]
+
+    @pytest.mark.parametrize("waits_s", [0.0, 2 * BODY_S])
+    @in_loop
+    async def test_with_a_body_in_drips_from_its_turn_on(self, waits_s):
+        door = asyncio.Event()
+
+        async def wait(exchange: Exchange) -> None:
+            if exchange.method == "GET":
+                await door.wait()
+            await echo(exchange)
+
+        line = Line(wait)
+        await line.feed(GET + POST[:-5].replace(b"5", b"500"))
+        await line.pass_time(waits_s)
+        door.set()
+        await turns()
+        for _ in range(int(BODY_S)):
+            await line.feed(b"x")
+            await line.pass_time(1)
+        assert line.statuses == [200]
+        await line.pass_time(1)
+        assert line.statuses == [200, 408]
+        assert line.closed
 
     @in_loop
     async def test_has_no_end_while_an_answer_is_made(self):
