@@ -3,9 +3,9 @@
 Its loop is asked how it is by a thread of its own: Ray's thread must not wait for it, or a slow loop would look like a dead process.
 """
 
+import logging
 import threading
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,6 +19,8 @@ from .spec import Spec
 
 if TYPE_CHECKING:
     from .gateway.server import Gateway
+
+logger = logging.getLogger(__name__)
 
 MAILBOX_HOST = "127.0.0.1"
 LISTEN_PERIOD_S = 0.4
@@ -43,8 +45,12 @@ class GatewayShell(Shell):
 
     def _listen(self) -> None:
         while True:
-            with suppress(TimeoutError):             # the loop is busy with something long, or hangs: the last one grows old
+            try:
                 self._last_status = self._gateway.status(), time.monotonic()
+            except TimeoutError:
+                pass                                 # the loop is busy with something long, or hangs: the last one grows old
+            except Exception:
+                logger.exception("%s has no status to tell", self._place)
             time.sleep(LISTEN_PERIOD_S)
 
     def run(self) -> None:

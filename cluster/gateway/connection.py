@@ -5,7 +5,8 @@
     answered ──► the next one, or closed if either side wants it so
     no HTTP, or too large a head ──► what came before is answered, then this with a 4xx; nothing more is read
 
-Requests sent ahead of their turn wait, and meanwhile nothing more is read. `check`, called every second, ends what is idle or too slow.
+Requests sent ahead of their turn wait. Reading goes on, or a client that leaves would not be noticed, until MAX_AHEAD_BYTES of them are
+held. `check`, called every second, ends what is idle or too slow.
 
 httptools refuses most of what requests are smuggled with: two lengths, a length beside chunks, spaces before a colon, bare line feeds,
 folded lines. What it leaves to its caller is refused here: other versions, other codings than chunked, chunks in HTTP/1.0. Trailers are
@@ -27,8 +28,10 @@ from .exchange import Exchange
 from .response_head import response_head
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_AHEAD_BYTES = 64 << 10                    # and the piece that goes over it
 KEEP_ALIVE_S = 75.0                           # between requests, and for a client that does not take the end of its answer
 READ_S = 30.0                                 # for a head, and for each piece of a body
+BODY_S = 120.0                                # for all of a body, from its turn on: 8 MiB at 70 KB/s
 LINGER_S = 5.0                                # for a client that goes on sending: a reset would take its answer from it
 
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
@@ -48,16 +51,18 @@ class Connection(asyncio.Protocol):
         self._reading: Exchange | None = None                 # whose body is coming in
         self._refusal: BadRequest | None = None               # for what came after the last Exchange
         self._url = b""
-        self._headers: dict[bytes, bytes] = {}
+        self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0                  # of its target and headers
-        self._unparsed_bytes = 0              # as they came
+        self._untold_bytes = 0                # came since the parser last told of part of a head or body
         self._in_head = False
+        self._ahead_bytes = 0                 # came while requests waited for their turn
         self._is_last = False                 # whatever comes now is not a request
         self._leaving = False                 # the last answer is written
         self._holding = False                 # nothing is read
         self._advancing = False
         self._draining = False
         self._since = clock()                 # the last progress
+        self._turn_at = self._since           # the current one's
         self._unsent = 0                      # bytes, at the last check
         self.writable = True
 
@@ -69,18 +74,16 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_last:
             return
-        head = self._headers if self._in_head else None
+        self._untold_bytes += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._is_last = True              # the request is answered as though it had not asked
+            self._parse(data)
         except httptools.HttpParserCallbackError:
             raise
         except httptools.HttpParserError as error:
             self._break(BadRequest(f"this is not HTTP/1.1: {error}", code="invalid_http"))
-        if self._in_head and self._headers is head:           # a header without an end is none that the parser tells of
-            self._unparsed_bytes += len(data)
-            self._check_head(self._unparsed_bytes // 2)       # what it did tell of is counted here, too
+        self._check_head()                    # a header without an end is none that the parser tells of
+        if self._queue:
+            self._ahead_bytes += len(data)
         self._advance()
 
     def pause_writing(self) -> None:
@@ -102,24 +105,24 @@ class Connection(asyncio.Protocol):
     # httptools
 
     def on_message_begin(self) -> None:
-        self._url, self._headers, self._in_head = b"", {}, True
-        self._head_bytes = self._unparsed_bytes = 0
+        if self._is_last:
+            return
+        self._url, self._headers, self._in_head = b"", [], True
+        self._head_bytes = self._untold_bytes = 0
         self._since = self._clock()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._head_bytes += len(url)
-        self._check_head(self._head_bytes)
+        self._count_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:
-            self._headers.setdefault(name.lower(), value)
-            self._head_bytes += len(name) + len(value)
-            self._check_head(self._head_bytes)
+            self._headers.append((name.lower(), value))
+            self._count_head(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        if self._is_last:
+        if self._is_last or self._parser.should_upgrade():
             return
         try:
             exchange = self._exchange(self._parser.get_http_version())
@@ -130,6 +133,7 @@ class Connection(asyncio.Protocol):
             self._queue.append(exchange)
 
     def on_body(self, body: bytes) -> None:
+        self._untold_bytes = 0
         if self._reading is not None:
             self._since = self._clock()
             self._reading.feed(body)
@@ -179,40 +183,72 @@ class Connection(asyncio.Protocol):
         if unsent < self._unsent:
             self._since = now
         self._unsent = unsent
-        if now - self._since <= self._patience_s():
-            return
         if self._awaits_request:
-            self._break(BadRequest(f"nothing more of the request has come for {READ_S:g} s", code="request_timeout", status=408))
-            self._advance()
-        else:
+            if now - self._since > READ_S:
+                self._time_out(f"nothing more of the request has come for {READ_S:g} s")
+            elif self._current is not None and now - self._turn_at > BODY_S:
+                self._time_out(f"the body is not here as a whole after {BODY_S:g} s")
+        elif now - self._since > self._patience_s():
             self.abort()
 
     @property
     def _awaits_request(self) -> bool:
         """The one whose turn it is."""
+        if self._leaving:
+            return False
         return self._in_head if self._current is None else self._current is self._reading
 
+    def _time_out(self, text: str) -> None:
+        self._break(BadRequest(text, code="request_timeout", status=408))
+        self._advance()
+
     def _patience_s(self) -> float:
-        if self._awaits_request:
-            return READ_S
         if self._current is not None:
             return math.inf                   # the answer has its own deadline
         return LINGER_S if self._leaving and not self._unsent else KEEP_ALIVE_S
+
+    def _parse(self, data: bytes) -> None:
+        """A parser takes no body after a head that asks for an upgrade: a new one gets that head without the wish."""
+        rest = memoryview(data)
+        while True:
+            try:
+                self._parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self._parser.get_method() == b"CONNECT":
+                    self._break(BadRequest("CONNECT is not supported here: this is no proxy", code="invalid_http"))
+                if self._is_last:
+                    return
+                head, rest = self._head_without_upgrade(), rest[upgrade.args[0] :]
+                self._parser = httptools.HttpRequestParser(self)
+                self._parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> bytes:
+        lines = [b"%b %b HTTP/%b" % (self._parser.get_method(), self._url, self._parser.get_http_version().encode())]
+        lines += [b"%b: %b" % header for header in self._headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"\r\n"])
 
     def _exchange(self, version: str) -> Exchange:
         """Raises BadRequest."""
         if version not in ("1.0", "1.1"):
             raise BadRequest(f"HTTP/{version} is not spoken here, but HTTP/1.1", code="invalid_http", status=505)
-        coding = self._headers.get(b"transfer-encoding")
+        headers = dict(reversed(self._headers))               # of equal ones the first counts
+        coding = headers.get(b"transfer-encoding")
         if coding is not None and (coding.lower() != b"chunked" or version == "1.0"):
             text = f"the transfer coding {coding.decode('latin-1')!r} of HTTP/{version} is not supported, only 'chunked' of HTTP/1.1"
             raise BadRequest(text, code="invalid_http", status=501)
         method, is_11 = self._parser.get_method().decode(), version == "1.1"
-        return Exchange(self, method, _path(self._url), self._headers, chunked=is_11, keep_alive=self._parser.should_keep_alive())
+        return Exchange(self, method, _path(self._url), headers, chunked=is_11, keep_alive=self._parser.should_keep_alive())
 
-    def _check_head(self, num_bytes: int) -> None:
-        if num_bytes > MAX_HEAD_BYTES:
-            self._break(BadRequest(f"the head has more than {MAX_HEAD_BYTES} bytes", code="head_too_large", status=431))
+    def _count_head(self, num_bytes: int) -> None:
+        self._head_bytes += num_bytes
+        self._untold_bytes = 0
+        self._check_head()
+
+    def _check_head(self) -> None:
+        if self._head_bytes + self._untold_bytes > MAX_HEAD_BYTES:
+            text = f"the head, with trailers, has more than {MAX_HEAD_BYTES} bytes"
+            self._break(BadRequest(text, code="head_too_large", status=431))
 
     def _break(self, failure: BadRequest) -> None:
         """What is being read fails, and nothing after it is read."""
@@ -231,12 +267,14 @@ class Connection(asyncio.Protocol):
             return
         self._advancing = True
         while self._queue and self._current is None and self.writable:
-            self._current = self._queue.popleft()
+            self._current, self._turn_at = self._queue.popleft(), self._clock()
             start(self._handle(self._current))
         self._advancing = False
         if self._refusal is not None and self._current is None and not self._queue:
             self._refuse(self._refusal)
-        self._hold(bool(self._queue))
+        if not self._queue:
+            self._ahead_bytes = 0
+        self._hold(self._ahead_bytes > MAX_AHEAD_BYTES)
 
     def _hold(self, holding: bool) -> None:
         if holding is self._holding or self._transport is None or self._transport.is_closing():

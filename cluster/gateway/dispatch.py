@@ -198,15 +198,15 @@ class Dispatcher:
             case Route() as decision:
                 generation.routed_at, generation.prediction = now, explanation.chosen
                 self._send(generation, decision, now)
-            case Queue() as decision if now - generation.queued_at >= self._limits.queue_timeout_s:
-                self._give_up(generation, NoRoute(f"{decision.reason}; waited {self._limits.queue_timeout_s:g} s"))
             case Refuse() as decision if generation.num_attempts == 0:
                 self._give_up(generation, Overloaded(decision.reason, decision.retry_after_s))
+            case Queue() | Refuse() as decision if now >= generation.queued_at + self._limits.queue_timeout_s:
+                self._give_up(generation, NoRoute(f"{decision.reason}; waited {self._limits.queue_timeout_s:g} s"))
             case Queue() as decision:
                 generation.waits_for, generation.useful_until = decision, now + decision.useful_s
                 self._wait(generation)
             case Refuse():
-                self._wait(generation)        # its client reads already: until a deadline
+                self._wait(generation)        # its client reads already: as long as for any route
 
     def _wait(self, generation: Generation) -> None:
         given_up_at = min(generation.useful_until, generation.queued_at + self._limits.queue_timeout_s, generation.prompt.deadline)

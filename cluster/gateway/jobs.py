@@ -68,10 +68,8 @@ class JobMaker:
 
     async def completion(self, body: CompletionBody, max_model_len: int) -> Job:
         given = _separate(body.prompt)
-        if not given:
-            raise BadRequest("the prompt is empty", param="prompt")
         _check_choices(len(given), body.n or 1)
-        prompts = [await self._prompt(each, body.add_special_tokens) for each in given]
+        prompts = await self._prompts(given, body.add_special_tokens)
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if max_tokens == 0 and not body.echo:
             raise BadRequest("max_tokens must be at least 1 (0 only with echo)", param="max_tokens")
@@ -83,7 +81,7 @@ class JobMaker:
         if self._model.template is None:
             raise BadRequest(f"{self._model_name} has no chat template; use /v1/completions", code="no_chat_template")
         text = self._model.template.render([_plain(message) for message in body.messages])
-        prompt = await self._prompt(text, body.add_special_tokens)
+        [prompt] = await self._prompts([text], body.add_special_tokens)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         if max_tokens == 0:
             raise BadRequest("max_tokens must be at least 1", param="max_tokens")
@@ -92,17 +90,17 @@ class JobMaker:
         sampling = self._sampling(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, None)
         return _job("chatcmpl", body, [prompt], sampling, max_model_len, echo=False)
 
-    async def _prompt(self, prompt: str | list[int], add_special_tokens: bool) -> JobPrompt:
-        if not prompt:
+    async def _prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[JobPrompt]:
+        if not given or not all(given):
             raise BadRequest("the prompt is empty", param="prompt")
-        if isinstance(prompt, str):
-            token_ids = await self._model.encode(prompt, add_special_tokens=add_special_tokens)
-        else:
-            token_ids = tuple(prompt)
-        if not token_ids:
-            raise BadRequest("the prompt has no tokens", param="prompt")
-        self._check_tokens(token_ids, "prompt")          # of a text too: a tokenizer may know more tokens than the model
-        return JobPrompt(token_ids, prompt if isinstance(prompt, str) else None)
+        texts = [each for each in given if isinstance(each, str)]
+        encoded = iter(await self._model.encode(texts, add_special_tokens=add_special_tokens))
+        prompts = [JobPrompt(next(encoded), each) if isinstance(each, str) else JobPrompt(tuple(each), None) for each in given]
+        for prompt in prompts:
+            if not prompt.token_ids:
+                raise BadRequest("the prompt has no tokens", param="prompt")
+            self._check_tokens(prompt.token_ids, "prompt")        # of a text too: a tokenizer may know more tokens than the model
+        return prompts
 
     def _check_tokens(self, token_ids: Sequence[int], param: str) -> None:
         if token_ids and (highest := max(token_ids)) >= self._model.vocab_size:

@@ -52,3 +52,17 @@ def test_a_loop_that_does_not_answer_is_told_of_by_one_that_does(shell: GatewayS
     pulse_when(shell, lambda pulse: pulse.still_s < BUSY_S)
     shell.leave()
     pulse_when(shell, lambda pulse: pulse.state is ShellState.ENDED)
+
+
+def test_a_status_that_fails_is_logged_and_the_next_one_told(
+    shell: GatewayShell, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pulse_when(shell, lambda pulse: pulse.state is ShellState.SERVING)
+    with monkeypatch.context() as failing:
+        failing.setattr(shell._gateway, "status", lambda: 1 / 0)
+        pulse_when(shell, lambda pulse: pulse.still_s > BUSY_S)
+    pulse_when(shell, lambda pulse: pulse.still_s < BUSY_S)
+    assert "gateway-0 has no status to tell" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    shell.leave()
+    pulse_when(shell, lambda pulse: pulse.state is ShellState.ENDED)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.cluster.gateway import connection as module
-from diptych.cluster.gateway.connection import KEEP_ALIVE_S, LINGER_S, MAX_HEAD_BYTES, READ_S, Connection
+from diptych.cluster.gateway.connection import BODY_S, KEEP_ALIVE_S, LINGER_S, MAX_AHEAD_BYTES, MAX_HEAD_BYTES, READ_S, Connection
 from diptych.cluster.gateway.errors import BadRequest
 from diptych.cluster.gateway.exchange import CONTINUE, ClientGone, Exchange
 from diptych.cluster.gateway.response_head import response_head
@@ -21,6 +21,10 @@ GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /b?c=d HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED = b"POST /c HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\nTrailer: z\r\n\r\n"
 LONG = b"GET /long HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (i, b"y" * 20) for i in range(7)) + b"\r\n"
+SETTINGS = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\n"
+GET_UPGRADE = b"GET /up HTTP/1.1\r\n" + SETTINGS + b"\r\n"
+POST_UPGRADE = b"POST /up HTTP/1.1\r\n" + SETTINGS + b"Content-Length: 5\r\n\r\nhello"
+CHUNKED_UPGRADE = b"POST /up HTTP/1.1\r\n" + SETTINGS + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n"
 LAST = b"GET /last HTTP/1.1\r\nConnection: close\r\n\r\n"
 OLD = b"GET /old HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
 
@@ -128,17 +132,26 @@ class TestRequests:
         assert line.exchanges[0].header("x-a") == "1"
         assert line.exchanges[1].header("trailer") is None
 
+    @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
     @in_loop
-    async def test_an_upgrade_is_not_taken_up(self):
+    async def test_an_upgrade_is_not_taken_up(self, version):
         line = Line()
-        await line.feed(b"GET /a HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\nPRI * HTTP/2.0\r\n\r\n")
-        assert line.output == ok(b"GET /a ", b"connection: close")
-        assert line.closed
+        await line.feed(GET_UPGRADE * 2 + POST_UPGRADE + CHUNKED_UPGRADE + GET_UPGRADE.replace(b"1.1", version) + GET)
+        assert line.output.startswith(ok(b"GET /up ") * 2 + ok(b"POST /up hello") + ok(b"POST /up hello world") + ok(b"GET /up ")[:15])
+        assert line.statuses == [200] * (6 if version == b"1.1" else 5)
+        assert line.exchanges[2].header("http2-settings") == "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"
+        assert line.exchanges[2].header("upgrade") is None
+
+    @in_loop
+    async def test_ever_so_many_upgrades(self):
+        line = Line()
+        await line.feed(GET_UPGRADE * 5000)
+        assert line.output == ok(b"GET /up ") * 5000
 
 
 class TestAnySplit:
     @given(
-        requests=st.lists(st.sampled_from([GET, POST, CHUNKED, LONG]), max_size=4),
+        requests=st.lists(st.sampled_from([GET, POST, CHUNKED, LONG, GET_UPGRADE, POST_UPGRADE, CHUNKED_UPGRADE]), max_size=4),
         last=st.sampled_from(
             [
                 b"", LAST, OLD, LAST + GET, b"nonsense\r\n\r\n", b"GET / HTTP/3.0\r\n\r\n",
@@ -210,6 +223,9 @@ class TestRefusals:
             (b"GET / HTTP/1.1\r\nX: a\x00b\r\n\r\n", 400),
             (b"GET /\xc3\xbc HTTP/1.1\r\n\r\n", 400),
             (b"CONNECT host:80 HTTP/1.1\r\n\r\n", 400),
+            (b"CONNECT http://host/path HTTP/1.1\r\n\r\n", 400),
+            (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n" + SETTINGS + b"\r\n0\r\n\r\n", 400),
+            (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n" + SETTINGS + b"\r\n0\r\n\r\n", 501),
             (b"BREW / HTTP/1.1\r\n\r\n", 400),
             (b"GET / HTTP/2.0\r\n\r\n", 505),
             (b"GET /\r\n\r\n", 505),
@@ -243,6 +259,27 @@ class TestRefusals:
         assert line.statuses == [431]
         assert str(MAX_HEAD_BYTES) in line.output.decode()
         assert line.exchanges == []
+
+    @pytest.mark.parametrize("trailers", [b"X: " + b"x" * 2 * MAX_HEAD_BYTES, b"X: y\r\n" * MAX_HEAD_BYTES])
+    @in_loop
+    async def test_trailers_without_an_end(self, trailers):
+        line = Line()
+        await line.feed(CHUNKED[: CHUNKED.index(b"Trailer")])
+        for start in range(0, MAX_HEAD_BYTES - 1000, 1000):
+            await line.feed(trailers[start : start + 1000])
+        assert not line.closed
+        await line.feed(trailers[start + 1000 : start + 2000], trailers[start + 2000 : start + 3000])
+        assert line.statuses == [431]
+        assert line.closed
+
+    @in_loop
+    async def test_a_body_and_requests_without_a_head_to_speak_of_are_of_any_size(self):
+        line = Line(swallow)
+        await line.feed(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(MAX_HEAD_BYTES // 500):
+            await line.feed(b"3e8\r\n", b"x" * 1000, b"\r\n")
+        await line.feed(b"0\r\n\r\n" + GET * MAX_HEAD_BYTES)
+        assert set(line.statuses) == {200}
 
     @in_loop
     async def test_a_broken_body_fails_its_own_request(self):
@@ -287,13 +324,18 @@ class TestBodies:
         assert await line.feed(head + body) == CONTINUE + 2 * ok(b"POST /b hello")
 
 
+async def swallow(exchange: Exchange) -> None:
+    await exchange.read(1 << 30)
+    exchange.respond(200, (), b"")
+
+
 async def refuse(exchange: Exchange) -> None:
     exchange.respond(401, (), b"")
 
 
 class TestPipelining:
     @in_loop
-    async def test_answers_come_in_order_and_nothing_is_read_meanwhile(self):
+    async def test_answers_come_in_order(self):
         doors = {f"/{i}": asyncio.Event() for i in range(3)}
 
         async def wait(exchange: Exchange) -> None:
@@ -305,11 +347,40 @@ class TestPipelining:
         for i in (2, 1):
             doors[f"/{i}"].set()
             await turns()
-            assert (line.output, line.socket.reads_requests) == (b"", False)
+            assert line.output == b""
         doors["/0"].set()
         await turns()
         assert line.output == b"".join(ok(b"/%d" % i) for i in range(3))
+
+    @in_loop
+    async def test_reading_goes_on_until_much_is_held(self):
+        door = asyncio.Event()
+
+        async def wait(exchange: Exchange) -> None:
+            await door.wait()
+            exchange.respond(200, (), b"")
+
+        line = Line(wait)
+        await line.feed(GET)
+        for _ in range(MAX_AHEAD_BYTES // len(GET)):
+            await line.feed(GET)
         assert line.socket.reads_requests
+        await line.feed(GET)
+        assert not line.socket.reads_requests
+        door.set()
+        await turns()
+        assert line.statuses == [200] * (2 + MAX_AHEAD_BYTES // len(GET))
+        assert line.socket.reads_requests
+        await line.feed(GET)
+        assert line.socket.reads_requests
+
+    @in_loop
+    async def test_a_large_body_is_not_ahead_of_its_turn(self):
+        line = Line(swallow)
+        await line.feed(POST[:-5].replace(b"5", b"%d" % (4 * MAX_AHEAD_BYTES)), *[b"x" * MAX_AHEAD_BYTES] * 3)
+        assert line.socket.reads_requests
+        await line.feed(b"x" * MAX_AHEAD_BYTES + GET)
+        assert line.statuses == [200, 200]
 
     @in_loop
     async def test_ever_so_many(self):
@@ -429,7 +500,7 @@ class TestPatience:
         line = Line()
         await line.feed(POST[:-5])
         for byte in b"hello":
-            await line.pass_time(READ_S)
+            await line.pass_time(READ_S * 0.75)
             await line.feed(bytes([byte]))
         assert line.statuses == [200]
         for byte in GET[:5]:
@@ -437,6 +508,29 @@ class TestPatience:
             await line.pass_time(READ_S / 4)
         await line.pass_time(1)
         assert line.statuses == [200, 408]
+
+    @pytest.mark.parametrize("waits_s", [0.0, 2 * BODY_S])
+    @in_loop
+    async def test_with_a_body_in_drips_from_its_turn_on(self, waits_s):
+        door = asyncio.Event()
+
+        async def wait(exchange: Exchange) -> None:
+            if exchange.method == "GET":
+                await door.wait()
+            await echo(exchange)
+
+        line = Line(wait)
+        await line.feed(GET + POST[:-5].replace(b"5", b"500"))
+        await line.pass_time(waits_s)
+        door.set()
+        await turns()
+        for _ in range(int(BODY_S)):
+            await line.feed(b"x")
+            await line.pass_time(1)
+        assert line.statuses == [200]
+        await line.pass_time(1)
+        assert line.statuses == [200, 408]
+        assert line.closed
 
     @in_loop
     async def test_has_no_end_while_an_answer_is_made(self):
@@ -454,6 +548,21 @@ class TestPatience:
         await line.feed(b"x")
         assert not line.closed
         await line.pass_time(1)
+        assert line.closed
+
+    @pytest.mark.parametrize(
+        "refused",
+        [
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+            b"GET / HTTP/1.1\r\nX: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n",
+        ],
+    )
+    @in_loop
+    async def test_with_a_refused_client_that_began_another_request_and_vanished(self, refused, monkeypatch):
+        line = Line()
+        monkeypatch.setattr(line.socket, "write_eof", lambda: None)
+        await line.feed(refused + b"GET /")
+        await line.pass_time(LINGER_S + 1)
         assert line.closed
 
     @in_loop

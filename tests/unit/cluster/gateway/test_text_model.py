@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 from harness.gateway import ASSISTANT, BOS, EOS, USER, make_model, tokens_of
@@ -17,7 +18,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def encode(model: TextModel, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
-    return asyncio.run(model.encode(text, add_special_tokens=add_special_tokens))
+    [token_ids] = asyncio.run(model.encode([text], add_special_tokens=add_special_tokens))
+    return token_ids
 
 
 def test_special_names_in_a_text_are_special_tokens(tmp_path):
@@ -27,6 +29,20 @@ def test_special_names_in_a_text_are_special_tokens(tmp_path):
 def test_a_long_text_is_tokenized_elsewhere_to_the_same(tmp_path):
     text = "ä" * INLINE_CHARS
     assert encode(TextModel(make_model(tmp_path)), text) == tuple(text.encode())
+
+
+def test_many_short_texts_are_tokenized_elsewhere_as_one_batch(tmp_path, monkeypatch):
+    model = TextModel(make_model(tmp_path))
+    batches: list[tuple[int, bool]] = []
+
+    def encode(texts: list[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
+        batches.append((len(texts), threading.current_thread() is threading.main_thread()))
+        return TextModel._encode(model, texts, add_special_tokens)
+
+    monkeypatch.setattr(model, "_encode", encode)
+    for texts in (["ab"] * 10, ["ab"] * INLINE_CHARS):
+        assert asyncio.run(model.encode(texts, add_special_tokens=False)) == [tuple(tokens_of("ab"))] * len(texts)
+    assert batches == [(10, True), (INLINE_CHARS, False)]
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path):

@@ -9,16 +9,28 @@ from hypothesis import strategies as st
 
 from diptych.cluster.gateway.config import Limits
 from diptych.cluster.gateway.dispatch import Dispatcher
-from diptych.cluster.gateway.errors import Overloaded
+from diptych.cluster.gateway.errors import NoRoute, Overloaded
 from diptych.cluster.gateway.generation import Generation, GenerationState, Prompt
 from diptych.cluster.router.load_view import LoadView
 from diptych.cluster.router.policy import ClusterView, Decision, Explanation, Objectives, Queue, Refuse, RoutingRequest
 from diptych.messages.fake_post import FakeNetwork
 from diptych.messages.ids import Epoch, WorkerId
 from diptych.messages.membership import Member, Membership, Role
-from diptych.messages.requests import FinishReason, LoadReport, LoadUpdate, Route, SamplingParams, StepTokens, TokenDelta, WorkerRef
+from diptych.messages.requests import (
+    FailureKind,
+    FinishReason,
+    LoadReport,
+    LoadUpdate,
+    RequestFailed,
+    Route,
+    SamplingParams,
+    StepTokens,
+    TokenDelta,
+    WorkerRef,
+)
 
 PATIENCE_S = 0.04
+QUEUE_TIMEOUT_S = Limits().queue_timeout_s
 
 
 class Room:
@@ -152,6 +164,19 @@ def test_a_token_message_without_load_asks_for_nobody(scene):
     scene.arrive()
     scene.dispatcher.handle([StepTokens(scene.worker, ())])
     assert scene.policy.num_asked == 1
+
+
+def test_what_a_worker_failed_and_the_policy_refuses_since_waits_as_long_as_for_any_route(scene):
+    scene.policy.room = 1
+    generation = scene.arrive()
+    scene.dispatcher.handle([RequestFailed(generation.attempt.request_id, FailureKind.PEER_LOST, "gone", True, scene.worker)])
+    scene.sleep(QUEUE_TIMEOUT_S - 0.01)
+    assert generation.state is GenerationState.QUEUED
+    scene.now += 0.02
+    scene.dispatcher.look()
+    assert (generation.state, str(generation.error)) == (GenerationState.FAILED, "no room; waited 60 s")
+    assert isinstance(generation.error, NoRoute)
+    assert scene.dispatcher.num_queued == 0
 
 
 @settings(max_examples=50)
