@@ -155,7 +155,7 @@ class Controller:
             return life.fault
         if life.state is LifeState.STARTING and now_s - life.since_s > limits.start_s:
             return f"not ready within {limits.start_s:g} s"
-        if life.state is LifeState.DRAINING and life.drained:
+        if life.drained:                      # and takes nothing new any more, though an earlier controller has asked for it
             return "drained"
         if life.state is LifeState.DRAINING and now_s - life.since_s > limits.drain_s:
             return f"not drained within {limits.drain_s:g} s"

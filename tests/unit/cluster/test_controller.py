@@ -421,6 +421,15 @@ def test_adopting_publishes_nothing_before_all_are_heard() -> None:
     assert [member.ref.epoch for member in published[0].workers] == [FIRST]
 
 
+@pytest.mark.parametrize("here", [None, presence(D0, FIRST)])
+def test_who_was_drained_by_an_earlier_controller_is_replaced(here: Member | None) -> None:
+    """It has ended, or takes no more requests: nothing brings it back."""
+    controller = Controller(frozenset({D0}), TIMEOUTS, Epoch(FIRST + 7), next_version=1)
+    controller.observe(Adopted(D0, FIRST), 0.0)
+    controller.observe(Answered(D0, FIRST, here, drained=True), 0.1)
+    assert [action for action in controller.decide(0.1) if isinstance(action, Kill)] == [Kill(D0, FIRST, "drained")]
+
+
 def test_versions_and_epochs_go_on_from_what_members_have_heard() -> None:
     """They come from the clock, which may have been set back: members would ignore all news as older than what they know."""
     controller = Controller(ALL, TIMEOUTS, Epoch(10), next_version=10)
