@@ -28,10 +28,15 @@ def find_process(pid: int, then_s: float) -> psutil.Process | None:
 
 
 def is_dead(process: psutil.Process) -> bool:
+    """The table shows a zombie as soon as the first thread has ended; the others may go on, and write."""
     try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        return not process.is_running() or (process.status() == psutil.STATUS_ZOMBIE and _num_threads(process.pid) <= 1)
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return True
+
+
+def _num_threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
 
 
 def kill(process: psutil.Process) -> None:

@@ -7,7 +7,8 @@
 
 Actors are detached so that they outlive their controller: the next one finds them by name (`adopt`) and goes on. All stand on the
 controller's own machine; so it can look into the process table itself, and does not take Ray's word for a death (Ray reports it
-when it has sent the signal).
+when it has sent the signal). For that the next controller finds their processes, too: a Trace of each lies in Ray's key-value store,
+from its first answer, before anybody hears of it, until its death is confirmed.
 """
 
 import logging
@@ -16,7 +17,9 @@ from typing import Any
 
 import msgspec
 import ray
+from msgspec import Struct
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -53,13 +56,42 @@ def actor_name(deployment: str, place: PlaceName, epoch: Epoch) -> str:
 def actors_of(deployment: str) -> list[tuple[PlaceName, Epoch, Any]]:
     """The lives of a deployment that Ray knows by name."""
     found = []
-    prefix = controller_name(deployment) + "/"
     for entry in ray.util.list_named_actors(all_namespaces=True):
-        if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
-            place, _, epoch_text = entry["name"].removeprefix(prefix).rpartition("@")
+        if entry["namespace"] == NAMESPACE and entry["name"].startswith(_prefix(deployment)):
             actor = ray.get_actor(entry["name"], namespace=NAMESPACE)
-            found.append((PlaceName.parse(place), Epoch(int(epoch_text)), actor))
+            found.append((*_parse_actor_name(deployment, entry["name"]), actor))
     return found
+
+
+def _prefix(deployment: str) -> str:
+    return controller_name(deployment) + "/"
+
+
+def _parse_actor_name(deployment: str, name: str) -> tuple[PlaceName, Epoch]:
+    place, _, epoch_text = name.removeprefix(_prefix(deployment)).rpartition("@")
+    return PlaceName.parse(place), Epoch(int(epoch_text))
+
+
+class Trace(Struct, frozen=True):
+    """A life's process, as the next controller finds it even if Ray has given the actor up."""
+
+    pid: int
+    began_s: float                            # since boot
+    served: bool                              # so others may know the life
+
+
+def write_trace(deployment: str, place: PlaceName, epoch: Epoch, trace: Trace) -> None:
+    internal_kv._internal_kv_put(actor_name(deployment, place, epoch), msgspec.msgpack.encode(trace), namespace=NAMESPACE)
+
+
+def remove_trace(deployment: str, place: PlaceName, epoch: Epoch) -> None:
+    internal_kv._internal_kv_del(actor_name(deployment, place, epoch), namespace=NAMESPACE)
+
+
+def traces_of(deployment: str) -> dict[tuple[PlaceName, Epoch], Trace]:
+    keys = internal_kv._internal_kv_list(_prefix(deployment), namespace=NAMESPACE)
+    values = {key: internal_kv._internal_kv_get(key, namespace=NAMESPACE) for key in keys}
+    return {_parse_actor_name(deployment, key.decode()): msgspec.msgpack.decode(value, type=Trace) for key, value in values.items()}
 
 
 @dataclass
@@ -68,13 +100,18 @@ class _Process:
 
     name: PlaceName
     epoch: Epoch
-    actor: Any                                # ray.actor.ActorHandle of a Shell
+    actor: Any                                # ray.actor.ActorHandle of a Shell; None if an earlier controller's is lost
+    trace: Trace | None = None                # once it has answered anybody
     answer: Any = None                        # ObjectRef of the pulse under way
     asked_s: float = float("-inf")
     pulse: Pulse | None = None
     dying: str = ""                           # why
     kill_at_s: float = 0.0
     lost: bool = False                        # Ray has given the actor up, or was told to
+
+    @property
+    def served(self) -> bool:
+        return self.trace is not None and self.trace.served
 
 
 @dataclass
@@ -87,12 +124,14 @@ class RayRuntime:
     processes: dict[tuple[PlaceName, Epoch], _Process] = field(default_factory=dict)
 
     def adopt(self) -> list[Event]:
-        """The lives that an earlier controller left."""
-        events: list[Event] = []
+        """The lives that an earlier controller left, and those whose death it has not confirmed."""
+        traces = traces_of(self.spec.name)
         for name, epoch, actor in actors_of(self.spec.name):
-            self.processes[name, epoch] = _Process(name, epoch, actor)
-            events.append(Adopted(name, epoch))
-        return events
+            self.processes[name, epoch] = _Process(name, epoch, actor, traces.get((name, epoch)))
+        for name, epoch in traces.keys() - self.processes.keys():
+            process = _Process(name, epoch, None, traces[name, epoch], dying="Ray has given it up", lost=True)
+            self.processes[name, epoch] = process
+        return [Adopted(name, epoch, process.served) for (name, epoch), process in self.processes.items()]
 
     def act(self, action: Action, now_s: float) -> None:
         logger.info("%s", action)
@@ -104,7 +143,8 @@ class RayRuntime:
             case Kill(name, epoch, why):
                 process = self.processes[name, epoch]
                 process.dying, process.kill_at_s = why, now_s + LEAVE_GRACE_S
-                process.actor.leave.remote()
+                if not process.lost:
+                    process.actor.leave.remote()
             case Publish(membership):
                 self._publish(membership)
 
@@ -119,6 +159,7 @@ class RayRuntime:
         for key, process in list(self.processes.items()):
             if process.dying and self._is_gone(process, now_s):
                 del self.processes[key]
+                remove_trace(self.spec.name, *key)
                 events.append(Died(process.name, process.epoch, process.dying))
         return events
 
@@ -166,7 +207,8 @@ class RayRuntime:
     def _publish(self, membership: Membership) -> None:
         self.news = membership
         for process in self.processes.values():
-            self._tell(process, membership)
+            if process.served and not process.lost:
+                self._tell(process, membership)
 
     def _tell(self, process: _Process, membership: Membership) -> None:
         process.actor.update_membership.remote(msgspec.msgpack.encode(membership))
@@ -189,6 +231,7 @@ class RayRuntime:
             process.lost = isinstance(error, RayActorError)
             process.dying = process.dying or f"its process ended: {type(error).__name__}"
             return []
+        self._trace(process, process.pulse)
         if process.pulse.state is ShellState.FAILED:
             return [StartFailed(process.name, process.epoch, process.pulse.error, hopeless=process.pulse.is_typed)]
         if process.pulse.state is ShellState.SERVING and self.news is not None and process.pulse.heard.version < self.news.version:
@@ -196,16 +239,24 @@ class RayRuntime:
         pulse = process.pulse
         return [Answered(process.name, process.epoch, pulse.member or pulse.address, pulse.drained, pulse.still_s, pulse.heard)]
 
+    def _trace(self, process: _Process, pulse: Pulse) -> None:
+        """Before anything is done with the answer: whoever is known has a trace, also if this controller dies here."""
+        trace = Trace(pulse.pid, pulse.began_s, served=process.served or pulse.state is ShellState.SERVING)
+        if trace != process.trace:
+            write_trace(self.spec.name, process.name, process.epoch, trace)
+            process.trace = trace
+
     def _is_gone(self, process: _Process, now_s: float) -> bool:
-        """Helps a dying process along. One that never answered is known through Ray alone, to us as to everybody."""
+        """Helps a dying process along. One that never answered, neither us nor an earlier controller, is known through Ray alone, to us
+        as to everybody."""
         pulse = process.pulse
         has_left = pulse is not None and pulse.state is ShellState.ENDED
         if not process.lost and (has_left or now_s >= process.kill_at_s):
             ray.kill(process.actor)
             process.lost, process.kill_at_s = True, now_s + SIGKILL_AFTER_S
-        if pulse is None:
+        if process.trace is None:
             return process.lost and process.answer is None
-        running = find_process(pulse.pid, pulse.began_s)
+        running = find_process(process.trace.pid, process.trace.began_s)
         if running is None or is_dead(running):
             return True
         if process.lost and now_s >= process.kill_at_s:

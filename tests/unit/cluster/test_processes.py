@@ -1,7 +1,10 @@
 """The process table changes while one looks at it."""
 
+import os
+import platform
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -43,3 +46,26 @@ def test_a_process_that_lives_is_killed() -> None:
     child = sleeper()
     kill(psutil.Process(child.pid))
     assert child.wait(10) == -9
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of the system call is x86-64's")
+def test_who_goes_on_without_its_first_thread_lives() -> None:
+    """So does a worker that is killed while its own thread is in the driver: what it has under way may still land."""
+    code = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+ctypes.CDLL(None).syscall(60, 0)              # exit(2): of this thread alone
+"""
+    child = subprocess.Popen([sys.executable, "-c", code])
+    running = psutil.Process(child.pid)
+    deadline = time.monotonic() + 10
+    while running.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not is_dead(running)
+    kill(running)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)   # it is left unreaped
+    assert running.status() == psutil.STATUS_ZOMBIE
+    assert is_dead(running)
+    child.wait(10)
+    assert is_dead(running)
