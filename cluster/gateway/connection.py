@@ -10,7 +10,7 @@ held. `check`, called every second, ends what is idle or too slow.
 
 httptools refuses most of what requests are smuggled with: two lengths, a length beside chunks, spaces before a colon, bare line feeds,
 folded lines. What it leaves to its caller is refused here: other versions, other codings than chunked, chunks in HTTP/1.0. Trailers are
-dropped.
+dropped, and what asks for an upgrade is answered as though it had not.
 """
 
 import asyncio
