@@ -86,7 +86,7 @@ class Controller:
         if isinstance(event, Adopted):
             assert place.life is None, f"{place.name} is adopted twice"
             self.next_epoch = max(self.next_epoch, Epoch(event.epoch + 1))
-            life = Life(event.epoch, LifeState.STARTING, now_s, now_s, unheard=True)
+            life = Life(event.epoch, LifeState.STARTING, now_s, now_s, unheard=event.served)
             self.places[place.name] = replace(place, life=life)
         elif place.life is not None and place.life.epoch == event.epoch:
             if isinstance(event, Answered):
@@ -159,14 +159,14 @@ class Controller:
             return "drained"
         if life.state is LifeState.DRAINING and now_s - life.since_s > limits.drain_s:
             return f"not drained within {limits.drain_s:g} s"
-        if life.state is not LifeState.STARTING and now_s - life.answered_s > limits.answer_s:
+        if (life.state is not LifeState.STARTING or life.unheard) and now_s - life.answered_s > limits.answer_s:
             return f"no answer for {limits.answer_s:g} s"
         if life.still_s > limits.stall_s:
             return f"its loop has stood still for {life.still_s:.0f} s"
         return ""
 
     def _publish(self) -> list[Action]:
-        """Not before every adopted life is heard or dead: whoever is absent from a membership counts as dead."""
+        """Not before every adopted life that members may know is heard or dead: whoever is absent from a membership counts as dead."""
         if any(place.life is not None and place.life.unheard for place in self.places.values()):
             return []
         workers, gateways = present(self.places)

@@ -46,7 +46,7 @@ class Life:
     presence: Member | Address | None = None  # a worker's or a gateway's, once it is ready
     drained: bool = False
     fault: str = ""                           # why it cannot serve, in its own words
-    unheard: bool = False                     # an earlier controller's, and it has not answered this one yet
+    unheard: bool = False                     # an earlier controller's that has served, and it has not answered this one yet
 
     def moved(self, state: LifeState, now_s: float) -> "Life":
         if state not in TRANSITIONS[self.state]:
@@ -118,6 +118,7 @@ class Adopted:
 
     name: PlaceName
     epoch: Epoch
+    served: bool                              # so members may know it; or else it was starting, and nobody does
 
 
 Event = Answered | StartFailed | Died | Adopted

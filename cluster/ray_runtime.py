@@ -109,6 +109,10 @@ class _Process:
     kill_at_s: float = 0.0
     lost: bool = False                        # Ray has given the actor up, or was told to
 
+    @property
+    def served(self) -> bool:
+        return self.trace is not None and self.trace.served
+
 
 @dataclass
 class RayRuntime:
@@ -127,7 +131,7 @@ class RayRuntime:
         for name, epoch in traces.keys() - self.processes.keys():
             process = _Process(name, epoch, None, traces[name, epoch], dying="Ray has given it up", lost=True)
             self.processes[name, epoch] = process
-        return [Adopted(name, epoch) for name, epoch in self.processes]
+        return [Adopted(name, epoch, process.served) for (name, epoch), process in self.processes.items()]
 
     def act(self, action: Action, now_s: float) -> None:
         logger.info("%s", action)
@@ -203,7 +207,7 @@ class RayRuntime:
     def _publish(self, membership: Membership) -> None:
         self.news = membership
         for process in self.processes.values():
-            if process.trace is not None and process.trace.served and not process.lost:
+            if process.served and not process.lost:
                 self._tell(process, membership)
 
     def _tell(self, process: _Process, membership: Membership) -> None:
@@ -237,8 +241,7 @@ class RayRuntime:
 
     def _trace(self, process: _Process, pulse: Pulse) -> None:
         """Before anything is done with the answer: whoever is known has a trace, also if this controller dies here."""
-        served = pulse.state is ShellState.SERVING or (process.trace is not None and process.trace.served)
-        trace = Trace(pulse.pid, pulse.began_s, served)
+        trace = Trace(pulse.pid, pulse.began_s, served=process.served or pulse.state is ShellState.SERVING)
         if trace != process.trace:
             write_trace(self.spec.name, process.name, process.epoch, trace)
             process.trace = trace

@@ -66,6 +66,20 @@ def test_a_new_controller_adopts_what_lives(colocated: Cluster) -> None:
     served.complete()
 
 
+def test_a_new_controller_replaces_who_has_stopped_before_it(cluster: StartCluster) -> None:
+    """Such a life is known to the others and has never answered this controller: only its trace says which process to wait for."""
+    served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 2.0})
+    controller_pid = served.status.pid
+    before = served.kill("decode-0", signal.SIGSTOP)
+    psutil.Process(controller_pid).kill()
+    served.wait_for(lambda status: status.pid != controller_pid and served.place("decode-0").error == "no answer for 2 s")
+    after = served.wait_until_back(before)
+    assert before.pid is not None
+    assert not psutil.pid_exists(before.pid) or psutil.Process(before.pid).status() == psutil.STATUS_ZOMBIE
+    assert after.pid != before.pid
+    served.complete()
+
+
 def test_a_controller_that_stood_still_kills_nobody(cluster: StartCluster) -> None:
     served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 2.0})
     pids, controller = served.pids, psutil.Process(served.status.pid)

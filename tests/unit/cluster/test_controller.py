@@ -54,6 +54,7 @@ class Process:
     draining: bool = False
     killed: bool = False
     heard: Heard = NOTHING_HEARD
+    served: bool = False                      # and has said so: before that nobody tells it anything
 
 
 @dataclass
@@ -73,6 +74,7 @@ class World:
             elif not process.hung:
                 here = presence(name, epoch) if process.ready else None
                 process.still_s = None if process.still_s is None or here is None else process.still_s + seconds
+                process.served = process.served or process.ready
                 drained = process.draining and process.still_s is None
                 self.controller.observe(Answered(name, epoch, here, drained, process.still_s or 0.0, process.heard), self.now_s)
         for action in self.controller.decide(self.now_s):
@@ -91,7 +93,7 @@ class World:
                 self.membership = membership
                 for process in self.processes.values():
                     assert membership.version > process.heard.version, "it would be taken for an older one"
-                    process.heard = Heard(membership.version, membership.next_epoch) if process.ready else process.heard
+                    process.heard = Heard(membership.version, membership.next_epoch) if process.served else process.heard
 
     def die(self, name: PlaceName, epoch: Epoch) -> None:
         del self.processes[name, epoch]
@@ -181,8 +183,8 @@ class Chaos(RuleBasedStateMachine):
         old = self.world.controller
         self.world.controller = Controller(old.desired, TIMEOUTS, Epoch(old.next_epoch + later), old.next_version + later)
         self.world.membership = None
-        for name, epoch in self.world.processes:
-            self.world.controller.observe(Adopted(name, epoch), self.world.now_s)
+        for (name, epoch), process in self.world.processes.items():
+            self.world.controller.observe(Adopted(name, epoch, process.served), self.world.now_s)
 
     @invariant()
     def epochs_only_grow(self) -> None:
@@ -414,18 +416,42 @@ def test_a_drain_ends_at_its_timeout() -> None:
 
 def test_adopting_publishes_nothing_before_all_are_heard() -> None:
     controller = Controller(ALL, TIMEOUTS, Epoch(5000), next_version=1)
-    controller.observe(Adopted(D0, FIRST), 0.0)
+    controller.observe(Adopted(D0, FIRST, served=True), 0.0)
     assert [action for action in controller.decide(0.0) if isinstance(action, Publish)] == []
     controller.observe(Answered(D0, FIRST, presence(D0, FIRST)), 0.1)
     published = [action.membership for action in controller.decide(0.1) if isinstance(action, Publish)]
     assert [member.ref.epoch for member in published[0].workers] == [FIRST]
 
 
+def test_an_adopted_life_that_does_not_answer_holds_nothing_up_for_longer_than_any_other() -> None:
+    controller = Controller(frozenset({D0, D1}), TIMEOUTS, Epoch(FIRST + 7), next_version=1)
+    later = Epoch(FIRST + 1)
+    controller.observe(Adopted(D0, FIRST, served=True), 0.0)
+    controller.observe(Adopted(D1, later, served=True), 0.0)
+    answer_s = TIMEOUTS.answer_s
+    controller.observe(Answered(D1, later, presence(D1, later)), answer_s)
+    assert controller.decide(answer_s) == []
+    assert controller.decide(answer_s + 0.1) == [Kill(D0, FIRST, f"no answer for {answer_s:g} s")], "it may write until it is dead"
+    controller.observe(Died(D0, FIRST, "killed"), answer_s + 2)
+    published = [action.membership for action in controller.decide(answer_s + 2) if isinstance(action, Publish)]
+    assert [member.ref.epoch for member in published[0].workers] == [later]
+
+
+def test_an_adopted_life_that_was_starting_may_go_on_and_holds_nothing_up() -> None:
+    """Ray may not have made its process yet, or its threads wait for Python's lock while libraries load."""
+    controller = Controller(frozenset({D0}), TIMEOUTS, Epoch(FIRST + 7), next_version=1)
+    controller.observe(Adopted(D0, FIRST, served=False), 0.0)
+    published = [action.membership for action in controller.decide(0.0) if isinstance(action, Publish)]
+    assert not published[0].has_ended(WorkerRef(WorkerId(str(D0)), FIRST, Address("")))
+    assert controller.decide(TIMEOUTS.start_s) == []
+    assert [type(action) for action in controller.decide(TIMEOUTS.start_s + 1)] == [Kill]
+
+
 @pytest.mark.parametrize("here", [None, presence(D0, FIRST)])
 def test_who_was_drained_by_an_earlier_controller_is_replaced(here: Member | None) -> None:
     """It has ended, or takes no more requests: nothing brings it back."""
     controller = Controller(frozenset({D0}), TIMEOUTS, Epoch(FIRST + 7), next_version=1)
-    controller.observe(Adopted(D0, FIRST), 0.0)
+    controller.observe(Adopted(D0, FIRST, served=True), 0.0)
     controller.observe(Answered(D0, FIRST, here, drained=True), 0.1)
     assert [action for action in controller.decide(0.1) if isinstance(action, Kill)] == [Kill(D0, FIRST, "drained")]
 
@@ -433,7 +459,7 @@ def test_who_was_drained_by_an_earlier_controller_is_replaced(here: Member | Non
 def test_versions_and_epochs_go_on_from_what_members_have_heard() -> None:
     """They come from the clock, which may have been set back: members would ignore all news as older than what they know."""
     controller = Controller(ALL, TIMEOUTS, Epoch(10), next_version=10)
-    controller.observe(Adopted(D0, FIRST), 0.0)
+    controller.observe(Adopted(D0, FIRST, served=True), 0.0)
     heard = Heard(FIRST_VERSION, Epoch(FIRST + 7))
     controller.observe(Answered(D0, FIRST, presence(D0, FIRST), heard=heard), 0.1)
     actions = controller.decide(0.1)
