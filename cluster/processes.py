@@ -30,13 +30,17 @@ def find_process(pid: int, then_s: float) -> psutil.Process | None:
 def is_dead(process: psutil.Process) -> bool:
     """The table shows a zombie as soon as the first thread has ended; the others may go on, and write."""
     try:
-        return not process.is_running() or (process.status() == psutil.STATUS_ZOMBIE and _num_threads(process.pid) <= 1)
+        return not process.is_running() or not any(_goes_on(thread) for thread in Path(f"/proc/{process.pid}/task").iterdir())
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return True
 
 
-def _num_threads(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/task"))
+def _goes_on(thread: Path) -> bool:
+    """One that has ended stays in the table while a debugger has not noticed."""
+    try:
+        return (thread / "stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def kill(process: psutil.Process) -> None:

@@ -143,7 +143,7 @@ class Goodput:
             tokens_per_s=tokens_per_s * gateways_per_worker,
             tokens_each=self._squares[pool_name].per_s(now) / tokens_per_s if tokens_per_s else 0.0,
             num_others=view.num_gateways - 1,
-            num_joining=sum(worker.num_expected for worker in pool) * gateways_per_worker,
+            num_joining=sum([worker.num_expected for worker in pool]) * gateways_per_worker,
         )
 
     def _sample(self, request: RoutingRequest, pool: Sequence[WorkerLoad], depths: dict[WorkerRef, int]) -> list[WorkerLoad]:

@@ -21,12 +21,12 @@ LOAD_FACTOR = 1.25
 MAX_INDEXED_CHUNKS = 1 << 18
 
 
-def chain(token_ids: Sequence[int], chunk_tokens: int) -> list[int]:
+def chain(token_ids: tuple[int, ...], chunk_tokens: int) -> list[int]:
     """One hash per full chunk, each over all tokens up to its end. A collision costs a worse choice, never a wrong answer."""
     hashes: list[int] = []
     previous = 0
     for start in range(0, len(token_ids) - chunk_tokens + 1, chunk_tokens):
-        previous = hash((previous, *token_ids[start : start + chunk_tokens]))
+        previous = hash((previous, token_ids[start : start + chunk_tokens]))
         hashes.append(previous)
     return hashes
 
@@ -66,7 +66,10 @@ class PrefixIndex:
 
     def insert(self, hashes: Sequence[int], worker: WorkerRef) -> None:
         for chunk in reversed(hashes):        # a prefix is more recent than what follows it, so it is forgotten later
-            held = self._holders.setdefault(chunk, set())
+            held = self._holders.get(chunk)
+            if held is None:
+                self._holders[chunk] = {worker}
+                continue
             if worker not in held:            # in place of its earlier lives: a prefix that never gets old must not collect the dead
                 held.difference_update([other for other in held if other.worker_id == worker.worker_id])
                 held.add(worker)

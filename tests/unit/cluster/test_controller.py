@@ -54,7 +54,7 @@ class Process:
     draining: bool = False
     killed: bool = False
     heard: Heard = NOTHING_HEARD
-    served: bool = False                      # and has said so
+    served: bool = False                      # and has said so: before that nobody tells it anything
 
 
 @dataclass
@@ -93,7 +93,7 @@ class World:
                 self.membership = membership
                 for process in self.processes.values():
                     assert membership.version > process.heard.version, "it would be taken for an older one"
-                    process.heard = Heard(membership.version, membership.next_epoch) if process.ready else process.heard
+                    process.heard = Heard(membership.version, membership.next_epoch) if process.served else process.heard
 
     def die(self, name: PlaceName, epoch: Epoch) -> None:
         del self.processes[name, epoch]

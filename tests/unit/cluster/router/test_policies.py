@@ -153,7 +153,7 @@ class TestPrefixAware:
         assert picker.pick(REQUEST, [newborn, load("d-1", free=60)]).ref.worker_id == "d-1"
 
     def test_a_prefix_in_use_does_not_collect_dead_lives(self):
-        index, hashes = PrefixIndex(), chain(range(20), 10)
+        index, hashes = PrefixIndex(), chain(tuple(range(20)), 10)
         lives = [WorkerRef(WorkerId(f"d-{i}"), Epoch(epoch), Address("fake://x")) for epoch in range(5) for i in range(2)]
         for life in lives:
             index.insert(hashes, life)
@@ -161,7 +161,7 @@ class TestPrefixAware:
 
     def test_the_index_is_bounded_and_forgets_tails_first(self):
         index = PrefixIndex(max_chunks=6)
-        old, new = chain(range(50), 10), chain(range(500, 540), 10)
+        old, new = chain(tuple(range(50)), 10), chain(tuple(range(500, 540)), 10)
         worker = load("p-0").ref
         index.insert(old, worker)
         index.insert(new, worker)
@@ -173,7 +173,7 @@ class TestPrefixAware:
 @given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=60), st.integers(1, 7))
 def test_chains_agree_exactly_as_far_as_the_tokens_do(left, right, chunk_tokens):
     common = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-    agreeing = sum(a == b for a, b in zip(chain(left, chunk_tokens), chain(right, chunk_tokens), strict=False))
+    agreeing = sum(a == b for a, b in zip(chain(tuple(left), chunk_tokens), chain(tuple(right), chunk_tokens), strict=False))
     assert agreeing == common // chunk_tokens
 
 
