@@ -55,7 +55,7 @@ def runtime_of(member: Member, ray_head: str) -> "RayRuntime":
     join(Record("played", ray_head, None))
     from diptych.cluster.ray_runtime import RayRuntime, _Process
 
-    runtime = RayRuntime(Spec.model_construct(), Keyring.new(), node_id="", node_ip="")
+    runtime = RayRuntime(Spec.model_construct(name="alone"), Keyring.new(), node_id="", node_ip="")
     runtime.processes[GATEWAY, Epoch(1)] = _Process(GATEWAY, Epoch(1), member)
     return runtime
 
