@@ -69,9 +69,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return sixteen_bits and contiguous and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and weight.shape[1] % 8 == 0
 
 
-def skinny_linear(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None
-) -> None:
+def skinny_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None) -> None:
     """out [m, n] = x [m, k] · weight [n, k]ᵀ + bias [n], all contiguous, m at most MAX_ROWS.
 
     `tile` is for measuring.

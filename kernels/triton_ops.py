@@ -21,6 +21,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 BLOCK_SIZES = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+
 class TritonOps:
     """kv_scales [num_layers, 2, kv_heads] fp32: what keys and values of an fp8 pool were divided by when stored; None for 1."""
 
@@ -33,8 +34,7 @@ class TritonOps:
         return cls(torch.cuda.get_device_properties(device).multi_processor_count, kv_scales)
 
     def prepare(self, num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
-        if kv_pool.dtype is not FP8:
-            cudnn_attention.plan(num_heads, kv_pool, max_rows)
+        cudnn_attention.plan(num_heads, kv_pool, max_rows)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not suits(x, weight):
