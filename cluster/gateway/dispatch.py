@@ -80,7 +80,6 @@ class Dispatcher:
         self._log = DecisionLog() if log is None else log
         self._running: dict[RequestId, Generation] = {}
         self._line: Line[Generation] = Line()
-        self._peers: set[WorkerRef] = set()
         self.wake_at: Callable[[float], None] = lambda at: None        # on `clock`; a later call may name a sooner moment
 
     @property
@@ -118,8 +117,7 @@ class Dispatcher:
         """What ran on a life that is gone is routed anew at once."""
         if not self._loads.set_membership(membership, self._clock()):
             return
-        self._peers = {member.ref for member in membership.workers}
-        self._post.update_members({ref.address for ref in self._peers})
+        self._post.update_members({member.ref.address for member in membership.workers})
         self._line.news()
         self.watch()
 
@@ -321,8 +319,7 @@ class Dispatcher:
             self._drop_attempt(generation)
 
     def _send_abort(self, worker: WorkerRef, request_id: RequestId) -> None:
-        if worker in self._peers:             # nobody knocks at a dead worker's door: the Post would keep it open
-            self._post.send(worker.address, Abort(request_id))
+        self._post.send(worker.address, Abort(request_id))       # which the Post drops if the worker is no member any more
 
     def _drop_attempt(self, generation: Generation, num_outputs: int | None = None) -> None:
         if generation.attempt is not None:
