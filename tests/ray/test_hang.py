@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from diptych.cluster.pulse import DeploymentStatus
+
 from .conftest import Cluster, StartCluster
 
 ATTACH, ALL_THREADS = 16, 0x40000000          # PTRACE_ATTACH, __WALL
@@ -32,9 +34,12 @@ def assert_replaced(served: Cluster, name: str) -> None:
     assert threads
     for thread_id in threads:
         stop(thread_id)
-    served.wait_for(lambda status: served.place(name).error != "")
-    said = served.place(name).error
-    assert said.startswith(("its loop has stood still", "no answer")), "the latter if a thread was stopped while it held Python's lock"
+
+    def said(status: DeploymentStatus) -> str:
+        return next(place.error for place in status.places if place.name == name)
+
+    error = said(served.wait_for(lambda status: said(status) != ""))
+    assert error.startswith(("its loop has stood still", "no answer")), "the latter if a thread was stopped while it held Python's lock"
     assert served.wait_until_back(before).pid != before.pid
 
 

@@ -5,6 +5,7 @@ from harness.ucx import needs_ucx
 
 from diptych.cluster.pulse import DeploymentStatus
 from diptych.kvtransfer.selection import AS_FAST
+from diptych.messages.requests import RequestSpan
 
 from .conftest import Cluster, StartCluster
 
@@ -19,9 +20,7 @@ def test_served_over_ucx_on_loopback(cluster: StartCluster, colocated: Cluster) 
 
     expected, apart = answers(colocated), cluster(transfer={"transports": ["ucx"]})
     assert answers(apart) == expected
-    span = next(gateway.gateway.last_span for gateway in apart.status.places if gateway.gateway is not None)
-    assert span is not None
-    assert span.transport == "ucx"
+    assert last_transport(apart) == "ucx"
     for victim in ("decode-0", "prefill-0"):
         apart.wait_until_back(apart.kill(victim))
         assert answers(apart) == expected
@@ -35,13 +34,17 @@ def test_a_pair_measures_both_of_its_transports_and_uses_the_fastest(cluster: St
     assert sorted(each.transport for each in figures) == ["shm", "ucx"]
     assert link.gbps >= AS_FAST * max(each.gbps for each in figures)
     apart.complete(PROMPTS[0])
+    assert last_transport(apart) == link.transport
 
-    def last_transport(status: DeploymentStatus) -> str | None:
-        spans = [place.gateway.last_span for place in status.places if place.gateway is not None]
-        return spans[0] and spans[0].transport
 
-    status = apart.wait_for(lambda status: last_transport(status) is not None)
-    assert last_transport(status) == link.transport
+def last_transport(served: Cluster) -> str:
+    """Of the last request; waits for the gateway's next report, since an answer is there before it."""
+    def span(status: DeploymentStatus) -> RequestSpan | None:
+        return next((place.gateway.last_span for place in status.places if place.gateway and place.gateway.last_span), None)
+
+    last = span(served.wait_for(lambda status: span(status) is not None, 10))
+    assert last is not None
+    return last.transport
 
 
 def test_an_unknown_transport_is_refused_before_anything_starts(cluster: StartCluster) -> None:
