@@ -49,7 +49,7 @@ class SamplingParams(Struct, frozen=True):
     logit_bias: dict[int, float] = {}
 
 
-class WorkerRef(Struct, frozen=True):
+class WorkerRef(Struct, frozen=True, cache_hash=True):
     """One life of a worker and where it listens."""
 
     worker_id: WorkerId

@@ -54,6 +54,19 @@ class DecodeEstimate(Struct, frozen=True):
     tpot_s: float                             # with it, as the worker paces itself: prompts get no more than the promise leaves
 
 
+class DecodeSide(Struct, frozen=True):
+    """What is known of a request on a decode worker whoever computes its prompt."""
+
+    model: StepModel
+    num_decoding: int
+    life_s: float                             # of an answer, at today's pace
+    num_joining: float                        # sequences on their way
+    context_each: float                       # of those that decode then
+    own_context: float                        # of the request, while it decodes
+    share: float                              # of the worker's time that goes to prompts
+    tpot_s: float                             # promised
+
+
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
     model = model_of(worker)
     age_s = 0.0 if worker.reported_at is None else now - worker.reported_at
@@ -79,16 +92,31 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     return PrefillEstimate(backlog_s, own_s, ahead_s + own_s + extra_s + num_steps * shared_s)
 
 
-def estimate_decode(
-    worker: WorkerLoad, work: Work, joins_in_s: float, local_prefill_s: float, inflow: Inflow = NOTHING
-) -> DecodeEstimate:
-    model = model_of(worker)
-    count, context = _at_join(worker, work, model, joins_in_s, inflow)
-    share = worker.prefill_share + model.prefill_s(worker.num_waiting_tokens, worker.prefill_pairs) / SHARE_HORIZON_S
-    before_s = _stretched(model.decode_s(count, context), share)
-    alone_s = model.decode_s(count + 1, context + mean_context(work))
-    after_s = _stretched(alone_s, share + local_prefill_s / SHARE_HORIZON_S)
-    return DecodeEstimate(before_s, after_s, min(after_s, alone_s + beside_s(alone_s, work.tpot_s)))
+def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> DecodeSide:
+    model, count = model_of(worker), worker.num_decoding
+    own_context = work.num_tokens + work.num_outputs / 2
+    return DecodeSide(
+        model=model,
+        num_decoding=count,
+        life_s=work.num_outputs * model.decode_s(count, worker.decode_context),
+        num_joining=max(worker.num_requests - count, inflow.num_joining),
+        context_each=worker.decode_context / count if count else own_context,
+        own_context=own_context,
+        share=worker.prefill_share + model.prefill_s(worker.num_waiting_tokens, worker.prefill_pairs) / SHARE_HORIZON_S,
+        tpot_s=work.tpot_s,
+    )
+
+
+def estimate_decode(side: DecodeSide, joins_in_s: float, local_prefill_s: float) -> DecodeEstimate:
+    """Those that run are at a random place of their lives; it is not believed that load will shrink."""
+    model, running = side.model, side.num_decoding
+    ended = running * min(1.0, joins_in_s / side.life_s) if side.life_s > 0 else 0.0
+    count = max(running, running - ended + side.num_joining)
+    context = count * side.context_each
+    alone_s = model.decode_s(count + 1, context + side.own_context)
+    after_s = _stretched(alone_s, side.share + local_prefill_s / SHARE_HORIZON_S)
+    before_s = _stretched(model.decode_s(count, context), side.share)
+    return DecodeEstimate(before_s, after_s, min(after_s, alone_s + beside_s(alone_s, side.tpot_s)))
 
 
 def blocks_at_end(worker: WorkerLoad, work: Work) -> int:
@@ -116,26 +144,11 @@ def _tokens_behind(worker: WorkerLoad, work: Work, now: float) -> int:
     return sum(tokens for due_s, tokens in worker.queue if due_s > slack_s)
 
 
-def mean_context(work: Work) -> float:
-    """While it decodes."""
-    return work.num_tokens + work.num_outputs / 2
-
-
 def _decode_s_soon(worker: WorkerLoad, model: StepModel) -> float:
     """A step of its decodes and of those that are known to come: what a prompt that waits will share its steps with."""
     if not worker.num_decoding:
         return model.base_s
     return model.decode_s(worker.num_requests, worker.decode_context * worker.num_requests / worker.num_decoding)
-
-
-def _at_join(worker: WorkerLoad, work: Work, model: StepModel, joins_in_s: float, inflow: Inflow) -> tuple[float, float]:
-    """(sequences, their context) that decode when the request joins. Those that run are at a random place of their lives."""
-    context_each = worker.decode_context / worker.num_decoding if worker.num_decoding else mean_context(work)
-    life_s = work.num_outputs * model.decode_s(worker.num_decoding, worker.decode_context)
-    ended = worker.num_decoding * min(1.0, joins_in_s / life_s) if life_s > 0 else 0.0
-    joining = max(worker.num_requests - worker.num_decoding, inflow.num_joining)
-    count = max(worker.num_decoding, worker.num_decoding - ended + joining)       # it is not believed that load will shrink
-    return count, count * context_each
 
 
 def _stretched(step_s: float, prefill_share: float) -> float:

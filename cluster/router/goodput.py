@@ -12,8 +12,8 @@ is priced STEEPNESS**load, so a worker near its limit is dear and an idle one ne
 online assignment competitive: Aspnes, Azar, Fiat, Plotkin, Waarts, "On-line routing of virtual circuits with applications to load
 balancing and machine scheduling", JACM 1997.)
 
-Of a pool larger than ALL_UP_TO, SAMPLE workers are drawn for each request, and the one with the longest prefix of the prompt is added:
-gateways that share a stale view do not all run to the same worker.
+Of a pool larger than ALL_UP_TO, two workers are drawn for each request, and one that holds the longest prefix of the prompt is added if
+neither does: gateways that share a stale view do not all run to the same worker.
 """
 
 import math
@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from ...engine.pace import AIM
 from ...messages.requests import Route, WorkerRef
-from .estimate import NOTHING, Inflow, PrefillEstimate, Work, blocks_at_end, estimate_decode, estimate_prefill
+from .estimate import NOTHING, DecodeSide, Inflow, PrefillEstimate, Work, blocks_at_end, decode_side, estimate_decode, estimate_prefill
 from .policy import (
     ClusterView,
     Decision,
@@ -38,10 +38,9 @@ from .policy import (
     prefill_pool,
     what_is_missing,
 )
-from .prefix_aware import PrefixIndex, chain
+from .prefix_aware import Held, PrefixIndex, chain
 
 ALL_UP_TO = 4
-SAMPLE = 2
 STEEPNESS = 50.0
 PATIENCE_S = 0.04                             # so long a request waits at its gateway for room: longer ones come to the workers in a hurry
 MAX_LOAD = 4.0                                # loads beyond are equally hopeless
@@ -95,9 +94,7 @@ class Goodput:
             pool, count = "decode" if decision.prefill is None else "prefill", len(request.token_ids)
             self._flows[pool].add(count, now)
             self._squares[pool].add(count * count, now)
-            for worker in (decision.prefill, decision.decode):
-                if worker is not None:
-                    self._index.insert(hashes, worker)
+            self._index.insert(hashes, *([decision.decode] if decision.prefill is None else [decision.prefill, decision.decode]))
         return explanation
 
     def explain(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
@@ -116,22 +113,23 @@ class Goodput:
         self, request: RoutingRequest, work: Work, view: ClusterView, now: float, hashes: Sequence[int]
     ) -> list[Prediction]:
         prefill = prefill_pool(request, view, self._options.local_only)
-        depths = self._index.holders(hashes)
+        held = self._index.held(hashes)
 
         def prefilled(worker: WorkerLoad, inflow: Inflow) -> PrefillEstimate:
-            num_known = depths.get(worker.ref, 0) * _chunk_tokens(view)
+            num_known = held.depth(worker.ref) * _chunk_tokens(view)
             return estimate_prefill(worker, work, _num_cached(worker, num_known, work), now, inflow)
 
         there, here = self._inflow("prefill", prefill, view, now), self._inflow("decode", view.decode, view, now)
-        senders = [(worker, prefilled(worker, there)) for worker in self._sample(request, prefill, depths)]
+        senders = [_source(request, work, worker, prefilled(worker, there)) for worker in self._sample(request, prefill, held)]
         predictions = []
-        for decode in self._sample(request, view.decode, depths):
+        for decode in self._sample(request, view.decode, held):
+            target = _target(request, work, decode, here)
             if request.path is not Path.SPLIT:
-                own = prefilled(decode, here)
-                predictions.append(_predict(request, work, decode, None, own, own.ttft_s, here))
-            for sender, estimate in senders:
-                moved_s = view.links.get((sender.ref, decode.ref), 0.0) * work.num_tokens
-                predictions.append(_predict(request, work, decode, sender, estimate, max(estimate.ttft_s, moved_s), here))
+                own = _source(request, work, decode, prefilled(decode, here))
+                predictions.append(_predict(work, target, own, own.estimate.ttft_s))
+            for source in senders:
+                moved_s = view.links.get((source.ref, decode.ref), 0.0) * work.num_tokens
+                predictions.append(_predict(work, target, source, max(source.estimate.ttft_s, moved_s)))
         predictions.sort(key=lambda each: (not each.keeps_both, each.cost))
         return predictions
 
@@ -146,19 +144,24 @@ class Goodput:
             num_joining=sum([worker.num_expected for worker in pool]) * gateways_per_worker,
         )
 
-    def _sample(self, request: RoutingRequest, pool: Sequence[WorkerLoad], depths: dict[WorkerRef, int]) -> list[WorkerLoad]:
-        """Of those that take more, SAMPLE drawn at random and the one that holds most of the prompt."""
+    def _sample(self, request: RoutingRequest, pool: Sequence[WorkerLoad], held: Held) -> list[WorkerLoad]:
+        """Of those that take more, two drawn at random and, if neither holds as much of the prompt as any, one that does."""
         limit = self._options.max_requests_per_worker
         below = [worker for worker in pool if worker.num_requests < limit]
         usable = [worker for worker in below if worker.ref not in request.avoid] if request.avoid else below
         usable = usable or below
         if len(usable) <= ALL_UP_TO:
             return usable
-        drawn = self._random.sample(usable, SAMPLE)
-        if not depths:
+        drawn = self._two(usable)
+        holder = held.deepest(usable)
+        if holder is None or held.depth(holder.ref) in [held.depth(worker.ref) for worker in drawn]:
             return drawn
-        holder = max(usable, key=lambda worker: depths.get(worker.ref, 0))
-        return drawn if holder in drawn or holder.ref not in depths else [*drawn, holder]
+        return [*drawn, holder]
+
+    def _two(self, workers: list[WorkerLoad]) -> list[WorkerLoad]:
+        """At random; `random.sample` takes ten times as long."""
+        one, other = int(self._random.random() * len(workers)), int(self._random.random() * (len(workers) - 1))
+        return [workers[one], workers[other + (other >= one)]]
 
     def _decide(self, request: RoutingRequest, work: Work, predictions: list[Prediction]) -> Decision:
         if not predictions:
@@ -180,37 +183,62 @@ class Goodput:
         return Queue(text, useful_s, retry_after_s) if useful_s > 0 else Refuse(text, retry_after_s)
 
 
-def _predict(
-    request: RoutingRequest,
-    work: Work,
-    decode: WorkerLoad,
-    sender: WorkerLoad | None,
-    prefill: PrefillEstimate,
-    kv_arrival_s: float,
-    inflow: Inflow,
-) -> Prediction:
-    estimate = estimate_decode(decode, work, kv_arrival_s, prefill.own_s if sender is None else 0.0, inflow)
-    gaps = max(1.0, work.num_outputs - 1)
-    joining_s = (kv_arrival_s - prefill.ttft_s) / gaps
-    needed = blocks_at_end(decode, work)
-    held = decode.num_blocks - decode.num_free_blocks
-    ttft_scale_s, tpot_scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S, request.objectives.tpot_s or NO_TPOT_SCALE_S
-    cost = (
-        _rise(prefill.backlog_s / ttft_scale_s, (prefill.backlog_s + prefill.own_s) / ttft_scale_s)
-        + _rise(estimate.before_s / tpot_scale_s, (estimate.after_s + joining_s) / tpot_scale_s)
-        + _rise(held / decode.num_blocks, (held + needed) / decode.num_blocks)
+class _Source(Struct, frozen=True):
+    """Who computes the prompt, and what that means whoever decodes."""
+
+    ref: WorkerRef
+    estimate: PrefillEstimate
+    cost: float
+    keeps_ttft: bool
+
+
+class _Target(Struct, frozen=True):
+    """Who decodes, and what that means whoever has computed the prompt."""
+
+    ref: WorkerRef
+    side: DecodeSide
+    memory: float
+    cost: float                               # of memory
+    fits: bool
+    scale_s: float                            # what a token's time is measured against
+    most_s: float                             # a token's time that keeps the promise, were steps as long as the model is wrong
+
+
+def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: PrefillEstimate) -> _Source:
+    scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S
+    cost = _rise(estimate.backlog_s / scale_s, (estimate.backlog_s + estimate.own_s) / scale_s)
+    return _Source(worker.ref, estimate, cost, estimate.ttft_s * (1 + _error(worker)) <= work.ttft_slack_s)
+
+
+def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow) -> _Target:
+    promised_s, needed = request.objectives.tpot_s, blocks_at_end(worker, work)
+    held, memory = worker.used_share, (worker.num_blocks - worker.num_free_blocks + needed) / worker.num_blocks
+    return _Target(
+        ref=worker.ref,
+        side=decode_side(worker, work, inflow),
+        memory=memory,
+        cost=_rise(held, memory),
+        fits=needed + worker.num_decoding <= worker.num_free_blocks,
+        scale_s=promised_s or NO_TPOT_SCALE_S,
+        most_s=math.inf if promised_s is None or work.num_outputs <= 1 else promised_s / (1 + _error(worker)),
     )
-    tpot_s, objectives = estimate.tpot_s + joining_s, request.objectives
+
+
+def _predict(work: Work, target: _Target, source: _Source, kv_arrival_s: float) -> Prediction:
+    is_local, ttft_s = source.ref is target.ref, source.estimate.ttft_s
+    estimate = estimate_decode(target.side, kv_arrival_s, source.estimate.own_s if is_local else 0.0)
+    joining_s = (kv_arrival_s - ttft_s) / max(1.0, work.num_outputs - 1)
+    step_cost = _rise(estimate.before_s / target.scale_s, (estimate.after_s + joining_s) / target.scale_s)
+    tpot_s = estimate.tpot_s + joining_s
     return Prediction(
-        route=Route(decode=decode.ref, prefill=None if sender is None else sender.ref),
-        ttft_s=prefill.ttft_s,
+        route=Route(decode=target.ref, prefill=None if is_local else source.ref),
+        ttft_s=ttft_s,
         kv_arrival_s=kv_arrival_s,
         tpot_s=tpot_s,
-        memory=(held + needed) / decode.num_blocks,
-        cost=cost,
-        keeps_ttft=prefill.ttft_s * (1 + _error(sender or decode)) <= work.ttft_slack_s,
-        keeps_tpot=(objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s * (1 + _error(decode)) <= objectives.tpot_s)
-        and needed + decode.num_decoding <= decode.num_free_blocks,
+        memory=target.memory,
+        cost=source.cost + step_cost + target.cost,
+        keeps_ttft=source.keeps_ttft,
+        keeps_tpot=tpot_s <= target.most_s and target.fits,
     )
 
 

@@ -88,22 +88,17 @@ class _Worker:
     reported_at: float | None = None
     sent: _Outstanding = field(default_factory=_Outstanding)            # until the next settled report
     expected: _Outstanding = field(default_factory=_Outstanding)        # to decode here, being prefilled elsewhere
-    _load: WorkerLoad | None = None
+    load: WorkerLoad | None = None            # None: to be computed
 
     def changed(self) -> None:
-        self._load = None
+        self.load = None
 
-    def load(self) -> WorkerLoad:
-        if self._load is None:
-            self._load = self._compute_load()
-        return self._load
-
-    def _compute_load(self) -> WorkerLoad:
+    def compute(self) -> WorkerLoad:
         report, sent, expected = self.report, self.sent, self.expected
         work = report.work if report and report.work else NO_WORK
         num_reported = report.num_waiting + report.num_running + report.num_reserved if report else 0
         free = report.num_free_blocks if report else self.member.num_blocks
-        return WorkerLoad(
+        self.load = WorkerLoad(
             ref=self.member.ref,
             num_requests=num_reported + len(sent) + len(expected),
             num_waiting_tokens=(report.num_waiting_tokens if report else 0) + sent.num_tokens,
@@ -122,12 +117,14 @@ class _Worker:
             busy_s=report.busy_s if report else 0.0,
             reported_at=self.reported_at,
         )
+        return self.load
 
 
 class LoadView:
     def __init__(self, silent_after_s: float) -> None:
         self._silent_after_s = silent_after_s
         self._workers: dict[WorkerRef, _Worker] = {}
+        self._candidates: dict[Role, list[_Worker]] = {role: [] for role in Role}      # not draining, in Membership's order
         self._version = -1
         self._links: dict[tuple[WorkerRef, WorkerRef], float] = {}
         self._num_gateways = 1
@@ -146,6 +143,8 @@ class LoadView:
             worker.member = member
             worker.changed()
             self._workers[member.ref] = worker
+        for role, candidates in self._candidates.items():
+            candidates[:] = [each for each in self._workers.values() if each.member.role is role and not each.member.draining]
         self._links = {link: speed for link, speed in self._links.items() if all(end in self._workers for end in link)}
         return True
 
@@ -202,14 +201,17 @@ class LoadView:
 
     def view(self, now: float) -> ClusterView:
         """The workers that live and are not draining, in Membership's order."""
-        usable = [worker for worker in self._workers.values() if not worker.member.draining and self.lives(worker.member.ref, now)]
         return ClusterView(
-            prefill=tuple(worker.load() for worker in usable if worker.member.role is Role.PREFILL),
-            decode=tuple(worker.load() for worker in usable if worker.member.role is Role.DECODE),
+            prefill=self._loads(Role.PREFILL, now),
+            decode=self._loads(Role.DECODE, now),
             links=self._links,
             num_gateways=self._num_gateways,
             mean_outputs=self._mean_outputs,
         )
+
+    def _loads(self, role: Role, now: float) -> tuple[WorkerLoad, ...]:
+        silent_after_s = self._silent_after_s
+        return tuple([worker.load or worker.compute() for worker in self._candidates[role] if now - worker.heard_at <= silent_after_s])
 
     @property
     def members(self) -> tuple[Member, ...]:

@@ -10,9 +10,13 @@ LOAD_FACTOR times the mean number of requests, the new one included.
 """
 
 import math
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 
+from ...messages.ids import WorkerId
 from ...messages.requests import WorkerRef
 from .pickers import LoadKey
 from .policy import RoutingRequest, WorkerLoad
@@ -31,51 +35,65 @@ def chain(token_ids: tuple[int, ...], chunk_tokens: int) -> list[int]:
     return hashes
 
 
+class Held:
+    """Who was sent how much of one prompt."""
+
+    def __init__(self, levels: list[int], bits: Mapping[WorkerRef, int]) -> None:
+        self._levels = levels                 # who was sent the first chunk, the first two, …: each a subset of the one before
+        self._bits = bits
+
+    def depth(self, worker: WorkerRef) -> int:
+        """Leading chunks."""
+        return self._depth(self._bits.get(worker, 0))
+
+    def deepest(self, workers: Sequence[WorkerLoad]) -> WorkerLoad | None:
+        """Of those that were sent most of it the first; None: they were sent nothing."""
+        if not self._levels:
+            return None
+        bits = [self._bits.get(worker.ref, 0) for worker in workers]
+        depth = self._depth(reduce(or_, bits, 0))
+        return next(worker for worker, bit in zip(workers, bits, strict=True) if bit & self._levels[depth - 1]) if depth else None
+
+    def _depth(self, bits: int) -> int:
+        return bisect_left(self._levels, True, key=lambda level: not level & bits)
+
+
 class PrefixIndex:
-    """Which worker was sent which chunks; the least recently sent are forgotten first."""
+    """Which worker was sent which chunks; the least recently sent are forgotten first. A set of workers is a number with one bit for each
+    life: as sets of objects, those of a system prompt that every worker holds would take more time than all else of a decision."""
 
     def __init__(self, max_chunks: int = MAX_INDEXED_CHUNKS) -> None:
         self._max_chunks = max_chunks
-        self._holders: OrderedDict[int, set[WorkerRef]] = OrderedDict()
+        self._holders: OrderedDict[int, int] = OrderedDict()
+        self._bits: dict[WorkerRef, int] = {}
+        self._lives: dict[WorkerId, int] = {}     # bits of all lives of a worker
 
     def __len__(self) -> int:
         return len(self._holders)
 
-    def matched(self, hashes: Iterable[int], workers: Iterable[WorkerRef]) -> dict[WorkerRef, int]:
-        """Leading chunks that each worker was sent."""
-        depths = dict.fromkeys(workers, 0)
-        still = set(depths)
-        for depth, chunk in enumerate(hashes, start=1):
-            still &= self._holders.get(chunk, set())
+    def held(self, hashes: Iterable[int]) -> Held:
+        levels: list[int] = []
+        holders, still = self._holders, -1
+        for chunk in hashes:
+            still &= holders.get(chunk, 0)
             if not still:
                 break
-            depths.update(dict.fromkeys(still, depth))
-        return depths
+            levels.append(still)
+        return Held(levels, self._bits)
 
-    def holders(self, hashes: Iterable[int]) -> dict[WorkerRef, int]:
-        """Leading chunks, of every worker that was sent any; those that were sent none are absent."""
-        depths: dict[WorkerRef, int] = {}
-        still: set[WorkerRef] | None = None
-        for depth, chunk in enumerate(hashes, start=1):
-            held = self._holders.get(chunk, set())
-            still = held if still is None else still & held
-            if not still:
-                break
-            depths.update(dict.fromkeys(still, depth))
-        return depths
-
-    def insert(self, hashes: Sequence[int], worker: WorkerRef) -> None:
+    def insert(self, hashes: Sequence[int], *workers: WorkerRef) -> None:
+        """In place of their earlier lives: a prefix that never gets old must not collect the dead."""
+        new = others = 0
+        for worker in workers:
+            bit = self._bits.setdefault(worker, 1 << len(self._bits))
+            lives = self._lives[worker.worker_id] = self._lives.get(worker.worker_id, 0) | bit
+            new, others = new | bit, others | lives
+        holders = self._holders
         for chunk in reversed(hashes):        # a prefix is more recent than what follows it, so it is forgotten later
-            held = self._holders.get(chunk)
-            if held is None:
-                self._holders[chunk] = {worker}
-                continue
-            if worker not in held:            # in place of its earlier lives: a prefix that never gets old must not collect the dead
-                held.difference_update([other for other in held if other.worker_id == worker.worker_id])
-                held.add(worker)
-            self._holders.move_to_end(chunk)
-        while len(self._holders) > self._max_chunks:
-            self._holders.popitem(last=False)
+            holders[chunk] = holders.get(chunk, 0) & ~others | new
+            holders.move_to_end(chunk)
+        while len(holders) > self._max_chunks:
+            holders.popitem(last=False)
 
 
 class PrefixAware:
@@ -85,9 +103,9 @@ class PrefixAware:
 
     def pick(self, request: RoutingRequest, workers: Sequence[WorkerLoad]) -> WorkerLoad:
         hashes = chain(request.token_ids, workers[0].block_size)
-        depths = self._index.matched(hashes, (worker.ref for worker in workers))
+        held = self._index.held(hashes)
         cap = math.ceil(LOAD_FACTOR * (sum(worker.num_requests for worker in workers) + 1) / len(workers))
         below = [worker for worker in workers if worker.num_requests < cap]
-        chosen = min(below, key=lambda worker: (-depths[worker.ref], self._load(worker)))
+        chosen = min(below, key=lambda worker: (-held.depth(worker.ref), self._load(worker)))
         self._index.insert(hashes, chosen.ref)
         return chosen

@@ -1,7 +1,8 @@
 """How long one decision of policy goodput takes: `python tests/bench/route_decision.py` prints the median and p99 in µs.
 
-32 prefill and 32 decode workers under load, prompts of 1000 tokens; every decision is followed by what the dispatcher does with it, and
-reports come in as they would, so that the view changes under the policy.
+32 prefill and 32 decode workers under load, prompts of 1000 tokens, all different or all alike (so that every worker soon holds them);
+every decision is followed by what the dispatcher does with it, and reports come in as they would, so that the view changes under the
+policy.
 """
 
 import random
@@ -21,6 +22,13 @@ MODEL = StepModel(5e-3, 22e-6, 9e-10, 18e-6, 3.2e-8, 0.02, 1000)
 
 
 def main() -> None:
+    for name, num_prompts in (("all different", NUM_DECISIONS), ("all alike", 1)):
+        for what, times_us in measured(num_prompts).items():
+            p99 = sorted(times_us)[int(0.99 * NUM_DECISIONS)]
+            print(f"{name}: {what}: median {statistics.median(times_us):.0f} µs, p99 {p99:.0f} µs")
+
+
+def measured(num_prompts: int) -> dict[str, list[float]]:
     draw = random.Random(0)
     names = [(role, f"{role}-{i}") for role in Role for i in range(32)]
     members = tuple(
@@ -33,7 +41,7 @@ def main() -> None:
         now = number * 1e-3
         for member in draw.sample(members, 2):
             view.heard(member.ref, report(member, draw), now)
-        request = RoutingRequest((number,) * 1000, 4096, objectives=Objectives(0.4, 0.02), arrived_at=now)
+        request = RoutingRequest((number % num_prompts,) * 1000, 4096, objectives=Objectives(0.4, 0.02), arrived_at=now)
         started = time.perf_counter()
         seen = view.view(now)
         between = time.perf_counter()
@@ -43,8 +51,7 @@ def main() -> None:
         if isinstance(decision, Route):
             view.sent(RequestId(str(number)), decision, 1000, now)
             view.ended(RequestId(str(number)), decision, 200)
-    for name, times_us in (("decision", choosing_us), ("view", viewing_us)):
-        print(f"{name}: median {statistics.median(times_us):.0f} µs, p99 {sorted(times_us)[int(0.99 * NUM_DECISIONS)]:.0f} µs")
+    return {"decision": choosing_us, "view": viewing_us}
 
 
 def report(member: Member, draw: random.Random) -> LoadReport:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.cluster.router.estimate import Inflow, Work, estimate_decode, estimate_prefill
+from diptych.cluster.router.estimate import NOTHING, DecodeEstimate, Inflow, Work, decode_side, estimate_decode, estimate_prefill
 from diptych.cluster.router.goodput import PATIENCE_S, Goodput, GoodputOptions
 from diptych.cluster.router.load_view import LoadView
 from diptych.cluster.router.policy import ClusterView, Objectives, Path, Queue, Refuse, RoutingRequest, WorkerLoad
@@ -55,6 +55,10 @@ def view(prefill: list[WorkerLoad], decode: list[WorkerLoad], **fields: object) 
 
 def policy(**options: object) -> Goodput:
     return Goodput(GoodputOptions(**options))
+
+
+def decoded(worker: WorkerLoad, work: Work, joins_in_s: float, local_prefill_s: float, inflow: Inflow = NOTHING) -> DecodeEstimate:
+    return estimate_decode(decode_side(worker, work, inflow), joins_in_s, local_prefill_s)
 
 
 waiting_tokens, sequences, blocks = st.integers(0, 60_000), st.integers(0, 300), st.integers(0, 1000)
@@ -205,7 +209,7 @@ class TestEstimates:
         less = load("d0", waiting=waiting, decoding=decoding)
         more = load("d0", waiting=waiting + more_waiting, decoding=decoding + more_decoding)
         assert estimate_prefill(more, self.work, 0, now).backlog_s >= estimate_prefill(less, self.work, 0, now).backlog_s - 1e-9
-        assert estimate_decode(more, self.work, 0.1, 0.0).tpot_s >= estimate_decode(less, self.work, 0.1, 0.0).tpot_s - 1e-9
+        assert decoded(more, self.work, 0.1, 0.0).tpot_s >= decoded(less, self.work, 0.1, 0.0).tpot_s - 1e-9
 
     @given(waiting_tokens, st.integers(0, 20_000))
     def test_a_longer_queue_never_looks_sooner_but_for_the_step_it_ends(self, waiting, more_waiting):
@@ -220,7 +224,7 @@ class TestEstimates:
     @given(st.floats(0, 0.9), st.floats(0, 0.9))
     def test_prompts_beside_decodes_stretch_them(self, one, other):
         low, high = sorted((one, other))
-        slow, fast = (estimate_decode(load("d0", decoding=50, share=share), self.work, 0.0, 0.0).tpot_s for share in (high, low))
+        slow, fast = (decoded(load("d0", decoding=50, share=share), self.work, 0.0, 0.0).tpot_s for share in (high, low))
         assert slow >= fast
 
     def test_in_deadline_order_what_is_due_later_is_not_ahead(self):
@@ -252,14 +256,14 @@ class TestEstimates:
 
     @given(st.integers(0, 250), st.floats(0, 0.9))
     def test_prompts_stretch_decodes_no_further_than_their_pace(self, decoding, share):
-        estimate = estimate_decode(load("d0", decoding=decoding, share=share), Work(1000, 200.0, 0.4, 0.02), 0.0, 0.0)
+        estimate = decoded(load("d0", decoding=decoding, share=share), Work(1000, 200.0, 0.4, 0.02), 0.0, 0.0)
         alone_s = MODEL.decode_s(decoding + 1, decoding * 1200 + 1100)
         assert alone_s <= estimate.tpot_s <= alone_s + beside_s(alone_s, 0.02) + 1e-12
 
     def test_what_other_gateways_sent_is_guessed(self):
         inflow = Inflow(tokens_per_s=20_000, num_others=3, num_joining=10.0)
         assert estimate_prefill(load("p0"), self.work, 0, 0.05, inflow).backlog_s == pytest.approx(20_000 * 0.75 * 0.05 * 22e-6)
-        assert estimate_decode(load("d0"), self.work, 0.0, 0.0, inflow).tpot_s > estimate_decode(load("d0"), self.work, 0.0, 0.0).tpot_s
+        assert decoded(load("d0"), self.work, 0.0, 0.0, inflow).tpot_s > decoded(load("d0"), self.work, 0.0, 0.0).tpot_s
 
     def test_of_few_large_prompts_more_may_have_come_unseen_than_of_many_small_ones(self):
         small, large = (Inflow(tokens_per_s=20_000, tokens_each=each, num_others=3) for each in (100.0, 4000.0))
@@ -278,10 +282,10 @@ class TestEstimates:
 
     def test_by_the_join_some_have_ended(self):
         full = load("d0", decoding=200)
-        now, later = (estimate_decode(msgspec.structs.replace(full, num_requests=100), self.work, at_s, 0.0).tpot_s for at_s in (0.0, 1.0))
+        now, later = (decoded(msgspec.structs.replace(full, num_requests=100), self.work, at_s, 0.0).tpot_s for at_s in (0.0, 1.0))
         assert later == now, "the load of a cluster that is in use is not believed to shrink"
         joined = msgspec.structs.replace(full, num_requests=260)
-        assert estimate_decode(joined, self.work, 1.0, 0.0).tpot_s < estimate_decode(joined, self.work, 0.0, 0.0).tpot_s
+        assert decoded(joined, self.work, 1.0, 0.0).tpot_s < decoded(joined, self.work, 0.0, 0.0).tpot_s
 
 
 class TestPatience:

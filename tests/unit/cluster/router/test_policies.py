@@ -157,7 +157,8 @@ class TestPrefixAware:
         lives = [WorkerRef(WorkerId(f"d-{i}"), Epoch(epoch), Address("fake://x")) for epoch in range(5) for i in range(2)]
         for life in lives:
             index.insert(hashes, life)
-        assert index.holders(hashes) == dict.fromkeys(lives[-2:], 2)
+        held = index.held(hashes)
+        assert [held.depth(life) for life in lives] == [0] * 8 + [2, 2]
 
     def test_the_index_is_bounded_and_forgets_tails_first(self):
         index = PrefixIndex(max_chunks=6)
@@ -166,8 +167,23 @@ class TestPrefixAware:
         index.insert(old, worker)
         index.insert(new, worker)
         assert len(index) == 6
-        assert index.matched(old, [worker]) == {worker: 2}
-        assert index.matched(new, [worker]) == {worker: 4}
+        assert index.held(old).depth(worker) == 2
+        assert index.held(new).depth(worker) == 4
+
+    @given(st.lists(st.tuples(st.sets(st.integers(0, 3), min_size=1), st.integers(0, 5)), max_size=12), st.sets(st.integers(0, 3)))
+    def test_depths_are_those_of_what_was_sent(self, sent, asked):
+        index, hashes = PrefixIndex(), chain(tuple(range(50)), 10)
+        workers = [load(f"p-{i}") for i in range(4)]
+        depths = [0] * 4
+        for indices, depth in sent:
+            index.insert(hashes[:depth], *(workers[i].ref for i in indices))
+            depths = [max(old, depth) if i in indices else old for i, old in enumerate(depths)]
+        held = index.held(hashes)
+        assert [held.depth(worker.ref) for worker in workers] == depths
+        deepest = held.deepest([workers[i] for i in asked])
+        most = max((depths[i] for i in asked), default=0)
+        assert (deepest is not None) is (most > 0)
+        assert deepest is None or depths[workers.index(deepest)] == most
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=60), st.integers(1, 7))
