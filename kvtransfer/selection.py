@@ -38,9 +38,11 @@ def _shm(owner: Owner) -> "Transport":
 
 
 def _ucx(owner: Owner) -> "Transport":
+    import torch
+
     from .ucx.transport import UcxTransport
 
-    return UcxTransport()
+    return UcxTransport(torch.device(owner.device))
 
 
 def _nvlink(owner: Owner) -> "Transport":
@@ -61,7 +63,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "shm": Kind(_shm, memory=("cpu",), adopts=False),
     "nvlink": Kind(_nvlink, memory=("cuda",), adopts=False),
-    "ucx": Kind(_ucx, memory=("cpu",), adopts=True),
+    "ucx": Kind(_ucx, memory=("cpu", "cuda"), adopts=True),
 }
 
 

@@ -161,7 +161,9 @@ static int why_refused(link_t *link, uint32_t imm, char *text)
     return DX_OK;
 }
 
-EXPORT int dx_write(link_t *link, const int64_t *source, const int64_t *target, size_t num_pages, uint32_t imm, char *text)
+/* `stream`: CUDA's, which computes the pages, if the pool is a GPU's. */
+EXPORT int dx_write(
+    link_t *link, const int64_t *source, const int64_t *target, size_t num_pages, uint32_t imm, void *stream, char *text)
 {
     shim_t *shim = link->shim;
     for (size_t i = 0; i < num_pages; i++)
@@ -176,8 +178,9 @@ EXPORT int dx_write(link_t *link, const int64_t *source, const int64_t *target, 
     job->link = link;
     job->num_runs = merge(job->runs, source, target, num_pages, shim->page_bytes);
     job->count = (count_t){.imm = imm, .num_pages = (uint32_t)num_pages};
+    int code = shim->gpu.context == NULL ? DX_OK : gpu_mark(stream, &job->mark, text);
     pthread_mutex_lock(&shim->lock);
-    int code = why_refused(link, imm, text);
+    code = code == DX_OK ? why_refused(link, imm, text) : code;
     if (code == DX_OK) {
         job->count.job = ++link->num_jobs;
         link->imms[imm].num_live++;
@@ -187,7 +190,7 @@ EXPORT int dx_write(link_t *link, const int64_t *source, const int64_t *target, 
     if (code == DX_OK)
         wake(shim);
     else
-        free(job);
+        job_free(job);
     return code;
 }
 

@@ -135,9 +135,21 @@ EXPORT int dx_allocate(shim_t *shim, uint64_t num_bytes, uint64_t page_bytes, vo
     return code;
 }
 
-/* Memory of the caller's, such as a GPU's; it must stay until the last dx_release. */
-EXPORT int dx_register(shim_t *shim, void *address, uint64_t num_bytes, uint64_t page_bytes, int memory_type, char *text)
+static bool moves(const shim_t *shim, int memory_type)
 {
+    ucp_context_attr_t attr = {.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES};
+    return ucp.ucp_context_query(shim->context, &attr) == UCS_OK && (attr.memory_types >> memory_type & 1) != 0;
+}
+
+/* Memory of the caller's; it must stay until the last dx_release. `driver`: CUDA's, if a stream computes its pages; or NULL. */
+EXPORT int dx_register(
+    shim_t *shim, void *address, uint64_t num_bytes, uint64_t page_bytes, int memory_type, const char *driver, char *text)
+{
+    int code = driver == NULL ? DX_OK : gpu_open(&shim->gpu, driver, text);
+    if (code != DX_OK)
+        return code;
+    if (!moves(shim, memory_type))
+        return say(text, DX_FAILED, "this UCX does not move GPU memory", "it lacks CUDA, or cannot load it");
     ucp_mem_map_params_t params = {
         .field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
         .address = address,

@@ -13,6 +13,12 @@ void jobs_append(job_t ***end, job_t *job)
     *end = &job->next;
 }
 
+void job_free(job_t *job)
+{
+    gpu_forget(job->mark);
+    free(job);
+}
+
 /* Under the lock. */
 void job_end(job_t *job, bool lost)
 {
@@ -23,7 +29,7 @@ void job_end(job_t *job, bool lost)
         imm->lost_in = link->life;
         imm->lost_job = job->count.job;
     }
-    free(job);
+    job_free(job);
     pthread_cond_broadcast(&link->shim->changed);
 }
 
@@ -34,6 +40,14 @@ static bool is_stopped(job_t *job)
     bool stopped = job->count.job <= job->link->imms[job->count.imm].stopped_through;
     pthread_mutex_unlock(&shim->lock);
     return stopped;
+}
+
+/* Its pages are computed, or are not to go anyway. */
+static bool is_due(job_t *job)
+{
+    mark_state_t state = job->mark == NULL ? MARK_PASSED : gpu_look(job->mark);
+    job->link->gpu_lost |= state == MARK_LOST;
+    return state == MARK_PASSED || (state == MARK_AHEAD && is_stopped(job));
 }
 
 static void move_on(job_t *job, ucs_status_t status)
@@ -149,11 +163,15 @@ static void account(job_t *job)
 bool advance_jobs(link_t *link)
 {
     bool moved = false, posting = false;
+    link->awaits_gpu = false;
     int num_puts = PUTS_PER_TURN;
     for (job_t **at = &link->active; *at != NULL && link->line.fault == 0;) {
         job_t *job = *at;
         if (job->state == JOB_POSTING && !posting) {
-            moved |= post(job, &num_puts);
+            if (job->started_ns != 0 || is_due(job))
+                moved |= post(job, &num_puts);
+            else
+                link->awaits_gpu = true;
             posting = job->state == JOB_POSTING;
         }
         if (job->state == JOB_FLUSHING && job->flushed && job->num_puts_out == 0) {

@@ -71,12 +71,17 @@ static void dial(link_t *link)
         link_break(link, ucp.ucs_status_string(status));
 }
 
+static bool is_of_gpu(const link_t *link)
+{
+    return link->shim->memory_type != UCS_MEMORY_TYPE_HOST || link->target_memory_type != UCS_MEMORY_TYPE_HOST;
+}
+
 /* Over which UCX emulates puts, by messages that the target must make progress on. */
 static bool emulates_puts(const link_t *link, const char *transport)
 {
-    static const char *const in_host[] = {"self", "sysv", "posix", "cma", "knem", "xpmem"};
-    bool emulates = strcmp(transport, "tcp") == 0;
-    for (size_t i = 0; link->target_lent && i < sizeof in_host / sizeof in_host[0]; i++)
+    static const char *const in_host[] = {"self", "sysv", "posix", "cma", "knem", "xpmem", "cuda_copy", "gdr_copy"};
+    bool emulates = strcmp(transport, "tcp") == 0 || strncmp(transport, "ud_", 3) == 0;
+    for (size_t i = 0; (link->target_lent || is_of_gpu(link)) && i < sizeof in_host / sizeof in_host[0]; i++)
         emulates |= strcmp(transport, in_host[i]) == 0;
     return emulates;
 }
@@ -110,8 +115,13 @@ static void open_link(link_t *link)
         link_break(link, ucp.ucs_status_string(status));
         return;
     }
-    bool in_host = shim->memory_type == UCS_MEMORY_TYPE_HOST && link->target_memory_type == UCS_MEMORY_TYPE_HOST;
-    link->by_message = !describe_lanes(link, lanes) && in_host;
+    link->by_message = !describe_lanes(link, lanes);
+    if (link->by_message && is_of_gpu(link)) {
+        char why[TEXT_BYTES];
+        say(why, DX_GONE, "no lane puts into or out of GPU memory", lanes);
+        link_break(link, why);
+        return;
+    }
     link->backoff_ns = 0;
     pthread_mutex_lock(&shim->lock);
     link->state = LINK_OPEN;
@@ -143,6 +153,7 @@ void link_break(link_t *link, const char *why)
     link->backoff_ns = link->backoff_ns == 0 ? MIN_BACKOFF_NS : link->backoff_ns * 2 < MAX_BACKOFF_NS ? link->backoff_ns * 2 : MAX_BACKOFF_NS;
     link->retry_ns = now_ns() + link->backoff_ns;
     link->num_active = link->num_puts_out = 0;
+    link->awaits_gpu = link->gpu_lost = false;
     pthread_mutex_lock(&shim->lock);
     lose_jobs(&link->active, &link->active_end);
     lose_jobs(&link->queued, &link->queued_end);
@@ -220,7 +231,9 @@ unsigned link_turn(link_t *link)
     case LINK_OPEN:
         take_queued(link);
         worked += advance_jobs(link);
-        if (has_stalled(link)) {
+        if (link->gpu_lost)
+            link_break(link, "the GPU reports an error");
+        else if (has_stalled(link)) {
             snprintf(why, sizeof why, "a write stood still for %.1f s, of %u", (double)link->shim->stall_ns / 1e9, link->num_active);
             link_break(link, why);
         }

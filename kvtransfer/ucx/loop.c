@@ -11,7 +11,8 @@
 #include "shim.h"
 
 #define SPIN_NS (INT64_C(50000))
-enum { NAP_MS = 100 };
+#define NAP_NS (100 * MS)
+#define GPU_LOOK_NS (INT64_C(50000))                 /* between looks at whether pages have been computed: the GPU does not tell */
 
 int64_t now_ns(void)
 {
@@ -47,14 +48,18 @@ static int arm(line_t *line, struct pollfd *fd)
     return ucp.ucp_worker_arm(line->worker) == UCS_OK;
 }
 
-/* Sleeps until UCX or a caller has something; deadlines and keep-alives make do with a look every NAP_MS. */
+/* Sleeps until UCX or a caller has something; deadlines and keep-alives make do with a look every NAP_NS. */
 static void nap(shim_t *shim, link_t *links)
 {
     size_t num_lines = 2, used = 0;
+    struct timespec patience = {.tv_nsec = NAP_NS};
     for (guest_t *guest = shim->guests; guest != NULL; guest = guest->next)
         num_lines++;
-    for (link_t *link = links; link != NULL; link = link->next)
+    for (link_t *link = links; link != NULL; link = link->next) {
         num_lines += 2;
+        if (link->awaits_gpu)
+            patience.tv_nsec = GPU_LOOK_NS;
+    }
     struct pollfd fds[num_lines];
     fds[used++] = (struct pollfd){.fd = shim->wake_fd, .events = POLLIN};
     if (!arm(&shim->door, &fds[used++]))
@@ -66,7 +71,7 @@ static void nap(shim_t *shim, link_t *links)
         if (link->line.worker != NULL && (!arm(&link->call, &fds[used++]) || !arm(&link->line, &fds[used++])))
             return;
     uint64_t woken;
-    if (poll(fds, used, NAP_MS) > 0 && fds[0].revents != 0 && read(shim->wake_fd, &woken, sizeof woken) < 0)
+    if (ppoll(fds, used, &patience, NULL) > 0 && fds[0].revents != 0 && read(shim->wake_fd, &woken, sizeof woken) < 0)
         return;
 }
 
@@ -93,6 +98,7 @@ static void *run(void *arg)
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, NULL);           /* they are for Python's threads */
     pthread_setname_np(pthread_self(), "diptych-ucx");
+    gpu_enter(&shim->gpu);
     for (;;) {
         pthread_mutex_lock(&shim->lock);
         bool closing = shim->closing;

@@ -49,6 +49,10 @@ static bool read_count(count_t *count, const guest_t *guest, const void *header,
 
 static void land(guest_t *guest, const count_t *count)
 {
+    if (!gpu_shows_writes(&guest->shim->gpu)) {
+        guest->line.fault = UCS_ERR_IO_ERROR;         /* uncounted, and the writer notices */
+        return;
+    }
     atomic_fetch_add_explicit(&guest->shim->counters[count->imm], count->num_pages, memory_order_release);
     line_send(&guest->line, AM_ACK, count, sizeof *count, NULL, 0);
 }

@@ -4,7 +4,7 @@
 
      link (writer)  DOWN ──► DIALING ──HELLO──► door (receiver): older guests of that writer are torn down, a new one is opened
                       ▲         └──◄──WELCOME── guest
-                      │       OPEN: puts ══► pool;  flush;  COUNT {imm, pages} ──► guest: counter += pages;  ◄── ACK
+                      │       OPEN: pages computed?  puts ══► pool;  flush;  COUNT {imm, pages} ──► guest: counter += pages;  ◄── ACK
                       │       where only TCP reaches, or the target's memory is not UCX's (its emulation of puts aborts a target
                       │       whose writer has gone):   PAGES ──► guest: copied, counter += pages;   ◄── ACK
                       └── fault or stall: the endpoint is closed by force, its worker destroyed, its jobs are lost; dialled again
@@ -60,6 +60,13 @@ typedef struct run {                 /* neighbours here and there: one put, or o
     count_t count;                   /* a message's header, which must stay as long as it is under way */
 } run_t;
 
+typedef struct {                     /* all zero: the pool is host memory */
+    void *context;                   /* CUDA's, of the pool */
+    bool flushes;                    /* what a NIC writes must be flushed before kernels see it */
+} gpu_t;
+
+typedef enum { MARK_AHEAD, MARK_PASSED, MARK_LOST } mark_state_t;    /* LOST: the GPU reports an error */
+
 typedef enum { JOB_POSTING, JOB_FLUSHING, JOB_COUNTING } job_state_t;
 
 typedef struct job {
@@ -72,6 +79,7 @@ typedef struct job {
     uint32_t num_owed;               /* pages that an ACK is owed for */
     bool cut;                        /* stopped before all of it was posted */
     bool flushed;
+    void *mark;                      /* in the stream that computes the pages; NULL: they are there */
     int64_t started_ns, moved_ns;
     run_t runs[];
 } job_t;
@@ -99,6 +107,7 @@ typedef struct link {
     line_t call;                     /* to the door, over TCP: shows at once when the receiver dies */
     line_t line;                     /* to the guest */
     bool by_message;                 /* PAGES instead of puts */
+    bool awaits_gpu, gpu_lost;
     ucp_rkey_h rkey;
     void *welcome;                   /* the guest's address, once it has come */
     job_t *active, **active_end;
@@ -143,6 +152,7 @@ typedef struct shim {
     ucp_context_h doorway;           /* TCP alone: on shared memory UCX keeps what belongs to a caller mapped for ever */
     ucp_mem_h memory;
     int memory_type;
+    gpu_t gpu;
     void *pool, *rkey_buffer;
     size_t rkey_bytes;
     uint64_t page_bytes, num_pages;
@@ -186,6 +196,14 @@ ucs_status_t line_address(line_t *line, ucp_address_t **address, size_t *num_byt
 void line_settle(line_t *line, ucs_status_ptr_t request, int64_t limit_ns);
 void line_hang_up(line_t *line, ucp_rkey_h rkey);
 
+/* gpu.c */
+int gpu_open(gpu_t *gpu, const char *driver, char *text);
+void gpu_enter(const gpu_t *gpu);
+int gpu_mark(void *stream, void **mark, char *text);
+mark_state_t gpu_look(void *mark);
+void gpu_forget(void *mark);
+bool gpu_shows_writes(const gpu_t *gpu);
+
 /* receiver.c */
 ucs_status_t door_open(shim_t *shim);
 unsigned receiver_turn(shim_t *shim);
@@ -193,6 +211,7 @@ void receiver_close(shim_t *shim);
 
 /* jobs.c */
 void jobs_append(job_t ***end, job_t *job);
+void job_free(job_t *job);
 void job_end(job_t *job, bool lost);
 void take_queued(link_t *link);
 bool advance_jobs(link_t *link);

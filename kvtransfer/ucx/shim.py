@@ -60,7 +60,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dx_open": (c_int, (c_char_p, c_char_p, c_char_p, c_char_p, c_uint32, c_double, POINTER(c_void_p), c_char_p)),
     "dx_version": (c_char_p, ()),
     "dx_allocate": (c_int, (c_void_p, c_uint64, c_uint64, POINTER(c_void_p), c_char_p)),
-    "dx_register": (c_int, (c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_char_p)),
+    "dx_register": (c_int, (c_void_p, c_void_p, c_uint64, c_uint64, c_int, c_char_p, c_char_p)),
     "dx_start": (c_int, (c_void_p, c_char_p)),
     "dx_rkey": (c_void_p, (c_void_p, POINTER(c_size_t))),
     "dx_address": (c_void_p, (c_void_p, POINTER(c_size_t))),
@@ -70,7 +70,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dx_link": (c_void_p, (c_void_p, c_char_p, c_uint64, c_uint64, c_int, c_int, c_char_p, c_size_t, c_char_p, c_size_t)),
     "dx_await_open": (c_int, (c_void_p, c_double, c_char_p)),
     "dx_unlink": (c_int, (c_void_p, c_double, c_double)),
-    "dx_write": (c_int, (c_void_p, _PAGES, _PAGES, c_size_t, c_uint32, c_char_p)),
+    "dx_write": (c_int, (c_void_p, _PAGES, _PAGES, c_size_t, c_uint32, c_void_p, c_char_p)),
     "dx_stop": (c_int, (c_void_p, c_uint32, c_double)),
     "dx_settled": (c_int, (c_void_p, c_uint32)),
     "dx_busy_s": (c_double, (c_void_p, c_uint32)),
@@ -131,8 +131,10 @@ class Shim:
         assert address.value is not None
         return address.value
 
-    def register(self, address: int, num_bytes: int, page_bytes: int, memory_type: MemoryType) -> None:
-        self._check("dx_register", self._handle, address, num_bytes, page_bytes, memory_type)
+    def register(self, address: int, num_bytes: int, page_bytes: int, memory_type: MemoryType, driver: str | None = None) -> None:
+        """`driver`: CUDA's library, if a stream computes the pages; its context must be current. Raises ClusterError."""
+        library = None if driver is None else driver.encode()
+        self._check("dx_register", self._handle, address, num_bytes, page_bytes, memory_type, library)
 
     def start(self) -> None:
         self._check("dx_start", self._handle)
@@ -179,9 +181,10 @@ class Shim:
         if not self._call("dx_unlink", link, patience_s, limit_s):
             raise TransferError(f"UCX hangs: its thread has not let go of a link within {limit_s:g} s")
 
-    def write(self, link: Link, source: IdArray, target: IdArray, imm: Imm) -> None:
-        """Raises PeerGone, TransferError."""
-        self._check("dx_write", link, source.ctypes.data_as(_PAGES), target.ctypes.data_as(_PAGES), len(source), imm)
+    def write(self, link: Link, source: IdArray, target: IdArray, imm: Imm, stream: int = 0) -> None:
+        """Of a pool with a driver, once `stream` has come as far as it is filled now. Raises PeerGone, TransferError; ClusterError: the GPU
+        fails."""
+        self._check("dx_write", link, source.ctypes.data_as(_PAGES), target.ctypes.data_as(_PAGES), len(source), imm, stream)
 
     def stop(self, link: Link, imm: Imm, timeout_s: float) -> bool:
         return bool(self._call("dx_stop", link, imm, timeout_s))

@@ -1,10 +1,12 @@
 """Transport over UCX: one-sided puts into the peer's pool, between hosts and where nothing better reaches. The shim does the work (shim.h).
 
     write_pages ─► job ─► puts ══► flush ─► COUNT ─► the receiver's counter ─► ACK
+    a GPU's pages leave once the stream that was current at write_pages has computed them
     stop: a job goes no further; True once all jobs of the imm were acknowledged, flushed, or fenced by the link's next life
     fence: what the receiver calls for a writer that is confirmed dead, before it uses the blocks for anything else
 
-The thread that calls all this may be any one thread; UCX has a thread of its own. GPU memory takes the same way with its memory type.
+The thread that calls all this may be any one thread; UCX has a thread of its own. GPU memory takes the same way, but over lanes that put
+into it (GPUDirect RDMA, CUDA IPC) alone: where there is none, there is no link.
 """
 
 import ctypes
@@ -28,6 +30,7 @@ from .shim import UID_BYTES, Link, Location, MemoryType, Shim
 PROTOCOL_VERSION = 2
 SLOW_LANES = ("tcp/",)
 LEAVE_S = 0.1                   # for writes under way to end, when a peer is disconnected
+CUDA_DRIVER = "libcuda.so.1"
 LEAVE_LIMIT_S = 30.0            # each of the links that end meanwhile may take UCX some seconds
 
 logger = logging.getLogger(__name__)
@@ -51,20 +54,29 @@ class UcxTransport:
 
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
         num_bytes = num_blocks * layout.block_bytes
-        if self._device.type == "cpu":
-            tensor = self._allocate_host(num_bytes, layout.page_bytes)
-        else:
-            tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
-        pool = KVPool(layout, tensor.view(layout.dtype).view(layout.shape(num_blocks)))
-        if self._device.type == "cpu":
-            self._start(layout)
-        else:
+        if self._device.type == "cuda":
+            pool = KVPool(layout, self._allocate_on_gpu(num_bytes).view(layout.dtype).view(layout.shape(num_blocks)))
             self.adopt(pool)
-        return pool
+            return pool
+        tensor = self._allocate_host(num_bytes, layout.page_bytes)
+        self._start(layout)
+        return KVPool(layout, tensor.view(layout.dtype).view(layout.shape(num_blocks)))
+
+    def _allocate_on_gpu(self, num_bytes: int) -> torch.Tensor:
+        """One plain allocation: pieces of torch's cannot be mapped by a peer of this host."""
+        from ..nvlink.memory import DeviceMemory
+
+        with torch.cuda.device(self._device):
+            return DeviceMemory(num_bytes).tensor(self._device)[:num_bytes].zero_()
 
     def adopt(self, pool: KVPool) -> None:
-        memory_type = MemoryType.CUDA if pool.tensor.is_cuda else MemoryType.HOST
-        self._shim.register(pool.tensor.data_ptr(), pool.tensor.nbytes, pool.layout.page_bytes, memory_type)
+        where = (pool.tensor.data_ptr(), pool.tensor.nbytes, pool.layout.page_bytes)
+        if pool.tensor.is_cuda:
+            with torch.cuda.device(pool.tensor.device):
+                torch.cuda.synchronize()                          # and the context is this thread's
+                self._shim.register(*where, MemoryType.CUDA, CUDA_DRIVER)
+        else:
+            self._shim.register(*where, MemoryType.HOST)
         self._lent = pool.tensor
         self._start(pool.layout)
 
@@ -151,7 +163,12 @@ class UcxTransport:
             raise PeerGone(f"{_short(peer.descriptor)} is not connected")
         if len(src_pages) != len(dst_pages) or not 0 <= imm < NUM_IMMS:
             raise TransferError(f"{len(src_pages)} pages to {len(dst_pages)} places, imm {imm} of {NUM_IMMS}")
-        self._shim.write(link, np.array(src_pages, np.int64), np.array(dst_pages, np.int64), imm)
+        pages = np.array(src_pages, np.int64), np.array(dst_pages, np.int64)
+        if self._device.type == "cpu":
+            self._shim.write(link, *pages, imm)
+            return
+        with torch.cuda.device(self._device):
+            self._shim.write(link, *pages, imm, torch.cuda.current_stream().cuda_stream)
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         link = self._links.get(peer.descriptor.location)

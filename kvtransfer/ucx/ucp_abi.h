@@ -12,7 +12,7 @@
 
 typedef int8_t ucs_status_t;
 typedef void *ucs_status_ptr_t;
-enum { UCS_OK = 0, UCS_INPROGRESS = 1, UCS_ERR_NO_MEMORY = -4, UCS_ERR_LAST = -100 };
+enum { UCS_OK = 0, UCS_INPROGRESS = 1, UCS_ERR_IO_ERROR = -3, UCS_ERR_NO_MEMORY = -4, UCS_ERR_LAST = -100 };
 #define UCS_PTR_IS_ERR(ptr) ((uintptr_t)(ptr) >= (uintptr_t)UCS_ERR_LAST)
 #define UCS_PTR_IS_PTR(ptr) ((uintptr_t)(ptr) - 1 < (uintptr_t)UCS_ERR_LAST - 1)
 #define UCS_PTR_STATUS(ptr) ((ucs_status_t)(intptr_t)(ptr))
@@ -39,6 +39,16 @@ typedef struct ucp_params {
     size_t estimated_num_ppn;
     const char *name;
 } ucp_params_t;
+
+enum { UCP_ATTR_FIELD_MEMORY_TYPES = 1 << 2 };
+typedef struct ucp_context_attr {
+    uint64_t field_mask;
+    size_t request_size;
+    int thread_mode;
+    uint64_t memory_types;
+    char name[32];
+    size_t device_counter_size;
+} ucp_context_attr_t;
 
 enum { UCP_WORKER_PARAM_FIELD_THREAD_MODE = 1 << 0, UCP_WORKER_PARAM_FIELD_FLAGS = 1 << 5 };
 enum { UCP_WORKER_FLAG_IGNORE_REQUEST_LEAK = 1 << 0 };
@@ -178,6 +188,7 @@ typedef struct ucp_am_handler_param {
     X(ucp_init_version, ucs_status_t,                                                                                                 \
       (unsigned major, unsigned minor, const ucp_params_t *params, const ucp_config_t *config, ucp_context_h *context))               \
     X(ucp_cleanup, void, (ucp_context_h context))                                                                                     \
+    X(ucp_context_query, ucs_status_t, (ucp_context_h context, ucp_context_attr_t * attr))                                            \
     X(ucp_worker_create, ucs_status_t, (ucp_context_h context, const ucp_worker_params_t *params, ucp_worker_h *worker))              \
     X(ucp_worker_query, ucs_status_t, (ucp_worker_h worker, ucp_worker_attr_t *attr))                                                 \
     X(ucp_worker_release_address, void, (ucp_worker_h worker, ucp_address_t *address))                                                \

@@ -32,9 +32,9 @@ def pages_of(tensor: torch.Tensor) -> torch.Tensor:
 class Served:
     """What runs in the process; `UcxPeer` has the same methods on the other side of the pipe."""
 
-    def __init__(self, page_bytes: int, num_pages: int, stall_s: float) -> None:
+    def __init__(self, page_bytes: int, num_pages: int, stall_s: float, device: str) -> None:
         torch.set_num_threads(1)
-        self.transport = UcxTransport(stall_s=stall_s)
+        self.transport = UcxTransport(torch.device(device), stall_s)
         self.pool = self.transport.allocate(byte_layout(page_bytes), num_pages)
         self.descriptor = self.transport.register(self.pool)
 
@@ -57,7 +57,7 @@ class Served:
         return time.monotonic()
 
     def read(self) -> bytes:
-        return pages_of(self.pool.tensor).numpy().tobytes()
+        return pages_of(self.pool.tensor).cpu().numpy().tobytes()
 
     def num_held(self) -> int:
         """Open file descriptors and foreign shared memory: each line holds some."""
@@ -76,10 +76,10 @@ class Served:
                 continue
 
 
-def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float, network: str | None) -> None:
+def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float, network: str | None, device: str) -> None:
     if network is not None:
         enter_network(network)
-    served = Served(page_bytes, num_pages, stall_s)
+    served = Served(page_bytes, num_pages, stall_s, device)
     pipe.send(served.descriptor)
     while True:
         method, arguments = pipe.recv()
@@ -93,20 +93,22 @@ def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float, net
 
 
 class UcxPeer(PeerProcess):
-    def __init__(self, page_bytes: int, num_pages: int, stall_s: float = 5.0, network: str | None = None) -> None:
+    def __init__(self, page_bytes: int, num_pages: int, stall_s: float = 5.0, network: str | None = None, device: str = "cpu") -> None:
         context = mp.get_context("forkserver")              # forks a process that has imported torch, but has no UCX in it yet
         context.set_forkserver_preload(["diptych.kvtransfer.ucx.transport"])
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s, network), daemon=True)
+        process = context.Process(target=serve, args=(theirs, page_bytes, num_pages, stall_s, network, device), daemon=True)
         super().__init__(process, ours, last_word="close")
         process.start()
         self.descriptor: MemoryDescriptor = self.answer()
 
 
 @contextmanager
-def ucx_peer(page_bytes: int, num_pages: int, stall_s: float = 5.0, network: str | None = None) -> Iterator[UcxPeer]:
+def ucx_peer(
+    page_bytes: int, num_pages: int, stall_s: float = 5.0, network: str | None = None, device: str = "cpu"
+) -> Iterator[UcxPeer]:
     """`network` names the namespace that it lives in."""
-    peer = UcxPeer(page_bytes, num_pages, stall_s, network)
+    peer = UcxPeer(page_bytes, num_pages, stall_s, network, device)
     try:
         yield peer
     finally:

@@ -63,9 +63,11 @@ def test_what_cannot_be_made_is_said(names: tuple[str, ...], device: str, proble
         make_transports(names, Owner("c", WorkerId("w"), Epoch(1), device))
 
 
-@pytest.mark.parametrize("names", [("shm",), ("ucx",), ("ucx", "shm"), ("shm", "ucx")])
-def test_what_can_be_made(names: tuple[str, ...]) -> None:
-    assert what_is_wrong(names, "cpu") == []
+@pytest.mark.parametrize(
+    ("device", "names"), [("cpu", ("shm",)), ("cpu", ("ucx",)), ("cpu", ("ucx", "shm")), ("cuda:0", ("nvlink", "ucx")), ("cuda", ("ucx",))]
+)
+def test_what_can_be_made(device: str, names: tuple[str, ...]) -> None:
+    assert what_is_wrong(names, device) == []
 
 
 def test_the_first_that_both_have_is_used() -> None:

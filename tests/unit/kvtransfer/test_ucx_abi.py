@@ -12,6 +12,7 @@ from diptych.kvtransfer.ucx.build import FOLDER
 
 STRUCTS = {
     "ucp_params_t": ("features",),
+    "ucp_context_attr_t": ("memory_types",),
     "ucp_worker_params_t": ("thread_mode", "cpu_mask", "flags"),
     "ucp_worker_attr_t": ("address", "address_length"),
     "ucp_mem_map_params_t": ("address", "length", "flags", "memory_type"),
@@ -25,7 +26,7 @@ STRUCTS = {
     "ucs_status_t": (),
 }
 CONSTANTS = re.findall(r"\b(UC[PS]_\w+) = ", (FOLDER / "ucp_abi.h").read_text())
-LONGER_SINCE = {"ucp_params_t", "ucp_request_param_t"}
+LONGER_SINCE = {"ucp_params_t", "ucp_context_attr_t", "ucp_request_param_t"}
 """Have fields after those that the shim uses, in some versions: their sizes differ, their offsets do not."""
 
 
