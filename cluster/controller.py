@@ -123,7 +123,7 @@ class Controller:
         if why := self._reason_to_kill(place, life, now_s):
             return self._kill(place, life, why, now_s)
         if place.name not in self.desired and life.state is not LifeState.DRAINING and self._may_leave(place.name):
-            return self._dismiss(place, life, now_s)
+            return [] if life.unheard else self._dismiss(place, life, now_s)         # it may be serving: its answer will tell
         return []
 
     def _start(self, place: Place, now_s: float) -> list[Action]:

@@ -18,7 +18,7 @@ from .controller import Controller, Phase, Timeouts
 from .lives import Place
 from .places import places_of
 from .pulse import DeploymentStatus, PlaceStatus
-from .ray_runtime import RayRuntime
+from .ray_runtime import RayRuntime, is_to_stop, write_stop
 from .spec import Spec
 from .turn_clock import TurnClock
 
@@ -50,11 +50,14 @@ class ControllerShell:
         return msgspec.msgpack.encode(self._status)
 
     def stop(self) -> None:
-        """Takes everything down in order; `status` tells when that is done."""
+        """Takes everything down in order; `status` tells when that is done. A controller that takes over goes on with it."""
+        write_stop(self._spec.name)
         self._stopping.set()
 
     def _live(self) -> None:
         try:
+            if is_to_stop(self._spec.name):
+                self._stopping.set()
             for event in self._runtime.adopt():
                 self._controller.observe(event, self._clock.now_s)
             while self._status.phase is not Phase.STOPPED:

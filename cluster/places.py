@@ -91,7 +91,7 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
         reuse_port=spec.router.processes > 1,
         api_keys=spec.api_keys(),
         rate_limits=_rate_limits(spec),
-        limits=Limits(request_timeout_s=spec.timeouts.request_s),
+        limits=Limits(request_timeout_s=spec.timeouts.request_s, max_connections=spec.router.max_connections),
         explain=spec.router.explain,
         debug_headers=spec.router.debug_headers,
     )

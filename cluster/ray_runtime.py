@@ -8,7 +8,7 @@
 Actors are detached so that they outlive their controller: the next one finds them by name (`adopt`) and goes on. All stand on the
 controller's own machine; so it can look into the process table itself, and does not take Ray's word for a death (Ray reports it
 when it has sent the signal). For that the next controller finds their processes, too: a Trace of each lies in Ray's key-value store,
-from its first answer, before anybody hears of it, until its death is confirmed.
+from its first answer, before anybody hears of it, until its death is confirmed. There lies, too, that the deployment is to stop.
 """
 
 import logging
@@ -92,6 +92,19 @@ def traces_of(deployment: str) -> dict[tuple[PlaceName, Epoch], Trace]:
     keys = internal_kv._internal_kv_list(_prefix(deployment), namespace=NAMESPACE)
     values = {key: internal_kv._internal_kv_get(key, namespace=NAMESPACE) for key in keys}
     return {_parse_actor_name(deployment, key.decode()): msgspec.msgpack.decode(value, type=Trace) for key, value in values.items()}
+
+
+def write_stop(deployment: str) -> None:
+    """For the next controller, should this one die before all is down."""
+    internal_kv._internal_kv_put(controller_name(deployment), b"stop", namespace=NAMESPACE)
+
+
+def remove_stop(deployment: str) -> None:
+    internal_kv._internal_kv_del(controller_name(deployment), namespace=NAMESPACE)
+
+
+def is_to_stop(deployment: str) -> bool:
+    return bool(internal_kv._internal_kv_exists(controller_name(deployment), namespace=NAMESPACE))
 
 
 @dataclass

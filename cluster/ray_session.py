@@ -182,8 +182,9 @@ def _start_controller(spec: Spec) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from .controller_shell import ControllerShell
-    from .ray_runtime import NAMESPACE, actors_of, controller_name
+    from .ray_runtime import NAMESPACE, actors_of, controller_name, remove_stop
 
+    remove_stop(spec.name)                                    # of an earlier deployment
     for _, _, leftover in actors_of(spec.name):               # of a controller that is gone for good, and its keys with it
         ray.kill(leftover)
     node_id = ray.get_runtime_context().get_node_id()

@@ -104,6 +104,7 @@ class RouterSpec(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000         # 0: any free one
     processes: Count = 1                      # gateways; they share the port
+    max_connections: Count = 8192             # of clients, to each gateway; the next ones get a 503. Fewer where open files are limited
     explain: Annotated[int, Field(ge=0, le=10_000)] = 0        # requests whose decisions each gateway keeps; 0: none
     debug_headers: bool = False               # answers tell their route and what was predicted
 

@@ -2,13 +2,13 @@
 
     met ──► KVProbe ──► KVProbeAccept ──► per transport, round: write ─► KVProbeSent ─► KVProbeCounted ─► LinkMeasured ─► KVDrained
      ▲         │ BUSY, no link, no answer: later; any other refusal would be said again: not before the membership changes
-     └─────────┴── found anew, or over another transport; below the floor, or not over every transport: after a while
+     └─────────┴── found anew, or over another transport; below the floor, not over every transport, not alone: after a while
 
 Every transport that both ends have is measured, and the fastest is used from then on (`kvtransfer/selection.py`). One link at a time, and
-none is begun while KV is being handed over (but for one that is refused, after a while): the figures are of the link alone, and no
-request waits for them. Until a link is measured it is used, in the spec's order of transports. A page of the first round pays for what
-is slow once; each figure is the best of two rounds. What is written is whatever the first pages of this worker's pool hold, into blocks
-that no sequence uses.
+none is begun while KV is being handed over, so that the figures are of the link alone and no request waits for them; but under steady load
+that moment may never come, and after a while (`probe_times.py`) one is taken beside handoffs. It can only be too low: no link is refused
+for it. Until a link is measured it is used, in the spec's order of transports. A page of the first round pays for what is slow once; each
+figure is the best of two rounds. What is written is whatever the first pages of this worker's pool hold, into blocks that no sequence uses.
 """
 
 import logging
@@ -26,13 +26,12 @@ from ..messages.membership import Member, Membership, Role
 from ..messages.post import Post
 from ..messages.requests import LinkFigures, LinkMeasured, WorkerRef
 from .probe import Floor, Probe, describe
+from .probe_times import RETRY_S, ProbeTimes
 
 PROBE_BYTES = 16 << 20
 """Of a round that measures GB/s: as much as the pools' page size and free blocks allow."""
 
 LINK_WAIT_S = 2.0             # for the transport's connection
-RETRY_S = 1.0                 # after a refused probe, or one that failed; doubled with each failure in a row, up to:
-REPEAT_S = 30.0               # and for a link below the floor, or with a transport that does not reach
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +48,8 @@ class LinkProber:
         self._timeout_s = timeout_s
         self._floor = floor
         self._probe: Probe | None = None
-        self._due_at: dict[WorkerRef, float] = {}            # links that are to be measured
-        self._num_failures: dict[WorkerRef, int] = {}        # in a row
+        self._times = ProbeTimes()
+        self._look_at = -math.inf                            # for links that are new, while there is no quiet moment
         self._targets: dict[WorkerRef, Member] = {}
         self._links: dict[WorkerRef, LinkMeasured] = {}
         self._measured_as: dict[WorkerRef, int] = {}         # which of the pair's links that was, as the transports count them
@@ -78,13 +77,16 @@ class LinkProber:
         if link is not None and link.refused:
             raise LinkTooSlow(describe(link))
 
-    def tick(self, now: float, may_begin: bool) -> None:
+    def tick(self, now: float, is_quiet: bool) -> None:
+        """`is_quiet`: no request is here, and no KV on its way."""
         probe = self._probe
         if probe is None:
-            if may_begin:
+            if is_quiet or now >= self._look_at:
                 self._look_for_new_links(now)
-            self._begin(now, may_begin)
-        elif probe.session.state is HandoffState.CANCELLING:
+            self._begin(now, is_quiet)
+            return
+        probe.is_alone = probe.is_alone and is_quiet
+        if probe.session.state is HandoffState.CANCELLING:
             self._try_drain(probe)
         elif now >= probe.session.deadline:
             self._put_off(probe, f"no answer in {probe.session.state.name}", now)
@@ -121,20 +123,21 @@ class LinkProber:
             self._probe = None
         self._links = {ref: link for ref, link in self._links.items() if ref in self._targets}
         self._measured_as = {ref: count for ref, count in self._measured_as.items() if ref in self._targets}
-        due_at = {ref: now for ref in self._targets if ref not in self._links}
-        self._due_at = due_at | {ref: at for ref, at in self._due_at.items() if ref in self._targets}
+        self._times.keep(self._targets)
+        for ref in self._targets.keys() - self._links.keys():
+            self._times.met(ref, now)
         for gateway in set(membership.gateways) - set(self._gateways):
             for link in self._links.values():
                 self._post.send(gateway, link)
-        self._num_failures = {ref: count for ref, count in self._num_failures.items() if ref in self._targets}
         self._gateways = membership.gateways
 
     # doing
 
     def _look_for_new_links(self, now: float) -> None:
+        self._look_at = now + RETRY_S
         for ref, count in self._measured_as.items():
             if self._num_links(self._targets[ref]) != count:
-                self._due_at.setdefault(ref, now)
+                self._times.met(ref, now)
 
     def _num_links(self, target: Member) -> int:
         """So far, as of now: one that is down is noticed, and dialled, before a request needs it."""
@@ -142,30 +145,21 @@ class LinkProber:
             self._transport.connect(target.descriptors)
         return self._transport.num_links(target.descriptors)
 
-    def _begin(self, now: float, is_idle: bool) -> None:
-        due_at = {ref: at if is_idle else at + self._patience_s(ref) for ref, at in self._due_at.items() if not self._targets[ref].draining}
-        ref = min(due_at, key=due_at.__getitem__, default=None)
-        if ref is None or now < due_at[ref]:
+    def _begin(self, now: float, is_quiet: bool) -> None:
+        ref = self._times.begin(now, is_quiet, among=[ref for ref, target in self._targets.items() if not target.draining])
+        if ref is None:
             return
         name = RequestId(f"probe of {self._me.worker_id}")
         ticket = Ticket(ref.worker_id, ref.epoch, name, new_nonce())
-        self._due_at[ref] = now + RETRY_S
-        self._probe = Probe(Session(ticket, now + self._timeout_s), self._targets[ref])
+        self._probe = Probe(Session(ticket, now + self._timeout_s), self._targets[ref], is_quiet)
         num_blocks = max(1, PROBE_BYTES // self._layout.block_bytes)
         self._post.send(ref.address, KVProbe(ticket, self._me, self._layout.told, num_blocks, self._transport.descriptors))
-
-    def _patience_s(self, ref: WorkerRef) -> float:
-        """How long it waits for a moment without handoffs. A link that is not used gets one figure beside them at last: under steady load
-        through others an idle moment may never come, and one bad figure would stand for ever.
-        """
-        link = self._links.get(ref)
-        return REPEAT_S if link is not None and link.refused else math.inf
 
     def _refused(self, probe: Probe, refusal: KVRefuse) -> None:
         """Nothing was lent."""
         self._probe = None
-        if refusal.reason is not RefuseReason.BUSY:          # which is asked again after RETRY_S, as set when it was begun
-            del self._due_at[probe.target.ref]
+        if refusal.reason is not RefuseReason.BUSY:
+            self._times.give_up(probe.target.ref)
             logger.warning("link to %s not measured: %s: %s", probe.target.ref.worker_id, refusal.reason, refusal.message)
 
     def _accepted(self, probe: Probe, accept: KVProbeAccept, now: float) -> None:
@@ -234,6 +228,8 @@ class LinkProber:
 
     def _finish(self, probe: Probe, now: float) -> None:
         best, *others = fastest_first(probe.measured)
+        before = self._links.get(probe.target.ref)
+        may_refuse = self._floor.refuse and (probe.is_alone or (before is not None and before.refused))
         link = LinkMeasured(
             worker=self._me,
             decode_id=probe.target.ref.worker_id,
@@ -242,11 +238,11 @@ class LinkProber:
             gbps=best.gbps,
             num_bytes=len(probe.pages) * self._layout.page_bytes,
             min_gbps=self._floor.min_gbps,
-            refused=self._floor.refuse and best.gbps < self._floor.min_gbps,
+            refused=may_refuse and best.gbps < self._floor.min_gbps,
             others=tuple(others),
         )
         self._use(probe.target, [best, *others])
-        self._learned(probe.target.ref, link, now, is_all=not probe.passed_over)
+        self._learned(probe, link, now)
         self._give_back(probe)
 
     def _use(self, target: Member, order: list[LinkFigures]) -> None:
@@ -254,24 +250,21 @@ class LinkProber:
         self._transport.prefer(target.descriptors, [figures.transport for figures in order])
         self._measured_as[target.ref] = self._num_links(target)
 
-    def _learned(self, ref: WorkerRef, link: LinkMeasured, now: float, is_all: bool) -> None:
+    def _learned(self, probe: Probe, link: LinkMeasured, now: float) -> None:
+        ref = probe.target.ref
         before = self._links.get(ref)
         self._links[ref] = link
-        self._due_at.pop(ref, None)
-        self._num_failures.pop(ref, None)
-        if link.below_floor or not is_all:
-            self._due_at[ref] = now + REPEAT_S
+        self._times.measured(ref, now, enough=not (link.below_floor or probe.passed_over), alone=probe.is_alone)
         if before is None or (before.below_floor, before.transport) != (link.below_floor, link.transport):
-            logger.log(logging.WARNING if link.below_floor else logging.INFO, "%s", describe(link))
+            beside = "" if probe.is_alone else " (measured beside handoffs)"
+            logger.log(logging.WARNING if link.below_floor else logging.INFO, "%s%s", describe(link), beside)
         for gateway in self._gateways:
             self._post.send(gateway, link)
 
     def _put_off(self, probe: Probe, why: str, now: float) -> None:
         ref = probe.target.ref
         logger.warning("link to %s not measured: %s", ref.worker_id, why)
-        failures = self._num_failures.get(ref, 0)
-        self._num_failures[ref] = failures + 1
-        self._due_at[ref] = now + min(REPEAT_S, RETRY_S * 2.0 ** min(failures, 16))
+        self._times.failed(ref, now)
         self._give_back(probe)
 
     def _give_back(self, probe: Probe) -> None:

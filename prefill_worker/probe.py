@@ -24,6 +24,7 @@ class Floor:
 class Probe:
     session: Session
     target: Member
+    is_alone: bool                                     # no handoff has been under way so far
     accept: KVProbeAccept | None = None
     pages: list[int] = field(default_factory=list)     # there, of a large round
     num_sent: int = 0                                  # pages, of all rounds

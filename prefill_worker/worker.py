@@ -77,7 +77,8 @@ class PrefillWorker(Worker):
 
     def tick(self, now: float) -> None:
         self._writer.tick(now)
-        self._prober.tick(now, may_begin=self.config.probe_links and not self._writer and not self.engine.sequences)
+        if self.config.probe_links:
+            self._prober.tick(now, is_quiet=not self._writer and not self.engine.sequences)
 
     def abort(self, request_id: RequestId) -> None:
         self._writer.abort(request_id, self.clock())

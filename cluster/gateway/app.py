@@ -4,6 +4,7 @@
     GET /explain/{id}                                                                            (the same)
     GET /health   GET /ready   GET /metrics                                                      (open)
 
+Over a connection that is one too many, only what is open to all is answered: whoever watches a full gateway must see that it lives.
 A caller's mistake is a 4xx in OpenAI's shape; only a fault of ours is a 500, logged with its trace.
 """
 
@@ -27,7 +28,7 @@ from .completions import CompletionDialect
 from .core import Core
 from .debug_headers import debug_headers, path_asked
 from .dialects import Dialect
-from .errors import BadRequest, ErrorText, HttpError, to_http
+from .errors import BadRequest, Crowded, ErrorText, HttpError, to_http
 from .exchange import ClientGone, Exchange
 from .jobs import Job, JobMaker
 from .rate_limits import RateLimiter
@@ -75,12 +76,18 @@ class App:
         }
         self._below = {_MODEL_PREFIX: Endpoint("GET", self._model), _EXPLAIN_PREFIX: Endpoint("GET", self._explain)}
 
-    async def handle(self, exchange: Exchange) -> None:
+    async def turn_away(self, exchange: Exchange) -> None:
+        """Of a connection over the limit."""
+        await self.handle(exchange, crowded=True)
+
+    async def handle(self, exchange: Exchange, *, crowded: bool = False) -> None:
         request_id = _request_id(exchange)
         call = Call(exchange, request_id, (("x-request-id", request_id),), self._core.clock())
         name, endpoint = self._find(exchange.path)
         exchange.on_status = partial(self._core.metrics.responded, name)
         try:
+            if crowded:
+                self._refuse_crowd(endpoint)
             self._check(call.exchange, endpoint)
             assert endpoint is not None
             await endpoint.handle(call)
@@ -97,6 +104,12 @@ class App:
             if path.startswith(prefix) and path != prefix:
                 return prefix, endpoint
         return "other", None
+
+    def _refuse_crowd(self, endpoint: Endpoint | None) -> None:
+        """Raises Crowded."""
+        if endpoint is None or not endpoint.public:
+            self._core.metrics.turned_away()
+            raise Crowded(f"this gateway has {self._core.config.limits.max_connections} connections open, as many as it may")
 
     def _check(self, exchange: Exchange, endpoint: Endpoint | None) -> None:
         """Raises BadRequest."""

@@ -19,6 +19,7 @@ class Limits(Struct, frozen=True):
     grace_s: float = 10.0                     # for open answers when the gateway stops
     max_attempts: int = 5                     # per choice
     max_live_choices: int = 4096              # in this gateway; more are refused with 429
+    max_connections: int = 8192               # open at a time; the next ones get a 503
     max_body_bytes: int = 8 << 20
     max_buffered_tokens: int = 4096           # per choice, generated but not yet taken by a slow client
 

@@ -5,6 +5,9 @@
     answered ──► the next one, or closed if either side wants it so
     no HTTP, or too large a head ──► what came before is answered, then this with a 4xx; nothing more is read
 
+A client that ends its side together with its last request is answered; one that does so later has left, as far as anybody can tell, and
+what it asked for is cancelled.
+
 Requests sent ahead of their turn wait. Reading goes on, or a client that leaves would not be noticed, until MAX_AHEAD_BYTES of them are
 held. `check`, called every second, ends what is idle or too slow.
 
@@ -32,7 +35,8 @@ MAX_AHEAD_BYTES = 64 << 10                    # and the piece that goes over it
 KEEP_ALIVE_S = 75.0                           # between requests, and for a client that does not take the end of its answer
 READ_S = 30.0                                 # for a head, and for each piece of a body
 BODY_S = 120.0                                # for all of a body, from its turn on: 8 MiB at 70 KB/s
-LINGER_S = 5.0                                # for a client that goes on sending: a reset would take its answer from it
+END_S = 0.1                                   # after the last byte, that a client's end of sending belongs to it
+LINGER_S = 5.0                                # for a client that goes on sending: a reset would take its answer from it; and `once`
 
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
 
@@ -40,7 +44,10 @@ Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
 class Connection(asyncio.Protocol):
     """A Channel. `handle` raises nothing."""
 
-    def __init__(self, handle: Handler, clock: Callable[[], float], on_lost: Callable[["Connection"], None]) -> None:
+    def __init__(
+        self, handle: Handler, clock: Callable[[], float], on_lost: Callable[["Connection"], None], *, once: bool = False
+    ) -> None:
+        """`once`: the first answer is the last, and its request is not waited for long."""
         self._handle = handle
         self._clock = clock
         self._on_lost = on_lost
@@ -60,9 +67,10 @@ class Connection(asyncio.Protocol):
         self._leaving = False                 # the last answer is written
         self._holding = False                 # nothing is read
         self._advancing = False
-        self._draining = False
+        self._draining = once                 # what is being answered, or comes next, is the last
         self._since = clock()                 # the last progress
         self._turn_at = self._since           # the current one's
+        self._heard_at = self._since          # the last byte's
         self._unsent = 0                      # bytes, at the last check
         self.writable = True
 
@@ -74,6 +82,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_last:
             return
+        self._heard_at = self._clock()
         self._untold_bytes += len(data)
         try:
             self._parse(data)
@@ -85,6 +94,15 @@ class Connection(asyncio.Protocol):
         if self._queue:
             self._ahead_bytes += len(data)
         self._advance()
+
+    def eof_received(self) -> bool:
+        """Whether the transport stays open, for answers: it would not tell if the client left now, but writing does."""
+        is_due = self._current is not None or bool(self._queue)
+        is_whole = not self._in_head and self._reading is None
+        if not (is_due and is_whole and self._clock() - self._heard_at <= END_S):
+            return False
+        self._is_last = True
+        return True
 
     def pause_writing(self) -> None:
         self.writable = False
@@ -160,7 +178,7 @@ class Connection(asyncio.Protocol):
         if exchange is None or self._transport is None:
             return
         self._since = self._clock()
-        if not exchange.keeps_alive or self._draining:
+        if not (exchange.keeps_alive and self.stays):
             self._leave(whole=exchange.complete)
         self._advance()
 
@@ -205,7 +223,8 @@ class Connection(asyncio.Protocol):
     def _patience_s(self) -> float:
         if self._current is not None:
             return math.inf                   # the answer has its own deadline
-        return LINGER_S if self._leaving and not self._unsent else KEEP_ALIVE_S
+        is_short = not self._unsent if self._leaving else self._draining
+        return LINGER_S if is_short else KEEP_ALIVE_S
 
     def _parse(self, data: bytes) -> None:
         """A parser takes no body after a head that asks for an upgrade: a new one gets that head without the wish."""

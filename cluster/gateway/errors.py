@@ -5,7 +5,8 @@ DiptychError
 ├── CapacityError → Refused
 │   ├── Overloaded                    429 with Retry-After: the cluster is full
 │   ├── RateLimited                   429 with Retry-After: the API key has used up its minute
-│   └── NoRoute                       503 with Retry-After: no worker lives
+│   ├── NoRoute                       503 with Retry-After: no worker lives
+│   └── Crowded                       503 with Retry-After: the gateway has all the connections it may
 └── GenerationFailed                  a worker or a deadline ended it: by FailureKind
     └── SlowClient                    it took too long to read what it asked for
 """
@@ -47,6 +48,10 @@ class NoRoute(Refused):
     pass
 
 
+class Crowded(Refused):
+    pass
+
+
 class GenerationFailed(DiptychError):
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)
@@ -64,6 +69,7 @@ STATUS_OF_KIND = {
     FailureKind.INTERNAL: 500,
 }
 NO_ROUTE_RETRY_AFTER_S = 5.0
+CROWDED_RETRY_AFTER_S = 1.0
 REFUSED_RETRY_AFTER_S = 1.0
 
 
@@ -102,6 +108,8 @@ def to_http(error: DiptychError) -> HttpError:
             return HttpError(429, ErrorText(text, "rate_limit_error", code="rate_limit_exceeded"), again_s, error.headers)
         case NoRoute():
             return HttpError(503, ErrorText(text, "server_error", code="no_route"), NO_ROUTE_RETRY_AFTER_S)
+        case Crowded():
+            return HttpError(503, ErrorText(text, "server_error", code="too_many_connections"), CROWDED_RETRY_AFTER_S)
         case GenerationFailed(kind=FailureKind.INVALID):
             return HttpError(400, ErrorText(text, "invalid_request_error", code=error.kind))
         case GenerationFailed(kind=FailureKind.REFUSED):

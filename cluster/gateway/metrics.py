@@ -49,6 +49,7 @@ class Metrics:
         error_text = "Mean relative error of a worker's predicted step times"
         self._predictor_error = Gauge("diptych_predictor_error", error_text, ["worker"], registry=registry)
         self._responses = Count("diptych_http_responses", "HTTP answers", ["path", "status"], registry=registry)
+        self._turned_away = Count("diptych_http_turned_away", "Requests over connections that were too many", registry=registry)
         self._retries = Count("diptych_retries", "Attempts given up for another", ["reason"], registry=registry)
         self._prompt_tokens = Count("diptych_prompt_tokens", "Prompt tokens of finished choices", registry=registry)
         self._output_tokens = Count("diptych_output_tokens", "Output tokens of finished choices", registry=registry)
@@ -75,6 +76,9 @@ class Metrics:
 
     def responded(self, path: str, status: int) -> None:
         self._responses.add(path, str(status))
+
+    def turned_away(self) -> None:
+        self._turned_away.add()
 
     def retried(self, reason: str) -> None:
         self.num_retries += 1

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import msgspec
 import uvloop
 
 from ...messages.errors import ClusterError
@@ -25,7 +26,8 @@ from .app import App
 from .config import GatewayConfig
 from .core import Core
 from .decisions import RequestExplanation
-from .http_server import HttpServer
+from .http_server import Doors, HttpServer
+from .open_files import connections_within, raise_file_limit
 from .status import GatewayStatus
 
 T = TypeVar("T")
@@ -43,10 +45,15 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig, post: ZmqPost) -> None:
         self._post = post
+        config = _within_file_limit(config)
         self._core = Core(config, post)
         self._socket = _bind(config)
         self._port: int = self._socket.getsockname()[1]
-        self._server = HttpServer(App(self._core).handle, config.limits.grace_s)
+        app, limits = App(self._core), config.limits
+        self._server = HttpServer(Doors(app.handle, app.turn_away, limits.max_connections, limits.grace_s))
+        gauge = self._core.metrics.gauge
+        gauge("http_connections", "Open connections of clients", lambda: self._server.num_connections)
+        gauge("http_connections_max", "So many are served at a time", lambda: limits.max_connections)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None   # while it runs
         self._failure: BaseException | None = None            # of a background task
@@ -104,7 +111,7 @@ class Gateway:
         self._core.dispatcher.wake_at = self._wake_at
         beats = [asyncio.create_task(self._beat(POLL_S, self._core.pump)), asyncio.create_task(self._beat(WATCH_S, self._core.watch))]
         try:
-            await self._server.serve(self._socket, BACKLOG)
+            await self._server.serve(self._socket)
         finally:
             for beat in beats:
                 beat.cancel()
@@ -143,6 +150,13 @@ def _settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)
+
+
+def _within_file_limit(config: GatewayConfig) -> GatewayConfig:
+    """Raises ClusterError if not one connection may be open."""
+    asked = config.limits.max_connections
+    limits = msgspec.structs.replace(config.limits, max_connections=connections_within(asked, raise_file_limit(asked)))
+    return msgspec.structs.replace(config, limits=limits)
 
 
 def _fulfil(result: "Future[T]", call: Callable[[], T]) -> None:

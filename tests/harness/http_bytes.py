@@ -81,6 +81,11 @@ class Socket(asyncio.Transport):
     def abort(self) -> None:
         self._lose(in_order=False)
 
+    def end(self) -> None:
+        """The client sends no more."""
+        if not self.protocol.eof_received():
+            self.close()
+
     def is_closing(self) -> bool:
         return self.closed.done()
 

@@ -102,6 +102,21 @@ def test_stopping_leaves_no_process_and_no_segment(cluster: StartCluster) -> Non
     assert segments(name) == []
 
 
+def test_a_controller_that_dies_while_it_stops_is_followed_by_one_that_goes_on(cluster: StartCluster) -> None:
+    served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 60.0, "drain_s": 60.0})
+    controller_pid, pids, name = served.status.pid, served.pids, served.status.name
+    served.kill("gateway-0", signal.SIGSTOP)                  # nothing leaves before it does
+    ray_session._ask(served.deployment.controller.stop)
+    served.wait_for(lambda status: status.phase is Phase.STOPPING)
+    psutil.Process(controller_pid).kill()
+    served.wait_for(lambda status: status.pid != controller_pid and status.phase is Phase.STOPPING)
+    psutil.Process(pids["gateway-0"]).resume()
+    status = served.wait_for(lambda status: status.phase is Phase.STOPPED or not set(served.pids.items()) <= set(pids.items()))
+    assert status.phase is Phase.STOPPED, "it started somebody"
+    served.deployment.stop()
+    cluster(pools={"decode": SMALL}, name=name).complete()    # what is over for one is over for the next
+
+
 def test_a_model_that_cannot_be_served_is_said_at_once(cluster: StartCluster, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(embedded_model_path(), folder)

@@ -447,6 +447,21 @@ def test_an_adopted_life_that_was_starting_may_go_on_and_holds_nothing_up() -> N
     assert [type(action) for action in controller.decide(TIMEOUTS.start_s + 1)] == [Kill]
 
 
+def test_who_takes_over_while_all_goes_down_drains_those_that_serve() -> None:
+    """They are known to it as starting only, until they answer."""
+    controller = Controller(frozenset(), TIMEOUTS, Epoch(FIRST + 7), next_version=1)
+    for name in (G0, D0):
+        controller.observe(Adopted(name, FIRST, served=True), 0.0)
+    controller.observe(Adopted(D1, FIRST, served=False), 0.0)
+    assert controller.decide(0.0) == []
+    for name in (G0, D0):
+        controller.observe(Answered(name, FIRST, presence(name, FIRST)), 0.1)
+    assert [action for action in controller.decide(0.1) if not isinstance(action, Publish)] == [Drain(G0, FIRST)]
+    controller.observe(Died(G0, FIRST, "drained"), 0.2)
+    actions = [action for action in controller.decide(0.2) if not isinstance(action, Publish)]
+    assert actions == [Drain(D0, FIRST), Kill(D1, FIRST, "no longer wanted")]
+
+
 @pytest.mark.parametrize("here", [None, presence(D0, FIRST)])
 def test_who_was_drained_by_an_earlier_controller_is_replaced(here: Member | None) -> None:
     """It has ended, or takes no more requests: nothing brings it back."""

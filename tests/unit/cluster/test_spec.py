@@ -18,7 +18,8 @@ slo: {ttft_ms: 300, tpot_ms: 30, attainment: 0.9}
 pools:
   prefill: {workers: 2, max_step_tokens: 64}
   decode:  {workers: 3, kv_memory: 8MiB, num_threads: 4}
-router: {policy: round_robin, host: 0.0.0.0, port: 8001, processes: 2, local_path: true, explain: 500, debug_headers: true}
+router: {policy: round_robin, host: 0.0.0.0, port: 8001, processes: 2, local_path: true, explain: 500, debug_headers: true,
+         max_connections: 50}
 transfer: {transports: [shm], handoff_timeout_s: 5}
 security: {api_keys_file: keys.txt}
 timeouts: {request_s: 33}
@@ -62,7 +63,7 @@ def test_a_whole_spec_becomes_configs(folder: Path) -> None:
     assert gateway.api_keys == {"first", "second"}
     assert gateway.policy_options.local_path
     assert (gateway.explain, gateway.debug_headers) == (500, True)
-    assert gateway.limits.request_timeout_s == 33
+    assert (gateway.limits.request_timeout_s, gateway.limits.max_connections) == (33, 50)
 
 
 def test_the_smallest_spec_is_colocated_and_on_the_loopback(folder: Path) -> None:
@@ -117,6 +118,7 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"router": {"policy": "fastest"}}, "router.policy: 'fastest' is unknown; known: round_robin"),
         ({"router": {"port": 0, "processes": 2}}, "router.port: must be a fixed port"),
         ({"router": {"port": 65536}}, "router.port: "),
+        ({"router": {"max_connections": 0}}, "router.max_connections: must be >= 1, not 0"),
         ({"router": {"explain": -1}}, "router.explain: must be >= 0, not -1"),
         ({"router": {"explain": 10_001}}, "router.explain: "),
         ({"transfer": {"transports": ["carrier_pigeon"]}}, "transfer.transports: 'carrier_pigeon' is not there yet"),

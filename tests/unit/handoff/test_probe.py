@@ -20,8 +20,9 @@ from diptych.messages.handoff import KVProbe, KVProbeAccept, KVRefuse, RefuseRea
 from diptych.messages.ids import Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
 from diptych.messages.requests import FailureKind
-from diptych.prefill_worker.link_prober import LINK_WAIT_S, REPEAT_S, RETRY_S
+from diptych.prefill_worker.link_prober import LINK_WAIT_S
 from diptych.prefill_worker.probe import Floor
+from diptych.prefill_worker.probe_times import REPEAT_S, RETRY_S
 
 PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
 NO_FLOOR = Floor(0.0, refuse=True)
@@ -268,20 +269,100 @@ def test_blocks_that_are_only_cached_are_lent() -> None:
     cluster.assert_nothing_leaked()
 
 
+def never_quiet(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    prober = cluster.workers[PREFILL]._prober
+    monkeypatch.setattr(prober, "tick", lambda now, is_quiet, tick=prober.tick: tick(now, False))
+
+
 def test_a_refused_link_is_measured_beside_others_handoffs_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = FakeCluster(floor=Floor(1e3, refuse=True))
     run(cluster)
     assert cluster.links[0].refused
-    prober = cluster.workers[PREFILL]._prober
-    monkeypatch.setattr(prober, "tick", lambda now, may_begin, tick=prober.tick: tick(now, False))       # never an idle moment
-    cluster.transports[PREFILL].page_s = 1e-12
-    run(cluster, REPEAT_S + 1)
-    assert len(cluster.links) == 1
-    run(cluster, REPEAT_S)
-    assert [link.refused for link in cluster.links] == [True, False]
-    run(cluster, 2 * REPEAT_S)
+    with monkeypatch.context() as patch:
+        never_quiet(cluster, patch)
+        run(cluster, REPEAT_S + 1)
+        assert len(cluster.links) == 1
+        run(cluster, REPEAT_S)
+        assert [link.refused for link in cluster.links] == [True, True], "it is not used because of an earlier figure"
+        cluster.transports[PREFILL].page_s = 1e-12
+        run(cluster, 2 * REPEAT_S)
+        assert [link.refused for link in cluster.links] == [True, True, False]
+        run(cluster, 4 * REPEAT_S)
+        assert len(cluster.links) == 3
+    cluster.assert_nothing_leaked()
+
+
+def test_a_pair_that_is_never_quiet_is_measured_beside_its_handoffs_and_once_more_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    cluster = FakeCluster(floor=NO_FLOOR)
+    with monkeypatch.context() as patch:
+        never_quiet(cluster, patch)
+        run(cluster, REPEAT_S - 1)
+        assert cluster.links == []
+        run(cluster, 2)
+        assert len(cluster.links) == 1
+        assert caplog.records[-1].getMessage().endswith("a page (measured beside handoffs)")
+        run(cluster, 4 * REPEAT_S)
+        assert len(cluster.links) == 1, "it is fast enough"
+    run(cluster)
+    assert len(cluster.links) == 2
+    run(cluster, 4 * REPEAT_S)
     assert len(cluster.links) == 2
     cluster.assert_nothing_leaked()
+
+
+def test_a_figure_beside_handoffs_refuses_no_link_but_is_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = FakeCluster(floor=Floor(1e3, refuse=True))
+    with monkeypatch.context() as patch:
+        never_quiet(cluster, patch)
+        run(cluster, REPEAT_S + 1)
+        assert [(link.below_floor, link.refused) for link in cluster.links] == [(True, False)]
+        assert caplog.records[0].getMessage().endswith("used all the same (measured beside handoffs)")
+        assert cluster.submit(PROMPT, max_tokens=3).failure is None
+        run(cluster, 2 * REPEAT_S)
+        assert all(answer.complete for answer in cluster.answers.values())
+        assert [link.refused for link in cluster.links] == [False, False]
+    run(cluster, REPEAT_S)
+    assert [link.refused for link in cluster.links] == [False, False, True]
+
+
+def test_a_handoff_that_begins_beside_a_probe_is_not_the_links_fault() -> None:
+    cluster = FakeCluster(floor=Floor(1e3, refuse=True))
+    while not cluster.fabric.in_flight:
+        cluster.network.deliver_all()
+        cluster.turn()
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    run(cluster)
+    assert answer.complete
+    assert [link.refused for link in cluster.links] == [False]
+    run(cluster, REPEAT_S)
+    assert [link.refused for link in cluster.links] == [False, True]
+
+
+def test_a_link_that_is_found_anew_under_load_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(floor=NO_FLOOR)
+    run(cluster)
+    never_quiet(cluster, monkeypatch)
+    connect = cluster.transports[PREFILL].connect
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.transports[PREFILL], "connect", lambda descriptor: None)
+        run(cluster, RETRY_S + 1)
+    monkeypatch.setattr(cluster.transports[PREFILL], "connect", connect)
+    cluster.transports[PREFILL].page_s = 2 * PAGE_S
+    run(cluster, REPEAT_S + RETRY_S + 1)
+    assert [link.gbps for link in cluster.links] == pytest.approx([gbps(cluster), gbps(cluster) / 2])
+
+
+def test_who_is_not_to_measure_never_does() -> None:
+    cluster = FakeCluster()
+    run(cluster, 2 * REPEAT_S)
+    cluster.submit(PROMPT, max_tokens=3)
+    run(cluster, 2 * REPEAT_S)
+    assert cluster.links == []
 
 
 def test_a_request_is_served_while_a_probe_hangs() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.cluster.gateway import connection as module
-from diptych.cluster.gateway.connection import BODY_S, KEEP_ALIVE_S, LINGER_S, MAX_AHEAD_BYTES, MAX_HEAD_BYTES, READ_S, Connection
+from diptych.cluster.gateway.connection import BODY_S, END_S, KEEP_ALIVE_S, LINGER_S, MAX_AHEAD_BYTES, MAX_HEAD_BYTES, READ_S, Connection
 from diptych.cluster.gateway.errors import BadRequest
 from diptych.cluster.gateway.exchange import CONTINUE, ClientGone, Exchange
 from diptych.cluster.gateway.response_head import response_head
@@ -32,13 +32,13 @@ OLD = b"GET /old HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
 class Line:
     """A client, a connection and a clock."""
 
-    def __init__(self, handle: Callable | None = None) -> None:
+    def __init__(self, handle: Callable | None = None, *, once: bool = False) -> None:
         self.now = 0.0
         self.socket = Socket()
         self.exchanges: list[Exchange] = []
         self.lost: list[Connection] = []
         self._handle = handle or echo
-        self.connection = Connection(self.handle, lambda: self.now, self.lost.append)
+        self.connection = Connection(self.handle, lambda: self.now, self.lost.append, once=once)
         self.socket.connect(self.connection)
 
     async def handle(self, exchange: Exchange) -> None:
@@ -463,6 +463,118 @@ class TestStreams:
         line.socket.close()
         await turns()
         assert left == [True]
+
+
+class TestTheClientsEnd:
+    """It sends no more; whether it still reads is another matter."""
+
+    @in_loop
+    async def test_together_with_its_requests_leaves_them_their_answers(self):
+        door = asyncio.Event()
+
+        async def wait(exchange: Exchange) -> None:
+            await door.wait()
+            await echo(exchange)
+
+        line = Line(wait)
+        await line.feed(GET + POST + GET)
+        line.now += END_S
+        line.socket.end()
+        await line.pass_time(10 * KEEP_ALIVE_S)
+        assert line.output == b""
+        door.set()
+        await turns()
+        assert line.output == ok(b"GET /a ") + ok(b"POST /b hello") + ok(b"GET /a ", b"connection: close")
+        assert await line.socket.closed
+
+    @in_loop
+    async def test_after_the_head_of_its_answer_ends_with_the_answer(self):
+        line = Line(lambda exchange: open_only(exchange))
+        await line.feed(GET)
+        line.socket.end()
+        assert not line.closed
+        [exchange] = line.exchanges
+        assert (exchange.gone, exchange.keeps_alive) == (False, True)
+        exchange.end(b"whole")
+        assert line.output.endswith(b"whole\r\n0\r\n\r\n")
+        assert await line.socket.closed
+
+    @in_loop
+    async def test_later_is_its_leaving(self):
+        line = Line(lambda exchange: open_only(exchange))
+        await line.feed(GET + GET)
+        line.now += END_S * 1.01
+        line.socket.end()
+        await turns()
+        assert [exchange.gone for exchange in line.exchanges] == [True]
+        assert line.lost == [line.connection]
+
+    @pytest.mark.parametrize("rest", [GET[:5], POST[:-1], CHUNKED[:-3]])
+    @in_loop
+    async def test_in_the_middle_of_a_request_is_its_leaving(self, rest):
+        line = Line(lambda exchange: open_only(exchange))
+        await line.feed(GET + rest)
+        line.socket.end()
+        await turns()
+        assert [exchange.gone for exchange in line.exchanges] == [True]
+        assert line.closed
+
+    @pytest.mark.parametrize("raw", [b"", GET, GET + GET[:5]])
+    @in_loop
+    async def test_without_anything_to_answer_closes(self, raw):
+        line = Line()
+        await line.feed(raw)
+        line.socket.end()
+        assert line.output == ok(b"GET /a ") * raw.count(GET)
+        assert await line.socket.closed
+
+    @in_loop
+    async def test_before_a_refusal_that_is_due_leaves_it_that(self):
+        door = asyncio.Event()
+
+        async def wait(exchange: Exchange) -> None:
+            await door.wait()
+            await echo(exchange)
+
+        line = Line(wait)
+        await line.feed(GET + b"nonsense\r\n\r\n")
+        line.socket.end()
+        door.set()
+        await turns()
+        assert line.statuses == [200, 400]
+        assert line.closed
+
+    @in_loop
+    async def test_with_a_client_that_does_not_read_is_waited_for_no_longer_than_without(self):
+        line = Line()
+        line.socket.reading = False
+        await line.feed(GET * 2)
+        line.socket.end()
+        await line.pass_time(KEEP_ALIVE_S)
+        assert not line.closed
+        await line.pass_time(1)
+        assert line.closed
+
+
+class TestOnce:
+    @in_loop
+    async def test_the_first_answer_is_the_last(self):
+        line = Line(once=True)
+        assert await line.feed(GET + GET) == ok(b"GET /a ", b"connection: close")
+        assert await line.socket.closed
+
+    @in_loop
+    async def test_who_asks_nothing_is_not_waited_for_long(self):
+        line = Line(once=True)
+        await line.pass_time(LINGER_S)
+        assert not line.closed
+        await line.pass_time(1)
+        assert line.closed
+
+
+async def open_only(exchange: Exchange) -> None:
+    exchange.open(())
+    exchange.write(b"begun")
 
 
 async def tell(exchange: Exchange) -> None:

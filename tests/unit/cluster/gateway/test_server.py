@@ -265,3 +265,24 @@ def test_two_gateways_share_a_port(tmp_path):
         post.close()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
+
+
+def test_a_full_gateway_says_so_and_that_it_lives(tmp_path):
+    with serving(tmp_path, limits=Limits(max_connections=1)) as (gateway, _, url):
+        wait_for(lambda: gateway.status().ready and metric(url, "http_connections") == 1)          # that which asks
+        with socket.create_connection(("127.0.0.1", gateway.port), timeout=20) as only:
+            only.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            assert only.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
+            reply = httpx.post(url + "/v1/completions", json={"model": MODEL, "prompt": "x"}, timeout=20)
+            assert (reply.status_code, reply.headers["retry-after"], reply.headers["connection"]) == (503, "1", "close")
+            assert reply.json()["error"]["code"] == "too_many_connections"
+            assert httpx.get(url + "/health", timeout=20).status_code == 200
+            names = ["http_connections_max", "http_turned_away_total"]
+            assert [metric(url, name) for name in names] == [1, 1]
+            assert metric(url, "http_connections") >= 2
+        wait_for(lambda: httpx.post(url + "/v1/completions", json={"model": MODEL, "prompt": "x"}, timeout=20).status_code == 200)
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(url + "/metrics", timeout=20).text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"diptych_{name} "))
