@@ -23,6 +23,8 @@ NOBODY = WorkerRef(WorkerId("calibration"), Epoch(0), Address(""))
 ROUNDS = 40
 """How often the fit is told the grid: by then the prior no longer counts."""
 
+CUT_CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
+
 
 def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], float], budget_s: float) -> StepModel:
     end, measured = clock() + budget_s, []
@@ -39,17 +41,23 @@ def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], flo
 
 def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
     """One of each kind of step that a GPU compiles something for, so that no request waits for a compiler: short and long prompts, several
-    prompts that fill a step, and decodes of few and many sequences beside a prompt, whose contexts are cut into as many shares as their
-    number allows."""
+    prompts that fill a step, and decodes of few and many sequences, with short and long contexts, beside a prompt. The latter ask for
+    logprobs, which the host computes: otherwise a graph would take the step, and all its kernels are compiled already."""
     longest, budget = limits.max_model_len - 1, min(limits.max_step_tokens, limits.max_model_len - 1)
     for num_tokens in sorted({min(count, budget) for count in (1, 17, 1000, budget)}):
         runner.launch(_plan([_prompt(num_tokens, limits)]), None).wait()
     for several in range(2, min(4, limits.max_sequences, budget) + 1):
         runner.launch(_plan([_prompt(budget // several, limits) for _ in range(several)]), None).wait()
-    beside, decode, count = _prompt(min(17, budget), limits), _decode(longest, limits), 1
+    beside, contexts, count = _scored(_prompt(min(17, budget), limits)), _contexts(longest), 1
     while count < min(limits.max_sequences, limits.max_step_tokens - 17):
-        runner.launch(_plan([*[decode] * count, beside]), None).wait()
+        for context in contexts if count == 1 else (1, longest):
+            runner.launch(_plan([*[_decode(context, limits)] * count, beside]), None).wait()
         count *= 2
+
+
+def _contexts(longest: int) -> list[int]:
+    """From 1 to `longest`: alone, a sequence's context is cut into 1, 2, 4 … shares as it grows."""
+    return [1, *(context for context in CUT_CONTEXTS if context < longest), longest]
 
 
 def _fit(measured: list[tuple[StepFeatures, float]]) -> StepModel:
@@ -69,6 +77,12 @@ def _grid(limits: EngineLimits) -> Iterator[StepPlan]:
         yield _plan([_decode(min(context, longest), limits) for _ in range(max(1, count))])
     for tokens in (budget // 16, budget // 4, budget):
         yield _plan([_prompt(max(1, tokens), limits)])
+
+
+def _scored(chunk: Chunk) -> Chunk:
+    request = chunk.sequence.request
+    chunk.sequence.request = replace(request, sampling=replace(request.sampling, logprobs=0))
+    return chunk
 
 
 def _plan(chunks: list[Chunk]) -> StepPlan:

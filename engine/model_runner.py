@@ -111,12 +111,17 @@ class TorchRunner(SyncRunner):
 
 def outputs_of(chunks: Seq[Chunk], logits: torch.Tensor, bounds: Seq[int]) -> list[ChunkOutput]:
     """Chunk i has rows bounds[i] to bounds[i + 1] of the logits [R, vocab]."""
-    finite = [bool(torch.isfinite(logits[bounds[i] : bounds[i + 1]]).all()) for i in range(len(chunks))]
+    finite = [_are_finite(logits[bounds[i] : bounds[i + 1]]) for i in range(len(chunks))]
     sampling = [i for i, chunk in enumerate(chunks) if chunk.samples and finite[i]]
     last_rows = logits[[bounds[i + 1] - 1 for i in sampling]]
     drawn = dict(zip(sampling, sample(last_rows, [_row(chunks[i]) for i in sampling]), strict=True))
     scores = [_prompt_scores(chunk, logits[bounds[i] : bounds[i + 1]]) for i, chunk in enumerate(chunks)]
     return [ChunkOutput(drawn.get(i), scores[i], finite[i]) for i in range(len(chunks))]
+
+
+def _are_finite(logits: torch.Tensor) -> bool:
+    """`isfinite` of them all would take more memory than they do; the extremes are NaN where anything is."""
+    return not logits.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(logits))).all())
 
 
 def logit_span(chunk: Chunk) -> range:

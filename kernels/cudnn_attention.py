@@ -29,7 +29,7 @@ def plan(num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
     kv_heads, block_size, head_dim = kv_pool.shape[3:]
     if not takes(kv_pool):
         return
-    for rows in range(FEWEST_ROWS, max_rows + ROWS_OF_A_PLAN, ROWS_OF_A_PLAN):
+    for rows in reversed(range(FEWEST_ROWS, max_rows + ROWS_OF_A_PLAN, ROWS_OF_A_PLAN)):      # the others fit into the longest's memory
         qkv = torch.zeros(rows, num_heads + 2 * kv_heads, head_dim, dtype=kv_pool.dtype, device=kv_pool.device)
         for q in (qkv[:, :num_heads], qkv[1:, :num_heads]):
             attention(q, kv_pool, 0, torch.zeros(-(-rows // block_size), dtype=torch.int32, device=kv_pool.device), 1.0)

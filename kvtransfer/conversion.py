@@ -16,6 +16,9 @@ from .layout import KVLayout
 from .regrouping import Regrouping
 from .transport import IdArray, KVPool
 
+AT_ONCE_BYTES = 16 << 20
+"""Of source pages: between two types their numbers pass through fp32 and take up to seven times as much besides."""
+
 
 def require_convertible(source: KVLayout, target: KVLayout) -> None:
     """Raises LayoutMismatch with what stands in the way, by name."""
@@ -43,9 +46,13 @@ class Converter:
         runs = grouping.runs_into(pages // num_layers, len(src_blocks))
         layers = (pages % num_layers)[runs.asked]
         src_pages = src_blocks[runs.src_blocks] * num_layers + layers
-        rows = self._source.index_select(0, self._rows(src_pages, runs.src_places, grouping.src_size))
-        there = self._rows(targets[runs.asked], runs.places, grouping.dst_size)
-        self._target.index_copy_(0, there, self._as_stored_there(rows, layers))
+        run_bytes = 2 * self._layout.num_kv_heads * self._source.shape[1] * self._source.itemsize
+        at_once = max(1, AT_ONCE_BYTES // run_bytes)
+        for start in range(0, len(layers), at_once):
+            piece = slice(start, start + at_once)
+            rows = self._source.index_select(0, self._rows(src_pages[piece], runs.src_places[piece], grouping.src_size))
+            there = self._rows(targets[runs.asked[piece]], runs.places[piece], grouping.dst_size)
+            self._target.index_copy_(0, there, self._as_stored_there(rows, layers[piece]))
 
     def _rows(self, pages: IdArray, places: IdArray, block_size: int) -> Tensor:
         """Of runs at `places` in `pages`, for K and V of every head → [runs × 2 × kv_heads]."""
