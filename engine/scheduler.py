@@ -19,6 +19,9 @@ from .block_pool import BlockPool
 from .pace import Pacer, StepRoom
 from .sequence import Sequence, SequenceState
 
+MAX_SCORED_TOKENS = 1024
+"""In one step, of prompts whose log-probabilities are asked for: each has a row of logits as wide as the vocabulary."""
+
 
 class Chunk(Struct, frozen=True):
     """Tokens [start, start + count) of one sequence."""
@@ -89,17 +92,21 @@ class Scheduler:
         welcome = [] if preempted else self.waiting[:]
         preempted = preempted or self._yield_to_waiting()
         chunks = [Chunk(s, s.num_computed, 1) for s in self.running if s.is_decoding][: self._max_sequences]
-        room = self._room(chunks)
+        room, scored_left = self._room(chunks), MAX_SCORED_TOKENS
         admitted, nobody_more = [], False
         for sequence in self._prompts(welcome, len(chunks)):
             if room.is_empty:
                 break
+            most = scored_left if sequence.is_scored else room.tokens
             if sequence.state is SequenceState.WAITING:
-                nobody_more = nobody_more or not self._admit(sequence)         # or small ones would keep a large one waiting for ever
+                nobody_more = nobody_more or most == 0 or not self._admit(sequence)      # or small ones would keep a large one waiting
                 if nobody_more:
                     continue
                 admitted.append(sequence)
-            chunks.append(Chunk(sequence, sequence.num_computed, room.take(sequence.num_computed, sequence.num_to_compute)))
+            if most > 0:
+                count = room.take(sequence.num_computed, min(sequence.num_to_compute, most))
+                scored_left -= count if sequence.is_scored else 0
+                chunks.append(Chunk(sequence, sequence.num_computed, count))
         return StepPlan(tuple(chunks), tuple(admitted), tuple(preempted))
 
     def computed(self, chunk: Chunk) -> None:
@@ -170,9 +177,8 @@ class Scheduler:
     def _missing(self, sequence: Sequence) -> tuple[int, list[BlockId]]:
         """Blocks to take so that it can run, and those that are here already."""
         hashes = sequence.update_hashes(self._block_size)
-        wants_all_logits = sequence.request.sampling.prompt_logprobs is not None
         # At least one token is computed, for its logits.
-        usable = 0 if wants_all_logits else (len(sequence.token_ids) - 1) // self._block_size
+        usable = 0 if sequence.is_scored else (len(sequence.token_ids) - 1) // self._block_size
         prefix = self._pool.match(hashes[:usable])
         return self.blocks_for(len(sequence.token_ids)) - len(prefix), prefix
 

@@ -85,6 +85,11 @@ class Sequence:
         return self.request.service_class is ServiceClass.BATCH
 
     @property
+    def is_scored(self) -> bool:
+        """The log-probabilities of its prompt are asked for, so all of its logits are needed."""
+        return self.request.sampling.prompt_logprobs is not None
+
+    @property
     def is_pending(self) -> bool:
         return self.token_ids[-1] == PENDING
 

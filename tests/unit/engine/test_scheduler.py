@@ -3,9 +3,11 @@
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.engine import scheduler
 from diptych.engine.block_pool import BlockPool
 from diptych.engine.pace import Pacer
 from diptych.engine.predictor import features_of
@@ -121,6 +123,7 @@ class Run:
         prompts = [chunk for chunk in plan.chunks if chunk.sequence not in decoding]
         room = max(1, machine.max_step_tokens - (len(plan.chunks) - len(prompts)))
         assert sum(chunk.count for chunk in prompts) <= room
+        assert sum(chunk.count for chunk in prompts if chunk.sequence.is_scored) <= scheduler.MAX_SCORED_TOKENS
         if [s for s in self.scheduler.running if s not in decoding]:
             assert sum(chunk.count for chunk in prompts) > 0, "a prompt under way does not get on"
 
@@ -194,6 +197,13 @@ def test_any_jobs_on_any_machine(machine: Machine, jobs: list[Job]) -> None:
     Run(machine, jobs).go()
 
 
+@given(machine=machines, jobs=st.lists(jobs, min_size=1, max_size=9))
+def test_any_jobs_on_any_machine_with_few_scores_a_step(machine: Machine, jobs: list[Job]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "MAX_SCORED_TOKENS", 3)
+        Run(machine, jobs).go()
+
+
 def test_the_property_test_meets_preemption() -> None:
     run = Run(Machine(num_blocks=7, max_step_tokens=64, max_sequences=4), [Job((1, 0) * 5, 12, ttft=float(i)) for i in range(4)])
     run.go()
@@ -251,6 +261,16 @@ def test_a_cached_prefix_is_not_computed_again_but_for_its_last_token() -> None:
         run.arrive_and_leave(step)
         plan = run.scheduler.schedule()
         assert spans(plan) == [expected]
+        run.compute(plan)
+
+
+def test_few_prompts_are_scored_in_one_step() -> None:
+    """Each of their tokens has a row of logits, which memory must be there for."""
+    roomy = Machine(num_blocks=4096, max_step_tokens=4096, max_sequences=8)
+    run = started(roomy, Job((1,) * 1500, 1, scored=True), Job((2,) * 700, 1, scored=True), Job((3,) * 300, 1))
+    for expected in ([("r0", 0, 1024)], [("r0", 1024, 476), ("r1", 0, 548), ("r2", 0, 300)], [("r1", 548, 152)]):
+        plan = run.scheduler.schedule()
+        assert spans(plan) == expected
         run.compute(plan)
 
 
