@@ -43,6 +43,9 @@ class Wire:
     def send(self, to: Address, message: Message) -> None:
         self.other.inbox.append(encode(message))
 
+    def update_members(self, members: set[Address]) -> None:
+        pass
+
     def receive(self, timeout_s: float) -> list[Message]:
         frames, self.inbox = self.inbox, []
         return [decode(frame) for frame in frames]
