@@ -76,7 +76,7 @@ def serve(
     requests: Annotated[int | None, workload_option(min=1, help="at most; default: the whole trace; generated: 200, or 2000")] = None,
     max_context: Annotated[int | None, workload_option(min=2, help="cut prompt + output to this many tokens")] = None,
     scale_lengths: Annotated[bool, workload_option("--scale-lengths", help="shrink all lengths in proportion instead of cutting")] = False,
-    seed: Annotated[int, workload_option(min=0)] = 0,
+    seed: Annotated[int, workload_option(min=0, help="of generated arrivals and lengths")] = 0,
     arrivals: Annotated[Arrivals, generator_option()] = Arrivals.POISSON,
     cv: Annotated[float, generator_option(help="coefficient of variation of the gaps, for gamma and weibull")] = 1.0,
     prompt_mean: Annotated[float, generator_option(help="tokens")] = 512.0,
@@ -100,6 +100,7 @@ def serve(
     mode: Annotated[PromptMode, prompt_option()] = PromptMode.TOKEN_IDS,
     vocab_size: Annotated[int | None, prompt_option(min=1, help="default: from /v1/models, else of --tokenizer")] = None,
     tokenizer: Annotated[Path | None, prompt_option(help="folder with tokenizer.json, for text and chat")] = None,
+    prompt_seed: Annotated[int | None, prompt_option(min=0, help="default: drawn, so that no prefix cache knows them from before")] = None,
     json: Annotated[str | None, report_option(help="file, or - for the standard output")] = None,
     png: Annotated[Path | None, report_option(help="attainment over rate")] = None,
 ) -> None:
@@ -116,8 +117,8 @@ def serve(
             raise WorkloadError("--scale-lengths needs --max-context, the context to scale to")
         search = SearchPlan(rate or 1.0, len(workload), target, half_width, resolution, min_probe_s=probe_s) if goodput else None
         load = Load(_rates(rate, rates, recorded=trace is not None), search)
-        objective, prompts = Objective(ttft_ms, tpot_ms), PromptSource(mode, vocab_size, tokenizer, seed)
-        plan = BenchPlan(Address.parse(url, api_key), workload, load, objective, prompts, model, deadline_s, gpus)
+        objective, prompts = Objective(ttft_ms, tpot_ms), PromptSource(mode, vocab_size, tokenizer, _seed(prompt_seed))
+        plan = BenchPlan(Address.parse(url, api_key), workload, load, objective, prompts, model, deadline_s, gpus, seed)
         result = _measure(plan)
         print_result(console, result)
         _write(result, json, png, target)
@@ -189,7 +190,7 @@ def split(
 
     with _exit_codes():
         colocated = Address.parse(colocated_url, api_key) if colocated_url is not None else None
-        prompts = PromptSource(PromptMode.TOKEN_IDS, vocab_size, None, secrets.randbits(32) if seed is None else seed)
+        prompts = PromptSource(PromptMode.TOKEN_IDS, vocab_size, None, _seed(seed))
         plan = SplitBench(Address.parse(url, api_key), colocated, _numbers("--lengths", lengths), pairs, output_tokens, prompts, model)
         report = run_split_bench(plan, Console())
         if json is not None:
@@ -219,6 +220,10 @@ def gateway(
         phases = run_gateway_bench(plan, Console())
         if json is not None:
             _save(json, phases)
+
+
+def _seed(given: int | None) -> int:
+    return secrets.randbits(32) if given is None else given
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class BenchPlan:
     model: str | None = None            # None: the first that /v1/models lists
     deadline_s: float = 120.0           # of each request, from its sending
     gpus: int = 1                       # that serve: goodput is per GPU
+    seed: int = 0                       # of the workload
 
     def __post_init__(self) -> None:
         if self.load.search is not None and self.objective == Objective():
@@ -73,7 +74,8 @@ class BenchResult(msgspec.Struct, frozen=True):
     url: str
     model: str
     mode: PromptMode
-    seed: int
+    seed: int                           # of the workload
+    prompt_seed: int                    # of what its prompts are made of
     gpus: int
     objective: Objective
     workload: WorkloadSummary
@@ -106,7 +108,8 @@ async def measure(plan: BenchPlan, client: HttpClient, watcher: Watcher) -> Benc
         url=str(plan.address),
         model=card.id,
         mode=plan.prompts.mode,
-        seed=plan.prompts.seed,
+        seed=plan.seed,
+        prompt_seed=plan.prompts.seed,
         gpus=plan.gpus,
         objective=plan.objective,
         workload=WorkloadSummary.of(plan.workload),

@@ -3,7 +3,7 @@
     Workload ─> PromptMaker (ids) ─> [Words (text)] ─> CompletionBody | ChatBody ─> bytes
 
 Each run has its own salt and so new prompts of the same lengths: had a server's prefix cache seen them in the run before, the
-second rate of a sweep would look better than the first.
+second rate of a sweep would look better than the first. Another command has another seed, for the same reason.
 """
 
 from dataclasses import dataclass

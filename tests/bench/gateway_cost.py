@@ -43,7 +43,7 @@ class Wire:
     def send(self, to: Address, message: Message) -> None:
         self.other.inbox.append(encode(message))
 
-    def update_members(self, addresses: set[Address]) -> None:
+    def update_members(self, members: set[Address]) -> None:
         pass
 
     def receive(self, timeout_s: float) -> list[Message]:

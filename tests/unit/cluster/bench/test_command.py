@@ -67,6 +67,23 @@ def test_sweep_with_a_picture_and_new_prompts_at_each_rate(stub, tmp_path: Path)
     assert len(prompts) == 10
 
 
+def test_a_later_command_makes_new_prompts_of_the_same_lengths_unless_it_is_told_which(stub) -> None:
+    def prompts(*options: object) -> list[tuple[int, ...]]:
+        before = len(stub.bodies)
+        result = invoke("--url", stub.url, "--requests", 5, "--rate", 100, "--prompt-sigma", 0.5, "--json", "-", *FAST, *options)
+        assert result.exit_code == 0, result.output
+        seeds.append((json.loads(result.stdout)["seed"], json.loads(result.stdout)["prompt_seed"]))
+        return sorted(tuple(body["prompt"]) for body in stub.bodies[before:])
+
+    seeds: list[tuple[int, int]] = []
+    first, second = prompts("--seed", 3), prompts("--seed", 3)
+    assert sorted(map(len, first)) == sorted(map(len, second))
+    assert not set(first) & set(second)
+    assert prompts("--seed", 3, "--prompt-seed", seeds[0][1]) == first
+    assert [seed for seed, _ in seeds] == [3, 3, 3]
+    assert seeds[2] == seeds[0]
+
+
 def test_goodput_of_a_server_with_a_queue(stub, behaviour, tmp_path: Path) -> None:
     stub.behave = queue_of(behaviour, 0.01)
     search = ["--goodput", "--rate", 40, "--requests", 60, "--probe-s", 1, "--resolution", 0.5, "--gpus", 2]

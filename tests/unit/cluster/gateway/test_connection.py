@@ -10,10 +10,11 @@ from harness.http_bytes import Response, Socket
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.cluster.gateway import connection as module
-from diptych.cluster.gateway.connection import BODY_S, END_S, KEEP_ALIVE_S, LINGER_S, MAX_AHEAD_BYTES, MAX_HEAD_BYTES, READ_S, Connection
+from diptych.cluster.gateway import request_reader as module
+from diptych.cluster.gateway.connection import BODY_S, END_S, KEEP_ALIVE_S, LINGER_S, MAX_AHEAD_BYTES, READ_S, Connection
 from diptych.cluster.gateway.errors import BadRequest
 from diptych.cluster.gateway.exchange import CONTINUE, ClientGone, Exchange
+from diptych.cluster.gateway.request_reader import MAX_HEAD_BYTES
 from diptych.cluster.gateway.response_head import response_head
 
 MAX_BODY = 1000
