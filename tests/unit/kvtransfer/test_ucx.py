@@ -276,7 +276,7 @@ def test_links_leave_nothing_behind(lanes: str, writer: Writer, receiver: UcxPee
     held = receiver.call("num_held")
     for _ in range(3):
         come_and_go(receiver)
-    until(lambda: receiver.call("num_held") == held, 5.0)
+    until(lambda: receiver.call("num_held") <= held, 5.0)        # fewer, if an earlier test's were still there
     assert_works(writer, connect_within(writer.transport, receiver.descriptor, 5.0), receiver, seed=81)
 
 
