@@ -7,12 +7,14 @@
     ended() ───── how long answers are ───┘
 
 A report is older than what was sent after it. So each request counts, on top of the report, on the worker that
-    receives it:   until a report arrives SETTLE_S after it was sent (by then the worker has read it);
+    receives it:   until a report says that the worker has read it, or one sent later (messages of one gateway stay in order), or
+                   arrives SETTLE_S after it was sent;
     decodes it:    until the decode worker is known to have it (`arrived`), for it hears of it only when its prefill begins;
 and nowhere once it ended. While its KV moves a request may count twice on its decode worker; it never counts nowhere.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -62,8 +64,11 @@ class _Outstanding:
         if (sent := self._each.pop(request_id, None)) is not None:
             self._count(sent, -1)
 
-    def report(self, now: float) -> None:
-        """A report has come: it shows what was sent SETTLE_S ago, and who knows what of the rest."""
+    def report(self, now: float, last_read: Iterable[RequestId]) -> None:
+        """A report has come: it shows what was sent up to one of `last_read`, and what was sent SETTLE_S ago."""
+        for request_id in last_read:
+            while request_id in self._each:
+                self.remove(next(iter(self._each)))
         self._reported_at = now
         self.num_unreported_tokens = sum(sent.num_tokens for sent in takewhile(lambda sent: sent.at >= now, reversed(self._each.values())))
         while self._each:
@@ -158,7 +163,7 @@ class LoadView:
         if report is not None:
             worker.report, worker.reported_at = report, now
             worker.changed()
-            worker.sent.report(now)
+            worker.sent.report(now, report.last_read)
 
     def sent(self, request_id: RequestId, route: Route, num_tokens: int, now: float) -> None:
         """A request with `num_tokens` to prefill has left for `route`."""
