@@ -67,7 +67,7 @@ def _grid(limits: EngineLimits) -> Iterator[StepPlan]:
     batch, budget = min(limits.max_sequences, limits.max_step_tokens), min(limits.max_step_tokens, longest)
     for count, context in ((1, 16), (batch, 16), (1, longest // 4), (math.isqrt(batch), longest // 4)):
         yield _plan([_decode(min(context, longest), limits) for _ in range(max(1, count))])
-    for tokens in (budget // 16, budget // 4, budget):
+    for tokens in (budget // 16, budget // 8, budget // 4, budget // 2, budget):
         yield _plan([_prompt(max(1, tokens), limits)])
 
 

@@ -42,6 +42,24 @@ class Inflow(Struct, frozen=True):
 NOTHING = Inflow()
 
 
+class Steps(Struct, frozen=True):
+    """How a worker computes prompts for as long as its decodes do not change."""
+
+    model: StepModel
+    most: float                               # prompt tokens in one step
+    pairs_each: float                         # of a prompt token
+    beside: int                               # decodes
+    shared_s: float                           # of a step, whatever prompts are in it
+
+    def one_s(self, tokens: float) -> float:
+        return self.shared_s + self.model.prefill_s(tokens, self.pairs_each * tokens, self.beside)
+
+    def all_s(self, tokens: float) -> float:
+        """As few steps as hold them."""
+        num_full, rest = divmod(tokens, self.most)
+        return (num_full * self.one_s(self.most) if num_full else 0.0) + (self.one_s(rest) if rest else 0.0)
+
+
 class PrefillEstimate(Struct, frozen=True):
     backlog_s: float                          # all that waits at the worker, served before this request or not
     own_s: float                              # what the request adds to it
@@ -55,28 +73,28 @@ class DecodeEstimate(Struct, frozen=True):
 
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
-    model = model_of(worker)
+    """Step by step, as the worker will plan them: what has come when a step is planned may be in it, and is done when the step is."""
+    model, uncached = model_of(worker), work.num_tokens - num_cached
     age_s = 0.0 if worker.reported_at is None else now - worker.reported_at
+    pairs, waiting = attended_pairs(num_cached, uncached), worker.num_waiting_tokens
     unseen = _unseen_tokens(worker, inflow, age_s)
-    uncached = work.num_tokens - num_cached
-    pairs = attended_pairs(num_cached, uncached)
-    own_s = model.prefill_s(uncached, pairs)
-    waiting = worker.num_waiting_tokens
-    ahead = waiting - _tokens_behind(worker, work, now)
-    shared_s = _decode_s_soon(worker, model)
-    room = max(1, worker.max_step_tokens - worker.num_decoding) if worker.max_step_tokens else max(1, ahead + uncached)
-    each_s = beside_s(shared_s, work.tpot_s) if worker.num_decoding else math.inf
-    waiting_s = model.prefill_s(waiting, worker.prefill_pairs)
-    waiting_s += max(waiting // room, waiting_s / each_s) * shared_s
-    left_s = max(0.0, worker.busy_s + waiting_s - age_s)
-    backlog_s = left_s + model.prefill_token_s * unseen
-    ahead_s = backlog_s - min(left_s, waiting_s * (waiting - ahead) / max(1, waiting))
-    num_steps = max(math.ceil(uncached / room), own_s / each_s)
-    if ahead:                                 # the token comes at the end of its step, which later prompts may fill up
-        extra_s = model.prefill_token_s * min(-(ahead + unseen + uncached) % room, inflow.tokens_per_s * ahead_s)
-    else:                                     # on average a step of decodes is half done
-        extra_s = max(0.0, shared_s / 2 - left_s) if worker.num_decoding else 0.0
-    return PrefillEstimate(backlog_s, own_s, ahead_s + own_s + extra_s + num_steps * shared_s)
+    ahead = waiting - _tokens_behind(worker, work, now) + unseen
+    steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + uncached)
+    begins_s, is_shared = worker.busy_s - age_s, worker.num_decoding > 0
+    backlog_s = max(0.0, begins_s + steps.all_s(waiting)) + model.full_token_s * unseen
+    closes_s = max(0.0, worker.plans_in_s - age_s)
+    if closes_s == 0.0 and (ahead or is_shared):                 # the next step is planned before the request comes
+        first = min(ahead, steps.most)
+        closes_s, begins_s, ahead = max(0.0, begins_s), begins_s + steps.one_s(first), ahead - first
+    if is_shared and begins_s < steps.shared_s:                  # decodes went on since the report
+        begins_s = steps.shared_s + begins_s % steps.shared_s
+    num_before = math.ceil((ahead + uncached) / steps.most) - 1
+    last = ahead + uncached - num_before * steps.most
+    if num_before:
+        closes_s = begins_s + (num_before - 1) * steps.one_s(steps.most)
+    joining = min(steps.most - last, inflow.tokens_per_s * max(0.0, closes_s))
+    ttft_s = begins_s + num_before * steps.one_s(steps.most) + steps.one_s(last + joining)
+    return PrefillEstimate(backlog_s, model.prefill_s(uncached, pairs, steps.beside), max(ttft_s, steps.all_s(uncached)))
 
 
 def estimate_decode(
@@ -84,11 +102,21 @@ def estimate_decode(
 ) -> DecodeEstimate:
     model = model_of(worker)
     count, context = _at_join(worker, work, model, joins_in_s, inflow)
-    share = worker.prefill_share + model.prefill_s(worker.num_waiting_tokens, worker.prefill_pairs) / SHARE_HORIZON_S
+    share = worker.prefill_share + model.prefill_s(worker.num_waiting_tokens, worker.prefill_pairs, count) / SHARE_HORIZON_S
     before_s = _stretched(model.decode_s(count, context), share)
     alone_s = model.decode_s(count + 1, context + mean_context(work))
     after_s = _stretched(alone_s, share + local_prefill_s / SHARE_HORIZON_S)
     return DecodeEstimate(before_s, after_s, min(after_s, alone_s + beside_s(alone_s, work.tpot_s)))
+
+
+def _steps(worker: WorkerLoad, model: StepModel, work: Work, pairs_each: float, num_tokens: float) -> Steps:
+    shared_s = _decode_s_soon(worker, model)
+    most = max(1.0, worker.max_step_tokens - worker.num_decoding if worker.max_step_tokens else num_tokens)
+    beside = 0
+    if worker.num_decoding:
+        beside = worker.num_requests
+        most = min(most, max(1.0, model.tokens_within(beside_s(shared_s, work.tpot_s), pairs_each, beside)))
+    return Steps(model, most, pairs_each, beside, shared_s)
 
 
 def blocks_at_end(worker: WorkerLoad, work: Work) -> int:

@@ -125,6 +125,7 @@ class _Worker:
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,
             busy_s=report.busy_s if report else 0.0,
+            plans_in_s=report.plans_in_s if report else 0.0,
             reported_at=self.reported_at,
         )
 

@@ -64,6 +64,7 @@ class WorkerLoad(Struct, frozen=True):
     prefill_share: float = 0.0                # of this worker's time, lately
     step_model: StepModel | None = None
     busy_s: float = 0.0                       # as of the report, until the steps under way have ended
+    plans_in_s: float = 0.0                   # as of the report, until the next step is planned
     reported_at: float | None = None          # policy's clock; None: never
 
     @property
