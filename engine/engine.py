@@ -68,7 +68,7 @@ class Engine:
         self.runner = runner
         self._sequences: dict[RequestId, Sequence] = {}
         self._num_arrived = 0
-        self._last_added: dict[Address, RequestId] = {}       # of each gateway; who was heard of last comes last
+        self._last_added: dict[Address, tuple[RequestId, float]] = {}      # of each gateway, and when; the latest comes last
         self._under_way: deque[_Launched] = deque()           # two at most; the oldest first
         needed = self.scheduler.blocks_for(limits.max_model_len)
         if needed > num_blocks:
@@ -85,8 +85,8 @@ class Engine:
         return list(self._sequences.values())
 
     @property
-    def last_added(self) -> tuple[RequestId, ...]:
-        """The newest request of each of the MAX_GATEWAYS gateways that were heard of last."""
+    def last_added(self) -> tuple[tuple[RequestId, float], ...]:
+        """The newest request of each of the MAX_GATEWAYS gateways that were heard of last, and when it was added."""
         return tuple(self._last_added.values())[-MAX_GATEWAYS:]
 
     def find(self, request_id: RequestId) -> Sequence | None:
@@ -97,7 +97,7 @@ class Engine:
         sequence = self._admit_to_books(request, now, hands_off)
         self.scheduler.add(sequence)
         self._last_added.pop(request.gateway, None)
-        self._last_added[request.gateway] = request.request_id
+        self._last_added[request.gateway] = (request.request_id, now)
         return sequence
 
     def adopt(

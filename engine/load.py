@@ -63,7 +63,7 @@ def load_report(worker: WorkerRef, engine: "Engine", num_reserved: int, steps: "
         step_model=steps.model,
         busy_s=steps.busy_s(now),
         plans_in_s=0.0 if engine.may_plan else steps.oldest_s(now),
-        last_read=engine.last_added,
+        last_read=tuple((request_id, now - added_at) for request_id, added_at in engine.last_added),
     )
 
 

@@ -127,7 +127,7 @@ class LoadReport(Struct, frozen=True):
     step_model: StepModel | None = None       # None: not told
     busy_s: float = 0.0                       # until the steps under way have ended; their prompt tokens are no longer in `work`
     plans_in_s: float = 0.0                   # until the next step can be planned: with what has come by then
-    last_read: tuple[RequestId, ...] = ()     # the newest request of each gateway that the worker had read
+    last_read: tuple[tuple[RequestId, float], ...] = ()        # each gateway's newest that the worker had read, and how long ago, s
 
 
 class StepTokens(Struct, frozen=True, tag=True):

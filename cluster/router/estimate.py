@@ -73,28 +73,35 @@ class DecodeEstimate(Struct, frozen=True):
 
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
-    """Step by step, as the worker will plan them: what has come when a step is planned may be in it, and is done when the step is."""
-    model, uncached = model_of(worker), work.num_tokens - num_cached
-    age_s = 0.0 if worker.reported_at is None else now - worker.reported_at
-    pairs, waiting = attended_pairs(num_cached, uncached), worker.num_waiting_tokens
+    """Step by step, as the worker plans them: what has come when a step is planned may be in it, and is done when all of the step is."""
+    model, uncached, waiting = model_of(worker), work.num_tokens - num_cached, worker.num_waiting_tokens
+    pairs, arrives_s = attended_pairs(num_cached, uncached), worker.message_s
+    age_s = 0.0 if worker.reported_at is None else now - worker.reported_at + worker.message_s
     unseen = _unseen_tokens(worker, inflow, age_s)
-    ahead = waiting - _tokens_behind(worker, work, now) + unseen
-    steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + uncached)
-    begins_s, is_shared = worker.busy_s - age_s, worker.num_decoding > 0
+    sent = worker.num_sent_tokens + unseen
+    ahead = waiting - worker.num_sent_tokens - _tokens_behind(worker, work, now)
+    steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + sent + uncached)
+    begins_s, closes_s, is_shared = worker.busy_s - age_s, worker.plans_in_s - age_s, worker.num_decoding > 0
     backlog_s = max(0.0, begins_s + steps.all_s(waiting)) + model.full_token_s * unseen
-    closes_s = max(0.0, worker.plans_in_s - age_s)
-    if closes_s == 0.0 and (ahead or is_shared):                 # the next step is planned before the request comes
+    if sent and not ahead and not is_shared:                     # was planned when it came
+        begins_s = max(begins_s, 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s)
+        ahead, sent = sent, 0.0
+    if closes_s < arrives_s and (ahead or is_shared):            # the next step is planned before the request comes
         first = min(ahead, steps.most)
-        closes_s, begins_s, ahead = max(0.0, begins_s), begins_s + steps.one_s(first), ahead - first
-    if is_shared and begins_s < steps.shared_s:                  # decodes went on since the report
-        begins_s = steps.shared_s + begins_s % steps.shared_s
-    num_before = math.ceil((ahead + uncached) / steps.most) - 1
-    last = ahead + uncached - num_before * steps.most
+        closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
+        if is_shared and begins_s < arrives_s + steps.shared_s:  # decodes went on since the report
+            begins_s = arrives_s + steps.shared_s + (begins_s - arrives_s) % steps.shared_s
+            closes_s = begins_s - steps.shared_s
+    to_compute = ahead + sent + uncached
+    num_before = math.ceil(to_compute / steps.most) - 1
+    before_s = num_before * steps.one_s(steps.most) if num_before else 0.0
+    last = to_compute - num_before * steps.most
     if num_before:
-        closes_s = begins_s + (num_before - 1) * steps.one_s(steps.most)
-    joining = min(steps.most - last, inflow.tokens_per_s * max(0.0, closes_s))
-    ttft_s = begins_s + num_before * steps.one_s(steps.most) + steps.one_s(last + joining)
-    return PrefillEstimate(backlog_s, model.prefill_s(uncached, pairs, steps.beside), max(ttft_s, steps.all_s(uncached)))
+        closes_s = begins_s + before_s - steps.one_s(steps.most)
+    joining = min(steps.most - last, inflow.tokens_per_s * max(0.0, closes_s - arrives_s))
+    ends_s = max(begins_s + before_s, arrives_s) + steps.one_s(last + joining)
+    ttft_s = max(ends_s, arrives_s + steps.all_s(uncached)) + worker.message_s
+    return PrefillEstimate(backlog_s, model.prefill_s(uncached, pairs, steps.beside), ttft_s)
 
 
 def estimate_decode(

@@ -16,7 +16,6 @@ and nowhere once it ended. While its KV moves a request may count twice on its d
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from msgspec import Struct
 
@@ -48,9 +47,7 @@ class _Outstanding:
 
     def __init__(self) -> None:
         self._each: dict[RequestId, _Sent] = {}
-        self._reported_at = -math.inf
         self.num_tokens = self.num_blocks = self.num_pairs = 0
-        self.num_unreported_tokens = 0        # sent since the last report, or at its very moment
 
     def __len__(self) -> int:
         return len(self._each)
@@ -64,13 +61,19 @@ class _Outstanding:
         if (sent := self._each.pop(request_id, None)) is not None:
             self._count(sent, -1)
 
-    def report(self, now: float, last_read: Iterable[RequestId]) -> None:
-        """A report has come: it shows what was sent up to one of `last_read`, and what was sent SETTLE_S ago."""
-        for request_id in last_read:
-            while request_id in self._each:
-                self.remove(next(iter(self._each)))
-        self._reported_at = now
-        self.num_unreported_tokens = sum(sent.num_tokens for sent in takewhile(lambda sent: sent.at >= now, reversed(self._each.values())))
+    def read(self, request_id: RequestId) -> float | None:
+        """The worker had read it, and so what was sent before it. → when it was sent; None: not by this gateway, or it was known."""
+        sent = self._each.get(request_id)
+        while request_id in self._each:
+            self.remove(next(iter(self._each)))
+        return None if sent is None else sent.at
+
+    @property
+    def first_at(self) -> float | None:
+        return next((sent.at for sent in self._each.values()), None)
+
+    def report(self, now: float) -> None:
+        """A report has come: it shows what was sent SETTLE_S ago, whatever it says."""
         while self._each:
             request_id, sent = next(iter(self._each.items()))
             if now - sent.at < SETTLE_S:
@@ -81,8 +84,6 @@ class _Outstanding:
         self.num_tokens += sign * sent.num_tokens
         self.num_blocks += sign * sent.num_blocks
         self.num_pairs += sign * sent.num_pairs
-        if sent.at >= self._reported_at:
-            self.num_unreported_tokens += sign * sent.num_tokens
 
 
 @dataclass
@@ -94,6 +95,18 @@ class _Worker:
     sent: _Outstanding = field(default_factory=_Outstanding)            # until the next settled report
     expected: _Outstanding = field(default_factory=_Outstanding)        # to decode here, being prefilled elsewhere
     _load: WorkerLoad | None = None
+
+    round_trip_s: float | None = None
+
+    def read(self, last_read: Iterable[tuple[RequestId, float]], now: float) -> None:
+        for request_id, ago_s in last_read:
+            if (sent_at := self.sent.read(request_id)) is not None:
+                self._took(max(0.0, now - sent_at - ago_s))
+
+    def _took(self, round_trip_s: float) -> None:
+        """The least counts: what took longer waited for somebody's loop. It is forgotten slowly, for ways may change."""
+        least_s = math.inf if self.round_trip_s is None else self.round_trip_s / MEMORY
+        self.round_trip_s = min(round_trip_s, least_s)
 
     def changed(self) -> None:
         self._load = None
@@ -120,13 +133,15 @@ class _Worker:
             decode_context=work.decode_context,
             queue=report.queue if report else (),
             max_step_tokens=report.max_step_tokens if report else 0,
-            num_sent_tokens=sent.num_unreported_tokens,
+            num_sent_tokens=sent.num_tokens,
             num_expected=len(expected),
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,
             busy_s=report.busy_s if report else 0.0,
             plans_in_s=report.plans_in_s if report else 0.0,
             reported_at=self.reported_at,
+            sent_at=sent.first_at,
+            message_s=(self.round_trip_s or 0.0) / 2,
         )
 
 
@@ -164,7 +179,8 @@ class LoadView:
         if report is not None:
             worker.report, worker.reported_at = report, now
             worker.changed()
-            worker.sent.report(now, report.last_read)
+            worker.read(report.last_read, now)
+            worker.sent.report(now)
 
     def sent(self, request_id: RequestId, route: Route, num_tokens: int, now: float) -> None:
         """A request with `num_tokens` to prefill has left for `route`."""
