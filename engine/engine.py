@@ -25,7 +25,6 @@ from .sampler import Sampled
 from .scheduler import Chunk, Scheduler, StepPlan
 from .sequence import PENDING, Sequence, SequenceState
 
-
 MAX_GATEWAYS = 16
 
 

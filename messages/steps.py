@@ -10,8 +10,6 @@ To read the weights takes a, however few rows there are; behind it rows are chea
 A worker fits the coefficients to its own steps (engine/predictor.py) and tells them with its load; a router predicts with them.
 """
 
-import math
-
 from msgspec import Struct
 
 CONFIDENT_AFTER = 20
@@ -19,6 +17,9 @@ CONFIDENT_AFTER = 20
 
 FIRST_BEND, SECOND_BEND = 128, 512
 """Rows."""
+
+NO_TIME_S = 1e-15
+"""Of a token that is taken to cost nothing."""
 
 
 class StepFeatures(Struct, frozen=True):
@@ -63,11 +64,8 @@ class StepModel(Struct, frozen=True):
 
     def prefill_s(self, tokens: float, pairs: float, beside: float = 0.0) -> float:
         """What prompt tokens add to one step with `beside` other rows."""
-        return (
-            self.prefill_token_s * tokens
-            + self.prefill_pair_s * pairs
-            + (self.bent_s(beside + tokens) - self.bent_s(beside))
-        )
+        straight_s = self.prefill_token_s * tokens + self.prefill_pair_s * pairs
+        return straight_s + self.bent_s(beside + tokens) - self.bent_s(beside)
 
     def decode_s(self, num_decoding: float, decode_context: float) -> float:
         """A step of decodes alone."""
@@ -80,15 +78,13 @@ class StepModel(Struct, frozen=True):
         )
 
     def tokens_within(self, seconds: float, pairs_each: float, beside: float = 0.0) -> float:
-        """The inverse of `prefill_s`, for tokens of which each has `pairs_each`."""
-        token_s, tokens = self.prefill_token_s + self.prefill_pair_s * pairs_each, 0.0
-        for bend, more_s in ((FIRST_BEND, self.past_first_s), (SECOND_BEND, self.past_second_s)):
-            straight = max(0.0, bend - beside - tokens)
-            if seconds < token_s * straight:
-                return tokens + seconds / token_s
-            tokens, seconds = tokens + straight, seconds - token_s * straight
-            token_s += more_s
-        return tokens + seconds / token_s if token_s else math.inf
+        """The inverse of `prefill_s`, for tokens of which each has `pairs_each`: of the three lines that it is the highest of, the first
+        to come to `seconds`."""
+        first_s = self.prefill_token_s + self.prefill_pair_s * pairs_each or NO_TIME_S
+        second_s = first_s + self.past_first_s
+        hidden_s = self.past_first_s * (FIRST_BEND - beside if beside < FIRST_BEND else 0.0)
+        all_hidden_s = hidden_s + self.past_second_s * (SECOND_BEND - beside if beside < SECOND_BEND else 0.0)
+        return min(seconds / first_s, (seconds + hidden_s) / second_s, (seconds + all_hidden_s) / (second_s + self.past_second_s))
 
     def bent_s(self, rows: float) -> float:
         """What `rows` add for being past the bends."""

@@ -15,7 +15,7 @@ from msgspec import Struct
 from ...engine.load import SHARE_HORIZON_S
 from ...engine.pace import beside_s
 from ...engine.predictor import PRIOR
-from ...messages.steps import StepModel, attended_pairs
+from ...messages.steps import FIRST_BEND, SECOND_BEND, StepModel, attended_pairs
 from .policy import WorkerLoad
 
 MAX_PREFILL_SHARE = 0.95
@@ -47,17 +47,26 @@ class Steps(Struct, frozen=True):
 
     model: StepModel
     most: float                               # prompt tokens in one step
-    pairs_each: float                         # of a prompt token
-    beside: int                               # decodes
     shared_s: float                           # of a step, whatever prompts are in it
+    token_s: float                            # of a prompt token with what it attends to, before the bends
+    first_bend: int                           # the model's, in prompt tokens
+    second_bend: int
 
     def one_s(self, tokens: float) -> float:
-        return self.shared_s + self.model.prefill_s(tokens, self.pairs_each * tokens, self.beside)
+        """As StepModel.prefill_s has it: asked for some times in each decision."""
+        step_s = self.shared_s + self.token_s * tokens
+        if tokens > self.first_bend:
+            step_s += self.model.past_first_s * (tokens - self.first_bend)
+            if tokens > self.second_bend:
+                step_s += self.model.past_second_s * (tokens - self.second_bend)
+        return step_s
 
     def all_s(self, tokens: float) -> float:
         """As few steps as hold them."""
+        if tokens <= self.most:
+            return self.one_s(tokens) if tokens else 0.0
         num_full, rest = divmod(tokens, self.most)
-        return (num_full * self.one_s(self.most) if num_full else 0.0) + (self.one_s(rest) if rest else 0.0)
+        return num_full * self.one_s(self.most) + (self.one_s(rest) if rest else 0.0)
 
 
 class PrefillEstimate(Struct, frozen=True):
@@ -74,12 +83,13 @@ class DecodeEstimate(Struct, frozen=True):
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
     """Step by step, as the worker plans them: what has come when a step is planned may be in it, and is done when all of the step is."""
-    model, uncached, waiting = model_of(worker), work.num_tokens - num_cached, worker.num_waiting_tokens
-    pairs, arrives_s = attended_pairs(num_cached, uncached), worker.message_s
-    age_s = 0.0 if worker.reported_at is None else now - worker.reported_at + worker.message_s
+    model, waiting, arrives_s = model_of(worker), worker.num_waiting_tokens, worker.message_s
+    uncached = work.num_tokens - num_cached
+    pairs = attended_pairs(num_cached, uncached)
+    age_s = 0.0 if worker.reported_at is None else now - worker.reported_at + arrives_s
     unseen = _unseen_tokens(worker, inflow, age_s)
     sent = worker.num_sent_tokens + unseen
-    ahead = waiting - worker.num_sent_tokens - _tokens_behind(worker, work, now)
+    ahead: float = waiting - worker.num_sent_tokens - _tokens_behind(worker, work, now)
     steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + sent + uncached)
     begins_s, closes_s, is_shared = worker.busy_s - age_s, worker.plans_in_s - age_s, worker.num_decoding > 0
     backlog_s = max(0.0, begins_s + steps.all_s(waiting)) + model.full_token_s * unseen
@@ -92,16 +102,16 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
         if is_shared and begins_s < arrives_s + steps.shared_s:  # decodes went on since the report
             begins_s = arrives_s + steps.shared_s + (begins_s - arrives_s) % steps.shared_s
             closes_s = begins_s - steps.shared_s
-    to_compute = ahead + sent + uncached
-    num_before = math.ceil(to_compute / steps.most) - 1
-    before_s = num_before * steps.one_s(steps.most) if num_before else 0.0
-    last = to_compute - num_before * steps.most
-    if num_before:
-        closes_s = begins_s + before_s - steps.one_s(steps.most)
-    joining = min(steps.most - last, inflow.tokens_per_s * max(0.0, closes_s - arrives_s))
-    ends_s = max(begins_s + before_s, arrives_s) + steps.one_s(last + joining)
-    ttft_s = max(ends_s, arrives_s + steps.all_s(uncached)) + worker.message_s
-    return PrefillEstimate(backlog_s, model.prefill_s(uncached, pairs, steps.beside), ttft_s)
+    last, soonest_s = ahead + sent + uncached, 0.0
+    if last > steps.most:
+        num_before, full_s = math.ceil(last / steps.most) - 1, steps.one_s(steps.most)
+        last -= num_before * steps.most
+        closes_s, begins_s = begins_s + (num_before - 1) * full_s, begins_s + num_before * full_s
+        soonest_s = arrives_s + steps.all_s(uncached)
+    if closes_s > arrives_s:
+        last += min(steps.most - last, inflow.tokens_per_s * (closes_s - arrives_s))
+    ends_s = max(begins_s, arrives_s) + steps.one_s(last)
+    return PrefillEstimate(backlog_s, steps.one_s(uncached) - steps.shared_s, max(ends_s, soonest_s) + worker.message_s)
 
 
 def estimate_decode(
@@ -109,21 +119,23 @@ def estimate_decode(
 ) -> DecodeEstimate:
     model = model_of(worker)
     count, context = _at_join(worker, work, model, joins_in_s, inflow)
-    share = worker.prefill_share + model.prefill_s(worker.num_waiting_tokens, worker.prefill_pairs, count) / SHARE_HORIZON_S
-    before_s = _stretched(model.decode_s(count, context), share)
-    alone_s = model.decode_s(count + 1, context + mean_context(work))
-    after_s = _stretched(alone_s, share + local_prefill_s / SHARE_HORIZON_S)
-    return DecodeEstimate(before_s, after_s, min(after_s, alone_s + beside_s(alone_s, work.tpot_s)))
+    share = worker.prefill_share
+    if worker.num_waiting_tokens:
+        share += model.prefill_s(worker.num_waiting_tokens, worker.prefill_pairs, count) / SHARE_HORIZON_S
+    before_s, alone_s = model.decode_s(count, context), model.decode_s(count + 1, context + mean_context(work))
+    after_s = alone_s / (1 - min(share + local_prefill_s / SHARE_HORIZON_S, MAX_PREFILL_SHARE))
+    return DecodeEstimate(before_s / (1 - min(share, MAX_PREFILL_SHARE)), after_s, min(after_s, alone_s + beside_s(alone_s, work.tpot_s)))
 
 
 def _steps(worker: WorkerLoad, model: StepModel, work: Work, pairs_each: float, num_tokens: float) -> Steps:
-    shared_s = _decode_s_soon(worker, model)
-    most = max(1.0, worker.max_step_tokens - worker.num_decoding if worker.max_step_tokens else num_tokens)
-    beside = 0
-    if worker.num_decoding:
-        beside = worker.num_requests
-        most = min(most, max(1.0, model.tokens_within(beside_s(shared_s, work.tpot_s), pairs_each, beside)))
-    return Steps(model, most, pairs_each, beside, shared_s)
+    most = worker.max_step_tokens - worker.num_decoding if worker.max_step_tokens else num_tokens
+    token_s = model.prefill_token_s + model.prefill_pair_s * pairs_each
+    if not worker.num_decoding:
+        return Steps(model, most if most > 1 else 1.0, model.base_s, token_s, FIRST_BEND, SECOND_BEND)
+    count = worker.num_requests               # of those that decode and those that are known to come
+    shared_s = model.decode_s(count, worker.decode_context * count / worker.num_decoding)
+    most = max(1.0, min(most, model.tokens_within(beside_s(shared_s, work.tpot_s), pairs_each, count)))
+    return Steps(model, most, shared_s, token_s, max(0, FIRST_BEND - count), max(0, SECOND_BEND - count))
 
 
 def blocks_at_end(worker: WorkerLoad, work: Work) -> int:
@@ -156,22 +168,13 @@ def mean_context(work: Work) -> float:
     return work.num_tokens + work.num_outputs / 2
 
 
-def _decode_s_soon(worker: WorkerLoad, model: StepModel) -> float:
-    """A step of its decodes and of those that are known to come: what a prompt that waits will share its steps with."""
-    if not worker.num_decoding:
-        return model.base_s
-    return model.decode_s(worker.num_requests, worker.decode_context * worker.num_requests / worker.num_decoding)
-
-
 def _at_join(worker: WorkerLoad, work: Work, model: StepModel, joins_in_s: float, inflow: Inflow) -> tuple[float, float]:
     """(sequences, their context) that decode when the request joins. Those that run are at a random place of their lives."""
-    context_each = worker.decode_context / worker.num_decoding if worker.num_decoding else mean_context(work)
-    life_s = work.num_outputs * model.decode_s(worker.num_decoding, worker.decode_context)
-    ended = worker.num_decoding * min(1.0, joins_in_s / life_s) if life_s > 0 else 0.0
-    joining = max(worker.num_requests - worker.num_decoding, inflow.num_joining)
-    count = max(worker.num_decoding, worker.num_decoding - ended + joining)       # it is not believed that load will shrink
-    return count, count * context_each
-
-
-def _stretched(step_s: float, prefill_share: float) -> float:
-    return step_s / (1 - min(prefill_share, MAX_PREFILL_SHARE))
+    decoding = worker.num_decoding
+    joining = max(worker.num_requests - decoding, inflow.num_joining)
+    if not decoding:
+        return joining, joining * mean_context(work)
+    life_s = work.num_outputs * model.decode_s(decoding, worker.decode_context)
+    ended = decoding * joins_in_s / life_s if joins_in_s < life_s else decoding
+    count = decoding + max(0.0, joining - ended)                 # it is not believed that load will shrink
+    return count, count * worker.decode_context / decoding

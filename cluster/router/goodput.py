@@ -62,18 +62,29 @@ class GoodputOptions(Struct, frozen=True):
 
 
 class Flow:
-    """A rate over the last second, forgotten exponentially."""
+    """Tokens of prompts over the last second, forgotten exponentially."""
 
     def __init__(self) -> None:
         self._rate = 0.0
+        self._squares = 0.0                   # the same of their squares
         self._at = 0.0
 
-    def add(self, amount: float, now: float) -> None:
-        self._rate = self.per_s(now) + amount / FLOW_HORIZON_S
+    def add(self, num_tokens: int, now: float) -> None:
+        kept = self._kept(now)
+        self._rate = self._rate * kept + num_tokens / FLOW_HORIZON_S
+        self._squares = self._squares * kept + num_tokens * num_tokens / FLOW_HORIZON_S
         self._at = now
 
     def per_s(self, now: float) -> float:
-        return self._rate * math.exp(-max(0.0, now - self._at) / FLOW_HORIZON_S)
+        return self._rate * self._kept(now)
+
+    @property
+    def tokens_each(self) -> float:
+        """Mean of squares by mean."""
+        return self._squares / self._rate if self._rate else 0.0
+
+    def _kept(self, now: float) -> float:
+        return math.exp(-max(0.0, now - self._at) / FLOW_HORIZON_S)
 
 
 class Goodput:
@@ -82,7 +93,6 @@ class Goodput:
         self._index = index or PrefixIndex()
         self._random = random.Random(options.seed)
         self._flows = {"prefill": Flow(), "decode": Flow()}      # prompt tokens sent to be computed in each pool
-        self._squares = {"prefill": Flow(), "decode": Flow()}    # of their numbers
 
     def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision:
         return self.decide(request, view, now).decision
@@ -92,12 +102,8 @@ class Goodput:
         explanation = self._explain(request, view, now, hashes)
         decision = explanation.decision
         if isinstance(decision, Route):
-            pool, count = "decode" if decision.prefill is None else "prefill", len(request.token_ids)
-            self._flows[pool].add(count, now)
-            self._squares[pool].add(count * count, now)
-            for worker in (decision.prefill, decision.decode):
-                if worker is not None:
-                    self._index.insert(hashes, worker)
+            self._flows["decode" if decision.prefill is None else "prefill"].add(len(request.token_ids), now)
+            self._index.insert(hashes, *(worker for worker in (decision.prefill, decision.decode) if worker is not None))
         return explanation
 
     def explain(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
@@ -118,30 +124,33 @@ class Goodput:
         prefill = prefill_pool(request, view, self._options.local_only)
         depths = self._index.holders(hashes)
 
-        def prefilled(worker: WorkerLoad, inflow: Inflow) -> PrefillEstimate:
+        def prefilled(worker: WorkerLoad, inflow: Inflow) -> _Prefilled:
             num_known = depths.get(worker.ref, 0) * _chunk_tokens(view)
-            return estimate_prefill(worker, work, _num_cached(worker, num_known, work), now, inflow)
+            estimate = estimate_prefill(worker, work, _num_cached(worker, num_known, work), now, inflow)
+            scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S
+            return _Prefilled(worker, estimate, _rise(estimate.backlog_s / scale_s, (estimate.backlog_s + estimate.own_s) / scale_s))
 
         there, here = self._inflow("prefill", prefill, view, now), self._inflow("decode", view.decode, view, now)
-        senders = [(worker, prefilled(worker, there)) for worker in self._sample(request, prefill, depths)]
+        senders = [prefilled(worker, there) for worker in self._sample(request, prefill, depths)]
         predictions = []
         for decode in self._sample(request, view.decode, depths):
+            place = _place(decode, work)
             if request.path is not Path.SPLIT:
                 own = prefilled(decode, here)
-                predictions.append(_predict(request, work, decode, None, own, own.ttft_s, here))
-            for sender, estimate in senders:
-                moved_s = view.links.get((sender.ref, decode.ref), 0.0) * work.num_tokens
-                predictions.append(_predict(request, work, decode, sender, estimate, max(estimate.ttft_s, moved_s), here))
+                predictions.append(_predict(request, work, own, place, own.estimate.ttft_s, here))
+            for sender in senders:
+                moved_s = view.links.get((sender.worker.ref, decode.ref), 0.0) * work.num_tokens
+                predictions.append(_predict(request, work, sender, place, max(sender.estimate.ttft_s, moved_s), here))
         predictions.sort(key=lambda each: (not each.keeps_both, each.cost))
         return predictions
 
     def _inflow(self, pool_name: str, pool: Sequence[WorkerLoad], view: ClusterView, now: float) -> Inflow:
         if not pool:
             return NOTHING
-        gateways_per_worker, tokens_per_s = view.num_gateways / len(pool), self._flows[pool_name].per_s(now)
+        gateways_per_worker, flow = view.num_gateways / len(pool), self._flows[pool_name]
         return Inflow(
-            tokens_per_s=tokens_per_s * gateways_per_worker,
-            tokens_each=self._squares[pool_name].per_s(now) / tokens_per_s if tokens_per_s else 0.0,
+            tokens_per_s=flow.per_s(now) * gateways_per_worker,
+            tokens_each=flow.tokens_each,
             num_others=view.num_gateways - 1,
             num_joining=sum([worker.num_expected for worker in pool]) * gateways_per_worker,
         )
@@ -154,11 +163,16 @@ class Goodput:
         usable = usable or below
         if len(usable) <= ALL_UP_TO:
             return usable
-        drawn = self._random.sample(usable, SAMPLE)
+        drawn = self._draw(usable)
         if not depths:
             return drawn
         holder = max(usable, key=lambda worker: depths.get(worker.ref, 0))
         return drawn if holder in drawn or holder.ref not in depths else [*drawn, holder]
+
+    def _draw(self, usable: list[WorkerLoad]) -> list[WorkerLoad]:
+        """SAMPLE = 2 different ones, in a fifth of the time that random.sample takes."""
+        first, second = int(self._random.random() * len(usable)), int(self._random.random() * (len(usable) - 1))
+        return [usable[first], usable[second + (second >= first)]]
 
     def _decide(self, request: RoutingRequest, work: Work, predictions: list[Prediction]) -> Decision:
         if not predictions:
@@ -180,37 +194,48 @@ class Goodput:
         return Queue(text, useful_s, retry_after_s) if useful_s > 0 else Refuse(text, retry_after_s)
 
 
+class _Prefilled(Struct, frozen=True):
+    """By a prefill worker, or by the decode worker itself."""
+
+    worker: WorkerLoad
+    estimate: PrefillEstimate
+    cost: float
+
+
+class _Place(Struct, frozen=True):
+    """In a decode worker's memory, whoever computes the prompt."""
+
+    decode: WorkerLoad
+    memory: float                             # share of the pool, with the request at its end
+    cost: float
+    fits: bool
+
+
+def _place(decode: WorkerLoad, work: Work) -> _Place:
+    needed, held = blocks_at_end(decode, work), decode.num_blocks - decode.num_free_blocks
+    memory = (held + needed) / decode.num_blocks
+    fits = needed + decode.num_decoding <= decode.num_free_blocks
+    return _Place(decode, memory, _rise(held / decode.num_blocks, memory), fits)
+
+
 def _predict(
-    request: RoutingRequest,
-    work: Work,
-    decode: WorkerLoad,
-    sender: WorkerLoad | None,
-    prefill: PrefillEstimate,
-    kv_arrival_s: float,
-    inflow: Inflow,
+    request: RoutingRequest, work: Work, prefilled: _Prefilled, place: _Place, kv_arrival_s: float, inflow: Inflow
 ) -> Prediction:
-    estimate = estimate_decode(decode, work, kv_arrival_s, prefill.own_s if sender is None else 0.0, inflow)
-    gaps = max(1.0, work.num_outputs - 1)
-    joining_s = (kv_arrival_s - prefill.ttft_s) / gaps
-    needed = blocks_at_end(decode, work)
-    held = decode.num_blocks - decode.num_free_blocks
-    ttft_scale_s, tpot_scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S, request.objectives.tpot_s or NO_TPOT_SCALE_S
-    cost = (
-        _rise(prefill.backlog_s / ttft_scale_s, (prefill.backlog_s + prefill.own_s) / ttft_scale_s)
-        + _rise(estimate.before_s / tpot_scale_s, (estimate.after_s + joining_s) / tpot_scale_s)
-        + _rise(held / decode.num_blocks, (held + needed) / decode.num_blocks)
-    )
-    tpot_s, objectives = estimate.tpot_s + joining_s, request.objectives
+    prefill, decode, objectives = prefilled.estimate, place.decode, request.objectives
+    is_local = prefilled.worker is decode
+    estimate = estimate_decode(decode, work, kv_arrival_s, prefill.own_s if is_local else 0.0, inflow)
+    joining_s = (kv_arrival_s - prefill.ttft_s) / max(1.0, work.num_outputs - 1)
+    scale_s, tpot_s = objectives.tpot_s or NO_TPOT_SCALE_S, estimate.tpot_s + joining_s
+    in_pace = objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s * (1 + _error(decode)) <= objectives.tpot_s
     return Prediction(
-        route=Route(decode=decode.ref, prefill=None if sender is None else sender.ref),
+        route=Route(decode=decode.ref, prefill=None if is_local else prefilled.worker.ref),
         ttft_s=prefill.ttft_s,
         kv_arrival_s=kv_arrival_s,
         tpot_s=tpot_s,
-        memory=(held + needed) / decode.num_blocks,
-        cost=cost,
-        keeps_ttft=prefill.ttft_s * (1 + _error(sender or decode)) <= work.ttft_slack_s,
-        keeps_tpot=(objectives.tpot_s is None or work.num_outputs <= 1 or tpot_s * (1 + _error(decode)) <= objectives.tpot_s)
-        and needed + decode.num_decoding <= decode.num_free_blocks,
+        memory=place.memory,
+        cost=prefilled.cost + _rise(estimate.before_s / scale_s, (estimate.after_s + joining_s) / scale_s) + place.cost,
+        keeps_ttft=prefill.ttft_s * (1 + _error(prefilled.worker)) <= work.ttft_slack_s,
+        keeps_tpot=in_pace and place.fits,
     )
 
 
@@ -236,7 +261,9 @@ def _error(worker: WorkerLoad) -> float:
 
 
 def _rise(before: float, after: float) -> float:
-    return float(STEEPNESS ** min(after, MAX_LOAD) - STEEPNESS ** min(before, MAX_LOAD))
+    if before >= MAX_LOAD:
+        return 0.0
+    return float(STEEPNESS ** (after if after < MAX_LOAD else MAX_LOAD) - STEEPNESS**before)
 
 
 def _lateness(request: RoutingRequest, work: Work, prediction: Prediction) -> float:

@@ -70,7 +70,7 @@ class _Outstanding:
 
     @property
     def first_at(self) -> float | None:
-        return next((sent.at for sent in self._each.values()), None)
+        return next(iter(self._each.values())).at if self._each else None
 
     def report(self, now: float) -> None:
         """A report has come: it shows what was sent SETTLE_S ago, whatever it says."""

@@ -64,15 +64,16 @@ class PrefixIndex:
             depths.update(dict.fromkeys(still, depth))
         return depths
 
-    def insert(self, hashes: Sequence[int], worker: WorkerRef) -> None:
+    def insert(self, hashes: Sequence[int], *workers: WorkerRef) -> None:
         for chunk in reversed(hashes):        # a prefix is more recent than what follows it, so it is forgotten later
             held = self._holders.get(chunk)
             if held is None:
-                self._holders[chunk] = {worker}
+                self._holders[chunk] = set(workers)
                 continue
-            if worker not in held:            # in place of its earlier lives: a prefix that never gets old must not collect the dead
-                held.difference_update([other for other in held if other.worker_id == worker.worker_id])
-                held.add(worker)
+            for worker in workers:
+                if worker not in held:        # in place of its earlier lives: a prefix that never gets old must not collect the dead
+                    held.difference_update([other for other in held if other.worker_id == worker.worker_id])
+                    held.add(worker)
             self._holders.move_to_end(chunk)
         while len(self._holders) > self._max_chunks:
             self._holders.popitem(last=False)

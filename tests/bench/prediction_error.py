@@ -1,11 +1,11 @@
-"""How far off predictions are, in the simulator: `python tests/bench/prediction_error.py --machine h200 --trace azure2023_conv.csv --rate 45`.
+"""How far off predictions are, in the simulator, on two GPUs: `python tests/bench/prediction_error.py --trace azure2023_conv.csv`.
 
-    step   |predicted / took − 1| of each step, by the model that the worker had when it ended: the prefill workers', then the decode workers',
-           with prompts beside and without
-    TTFT   |predicted / came − 1| from the request on, predicted when it was sent on its way: of the split path, then of the local one
+    step   |took / predicted − 1|, by the model that the worker had when the step ended
+    TTFT   |came / predicted − 1|, counted from the request's arrival, as predicted when it was sent on its way
 
-Median and 90th percentile in %, and the mean with its sign; of `--skip` several stretches of the trace together. Steps' noise is part of it:
-a log-normal of σ 3 % alone is 2.0 % at the median and 4.9 % at the 90th percentile. The share that kept both promises stands beside.
+Median and 90th percentile, then the mean with its sign; of `--skip` several stretches of the trace together. Without a trace: long prompts.
+Steps' noise is part of it: a log-normal of σ 3 % alone is 2.0 % at the median and 4.9 % at the 90th percentile. The share of requests that
+kept both promises stands below, for each stretch.
 """
 
 from collections import defaultdict
@@ -42,7 +42,6 @@ def main(
     tpot_ms: float = 20.0,
     jitter: float = 0.03,
 ) -> None:
-    """Two GPUs. Without a trace: long prompts."""
     sizes, objectives = (0, 2) if colocated else (1, 1), Objectives(ttft_ms / 1e3, tpot_ms / 1e3)
     plant = replace(Plant(*sizes, "goodput", objectives, gateways).on(machine), jitter=jitter)
     errors: Errors = defaultdict(list)
@@ -54,7 +53,10 @@ def main(
 
 
 def stretch(trace: Path | None, skip: int, requests: int) -> Workload:
-    workload = generate(replace(LONG, num_requests=requests, seed=skip)) if trace is None else read_trace(trace).between(skip, skip + requests)
+    """Of long prompts, other draws."""
+    if trace is None:
+        return generate(replace(LONG, num_requests=requests, seed=skip)).fit_context(MAX_CONTEXT, scale=False)
+    workload = read_trace(trace).between(skip, skip + requests)
     return workload.fit_context(MAX_CONTEXT, scale=False)
 
 
