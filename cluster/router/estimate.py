@@ -96,7 +96,7 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     if sent and not ahead and not is_shared:                     # was planned when it came
         begins_s = max(begins_s, 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s)
         ahead, sent = sent, 0.0
-    if closes_s < arrives_s and (ahead or is_shared):            # the next step is planned before the request comes
+    if closes_s <= arrives_s and (ahead or is_shared):           # the next step is planned before the request comes
         first = min(ahead, steps.most)
         closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
         if is_shared and begins_s < arrives_s + steps.shared_s:  # decodes went on since the report
