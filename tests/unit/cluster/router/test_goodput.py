@@ -30,7 +30,15 @@ def ref(name: str) -> WorkerRef:
 
 
 def load(
-    name: str, *, waiting: int = 0, decoding: int = 0, free: int = 1000, share: float = 0.0, queue: tuple = (), sent: int = 0, model: StepModel = MODEL
+    name: str,
+    *,
+    waiting: int = 0,
+    decoding: int = 0,
+    free: int = 1000,
+    share: float = 0.0,
+    queue: tuple = (),
+    sent: int = 0,
+    model: StepModel = MODEL,
 ) -> WorkerLoad:
     return WorkerLoad(
         ref=ref(name),
