@@ -26,6 +26,7 @@ from .scheduler import Chunk, Scheduler, StepPlan
 from .sequence import PENDING, Sequence, SequenceState
 
 MAX_GATEWAYS = 16
+"""Whose newest request is remembered: those that were heard of last."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Engine:
 
     @property
     def last_added(self) -> tuple[tuple[RequestId, float], ...]:
-        """The newest request of each of the MAX_GATEWAYS gateways that were heard of last, and when it was added."""
-        return tuple(self._last_added.values())[-MAX_GATEWAYS:]
+        """The newest request of each gateway, and when it was added."""
+        return tuple(self._last_added.values())
 
     def find(self, request_id: RequestId) -> Sequence | None:
         return self._sequences.get(request_id)
@@ -97,6 +98,8 @@ class Engine:
         self.scheduler.add(sequence)
         self._last_added.pop(request.gateway, None)
         self._last_added[request.gateway] = (request.request_id, now)
+        if len(self._last_added) > MAX_GATEWAYS:
+            del self._last_added[next(iter(self._last_added))]
         return sequence
 
     def adopt(

@@ -80,7 +80,7 @@ class StepModel(Struct, frozen=True):
     def tokens_within(self, seconds: float, pairs_each: float, beside: float = 0.0) -> float:
         """The inverse of `prefill_s`, for tokens of which each has `pairs_each`: of the three lines that it is the highest of, the first
         to come to `seconds`."""
-        first_s = self.prefill_token_s + self.prefill_pair_s * pairs_each or NO_TIME_S
+        first_s = (self.prefill_token_s + self.prefill_pair_s * pairs_each) or NO_TIME_S
         second_s = first_s + self.past_first_s
         hidden_s = self.past_first_s * (FIRST_BEND - beside if beside < FIRST_BEND else 0.0)
         all_hidden_s = hidden_s + self.past_second_s * (SECOND_BEND - beside if beside < SECOND_BEND else 0.0)

@@ -1,6 +1,7 @@
 """What would happen to a request on a worker? Pure arithmetic on a WorkerLoad and its step model; seconds count from now.
 
-    prefill    queue ahead (in deadline order) + own uncached tokens, cut into steps that the worker's decodes share  →  time to first token
+    prefill    queue ahead (in deadline order) + own uncached tokens, cut into steps that the worker plans one ahead and its decodes
+               share  →  time to first token
     join       max(prefill end, transfer)                                                                           →  KV arrival
     decode     a step with one sequence more, stretched by the prompts that its pace allows beside it               →  time per token
 
@@ -93,15 +94,16 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + sent + uncached)
     begins_s, closes_s, is_shared = worker.busy_s - age_s, worker.plans_in_s - age_s, worker.num_decoding > 0
     backlog_s = max(0.0, begins_s + steps.all_s(waiting)) + model.full_token_s * unseen
-    if sent and not ahead and not is_shared:                     # was planned when it came
-        begins_s = max(begins_s, 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s)
-        ahead, sent = sent, 0.0
     if closes_s <= arrives_s and (ahead or is_shared):           # the next step is planned before the request comes
         first = min(ahead, steps.most)
         closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
-        if is_shared and begins_s < arrives_s + steps.shared_s:  # decodes went on since the report
+        if is_shared and begins_s < arrives_s + steps.shared_s and steps.shared_s > 0:       # decodes went on since the report
             begins_s = arrives_s + steps.shared_s + (begins_s - arrives_s) % steps.shared_s
             closes_s = begins_s - steps.shared_s
+    if sent and closes_s <= arrives_s and not (ahead or is_shared):                          # it was planned when it came
+        first = min(sent, steps.most)
+        closes_s = max(begins_s, 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s)
+        begins_s, sent = closes_s + steps.one_s(first), sent - first
     last, soonest_s = ahead + sent + uncached, 0.0
     if last > steps.most:
         num_before, full_s = math.ceil(last / steps.most) - 1, steps.one_s(steps.most)

@@ -26,6 +26,8 @@ from ...messages.steps import StepFeatures, attended_pairs
 from .policy import ClusterView, WorkerLoad
 
 SETTLE_S = 0.05
+"""After which a request that no report has named was lost, or is one that its worker refused."""
+
 NO_WORK = StepFeatures()
 MEMORY = 0.98
 """Of means over ended requests and measured transfers: about the last 50 count."""

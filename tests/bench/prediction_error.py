@@ -46,7 +46,7 @@ def main(
     plant = replace(Plant(*sizes, "goodput", objectives, gateways).on(machine), jitter=jitter)
     errors: Errors = defaultdict(list)
     kept = [measure(plant, stretch(trace, int(each), requests).at_rate(rate), errors) for each in skip.split(",")]
-    for what, seen in errors.items():
+    for what, seen in sorted(errors.items()):
         median, p90 = (float(value) for value in np.quantile(np.abs(seen), (0.5, 0.9)))
         print(f"{what:28} {100 * median:5.1f} % {100 * p90:6.1f} %   mean {100 * float(np.mean(seen)):+5.1f} %   of {len(seen)}")
     print("kept both:", ", ".join(f"{100 * share:.1f} %" for share in kept))
@@ -71,7 +71,8 @@ def measure(plant: Plant, workload: Workload, errors: Errors) -> float:
     for number, ttft_s in predicted.items():
         outcome = outcomes[number]
         if outcome.ttft_s is not None:
-            errors[f"TTFT, {'local' if outcome.local else 'split'}"].append(outcome.ttft_s / ttft_s - 1)
+            for what in ("TTFT", f"TTFT, {'local' if outcome.local else 'split'}"):
+                errors[what].append(outcome.ttft_s / ttft_s - 1)
     return sum(outcome.meets(plant.objectives) for outcome in outcomes) / len(outcomes)
 
 
@@ -81,7 +82,8 @@ def observe_steps(worker: Any, errors: Errors) -> None:
 
     def observe(features: StepFeatures, seconds: float) -> None:
         beside = "" if worker.role is Role.PREFILL else ", prompts beside" if features.prefill_tokens else ", decodes alone"
-        errors[f"step, {worker.role}{beside}"].append(seconds / predictor.model.step_s(features) - 1)
+        for what in ("step", f"step, {worker.role}{beside}"):
+            errors[what].append(seconds / predictor.model.step_s(features) - 1)
         learn(features, seconds)
 
     predictor.observe = observe

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from harness.fake_cluster import TIMEOUT_S, FakeCluster
 
+from diptych.engine.engine import MAX_GATEWAYS
 from diptych.engine.fake_runner import next_token
 from diptych.engine.scheduler import StepPlan
 from diptych.engine.step_watch import STEP_LIMIT_S
@@ -371,6 +372,10 @@ def test_a_load_tells_each_gateway_what_of_it_was_read(cluster: FakeCluster, wor
         ask(cluster, route_to(cluster, worker), name, gateway=gateway)
         turn(cluster, worker)
     assert worker.load().last_read == (("b", 2.0), ("c", 1.0), ("d", 0.0))
+    for number in range(MAX_GATEWAYS):
+        ask(cluster, route_to(cluster, worker), str(number), gateway=f"fake://{number}")
+        turn(cluster, worker)
+    assert worker.load().last_read == tuple((str(number), 0.0) for number in range(MAX_GATEWAYS)), "gateways that are gone are forgotten"
 
 
 def test_member_says_what_others_need(cluster: FakeCluster, worker: Worker) -> None:
