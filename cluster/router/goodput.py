@@ -125,8 +125,8 @@ class Goodput:
         depths = self._index.holders(hashes)
 
         def prefilled(worker: WorkerLoad, inflow: Inflow) -> _Prefilled:
-            num_known = depths.get(worker.ref, 0) * _chunk_tokens(view)
-            estimate = estimate_prefill(worker, work, _num_cached(worker, num_known, work), now, inflow)
+            num_cached = _num_cached(worker, depths.get(worker.ref, 0) * _chunk_tokens(view), work) if depths else 0
+            estimate = estimate_prefill(worker, work, num_cached, now, inflow)
             scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S
             return _Prefilled(worker, estimate, _rise(estimate.backlog_s / scale_s, (estimate.backlog_s + estimate.own_s) / scale_s))
 
@@ -152,7 +152,7 @@ class Goodput:
             tokens_per_s=flow.per_s(now) * gateways_per_worker,
             tokens_each=flow.tokens_each,
             num_others=view.num_gateways - 1,
-            num_joining=sum([worker.num_expected for worker in pool]) * gateways_per_worker,
+            num_joining=sum([worker.num_expected for worker in pool]) * gateways_per_worker if pool_name == "decode" else 0.0,
         )
 
     def _sample(self, request: RoutingRequest, pool: Sequence[WorkerLoad], depths: dict[WorkerRef, int]) -> list[WorkerLoad]:
