@@ -74,6 +74,7 @@ class PrefillEstimate(Struct, frozen=True):
     backlog_s: float                          # all that waits at the worker, served before this request or not
     own_s: float                              # what the request adds to it
     ttft_s: float
+    spare_s: float                            # that it may take longer, for what others may have sent more than always
 
 
 class DecodeEstimate(Struct, frozen=True):
@@ -88,12 +89,12 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     uncached = work.num_tokens - num_cached
     pairs = attended_pairs(num_cached, uncached)
     age_s = 0.0 if worker.reported_at is None else now - worker.reported_at + arrives_s
-    unseen = _unseen_tokens(worker, inflow, age_s)
+    unseen, unseen_at_most = _unseen_tokens(worker, inflow, age_s)
     sent = worker.num_sent_tokens + unseen
     ahead: float = waiting - worker.num_sent_tokens - _tokens_behind(worker, work, now)
     steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + sent + uncached)
     begins_s, closes_s, is_shared = worker.busy_s - age_s, worker.plans_in_s - age_s, worker.num_decoding > 0
-    backlog_s = max(0.0, begins_s + steps.all_s(waiting)) + model.full_token_s * unseen
+    backlog_s = max(0.0, begins_s + steps.all_s(waiting)) + model.full_token_s * unseen_at_most
     if closes_s <= arrives_s and (ahead or is_shared):           # the next step is planned before the request comes
         first = min(ahead, steps.most)
         closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
@@ -113,7 +114,8 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     if closes_s > arrives_s:
         last += min(steps.most - last, inflow.tokens_per_s * (closes_s - arrives_s))
     ends_s = max(begins_s, arrives_s) + steps.one_s(last)
-    return PrefillEstimate(backlog_s, steps.one_s(uncached) - steps.shared_s, max(ends_s, soonest_s) + worker.message_s)
+    ttft_s, spare_s = max(ends_s, soonest_s) + worker.message_s, model.full_token_s * (unseen_at_most - unseen)
+    return PrefillEstimate(backlog_s, steps.one_s(uncached) - steps.shared_s, ttft_s, spare_s)
 
 
 def estimate_decode(
@@ -149,12 +151,14 @@ def model_of(worker: WorkerLoad) -> StepModel:
     return worker.step_model or PRIOR
 
 
-def _unseen_tokens(worker: WorkerLoad, inflow: Inflow, age_s: float) -> float:
-    """Sent by others since the report: as always, or as this gateway did if that is more (room that one sees, all see), and one standard
-    deviation on top, as of a compound Poisson process."""
+def _unseen_tokens(worker: WorkerLoad, inflow: Inflow, age_s: float) -> tuple[float, float]:
+    """Sent by others since the report: as always; and at most: as this gateway did if that is more (room that one sees, all see), and one
+    standard deviation on top, as of a compound Poisson process."""
+    if not inflow.num_others:
+        return 0.0, 0.0
     as_always = inflow.tokens_per_s * age_s * inflow.num_others / (inflow.num_others + 1)
-    expected = max(as_always, inflow.num_others * worker.num_sent_tokens)
-    return expected + math.sqrt(expected * inflow.tokens_each)
+    much = max(as_always, inflow.num_others * worker.num_sent_tokens)
+    return as_always, much + math.sqrt(much * inflow.tokens_each)
 
 
 def _tokens_behind(worker: WorkerLoad, work: Work, now: float) -> int:

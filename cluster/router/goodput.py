@@ -234,7 +234,7 @@ def _predict(
         tpot_s=tpot_s,
         memory=place.memory,
         cost=prefilled.cost + _rise(estimate.before_s / scale_s, (estimate.after_s + joining_s) / scale_s) + place.cost,
-        keeps_ttft=prefill.ttft_s * (1 + _error(prefilled.worker)) <= work.ttft_slack_s,
+        keeps_ttft=(prefill.ttft_s + prefill.spare_s) * (1 + _error(prefilled.worker)) <= work.ttft_slack_s,
         keeps_tpot=in_pace and place.fits,
     )
 
