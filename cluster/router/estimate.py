@@ -114,7 +114,7 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     if closes_s > arrives_s:
         last += min(steps.most - last, inflow.tokens_per_s * (closes_s - arrives_s))
     ends_s = max(begins_s, arrives_s) + steps.one_s(last)
-    ttft_s, spare_s = max(ends_s, soonest_s) + worker.message_s, model.full_token_s * (unseen_at_most - unseen)
+    ttft_s, spare_s = max(ends_s, soonest_s) + worker.message_s, steps.all_s(unseen_at_most - unseen)
     return PrefillEstimate(backlog_s, steps.one_s(uncached) - steps.shared_s, ttft_s, spare_s)
 
 
