@@ -6,6 +6,7 @@ All sequences of a step share the same blocks: their KV is nonsense, only the ti
 """
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 
 from msgspec.structs import replace
@@ -15,7 +16,7 @@ from ..messages.requests import GenerateRequest, Route, SamplingParams, WorkerRe
 from ..messages.steps import StepFeatures, StepModel
 from .engine import EngineLimits
 from .model_runner import ModelRunner
-from .predictor import PRIOR, StepPredictor, features_of
+from .predictor import PRIOR, StepPredictor, coefficients, features_of, model_with
 from .scheduler import Chunk, StepPlan
 from .sequence import Sequence
 
@@ -61,7 +62,9 @@ def _contexts(longest: int) -> list[int]:
 
 
 def _fit(measured: list[tuple[StepFeatures, float]]) -> StepModel:
-    predictor = StepPredictor()
+    """From a prior as slow as this machine: the standing term of a much faster one would hold the fit back."""
+    slower = statistics.median(seconds / PRIOR.step_s(features) for features, seconds in measured)
+    predictor = StepPredictor(model_with((slower * each for each in coefficients(PRIOR)), PRIOR.error, 0) if slower > 0 else PRIOR)
     for features, seconds in measured * ROUNDS:
         predictor.observe(features, seconds)
     model = predictor.model
@@ -75,7 +78,7 @@ def _grid(limits: EngineLimits) -> Iterator[StepPlan]:
     batch, budget = min(limits.max_sequences, limits.max_step_tokens), min(limits.max_step_tokens, longest)
     for count, context in ((1, 16), (batch, 16), (1, longest // 4), (math.isqrt(batch), longest // 4)):
         yield _plan([_decode(min(context, longest), limits) for _ in range(max(1, count))])
-    for tokens in (budget // 16, budget // 4, budget):
+    for tokens in (budget // 16, budget // 8, budget // 4, budget // 2, budget):
         yield _plan([_prompt(max(1, tokens), limits)])
 
 

@@ -17,13 +17,16 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 
 from ..messages.errors import ContextOverflow, PoolTooSmall
-from ..messages.ids import BlockHash, BlockId, RequestId
+from ..messages.ids import Address, BlockHash, BlockId, RequestId
 from ..messages.requests import FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
 from .block_pool import BlockPool
 from .model_runner import ChunkOutput, ModelRunner, StepOutputs
 from .sampler import Sampled
 from .scheduler import Chunk, Scheduler, StepPlan
 from .sequence import PENDING, Sequence, SequenceState
+
+MAX_GATEWAYS = 16
+"""Whose newest request is remembered: those that were heard of last."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Engine:
         self.runner = runner
         self._sequences: dict[RequestId, Sequence] = {}
         self._num_arrived = 0
+        self._last_added: dict[Address, tuple[RequestId, float]] = {}      # of each gateway, and when; the latest comes last
         self._under_way: deque[_Launched] = deque()           # two at most; the oldest first
         needed = self.scheduler.blocks_for(limits.max_model_len)
         if needed > num_blocks:
@@ -80,6 +84,11 @@ class Engine:
     def sequences(self) -> list[Sequence]:
         return list(self._sequences.values())
 
+    @property
+    def last_added(self) -> tuple[tuple[RequestId, float], ...]:
+        """The newest request of each gateway, and when it was added."""
+        return tuple(self._last_added.values())
+
     def find(self, request_id: RequestId) -> Sequence | None:
         return self._sequences.get(request_id)
 
@@ -87,6 +96,10 @@ class Engine:
         """To be computed from its prompt on. Raises ContextOverflow."""
         sequence = self._admit_to_books(request, now, hands_off)
         self.scheduler.add(sequence)
+        self._last_added.pop(request.gateway, None)
+        self._last_added[request.gateway] = (request.request_id, now)
+        if len(self._last_added) > MAX_GATEWAYS:
+            del self._last_added[next(iter(self._last_added))]
         return sequence
 
     def adopt(

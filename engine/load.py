@@ -62,6 +62,8 @@ def load_report(worker: WorkerRef, engine: "Engine", num_reserved: int, steps: "
         prefill_share=steps.prefill_share.at(now),
         step_model=steps.model,
         busy_s=steps.busy_s(now),
+        plans_in_s=0.0 if engine.may_plan else steps.oldest_s(now),
+        last_read=tuple((request_id, now - added_at) for request_id, added_at in engine.last_added),
     )
 
 

@@ -26,6 +26,7 @@ class StepRoom:
     seconds: float = math.inf                 # may be negative: decodes alone take longer
     floor: int = 0                            # tokens that are given whatever they take
     model: StepModel | None = None            # None: time does not count
+    rows: int = 0                             # that the step holds already
 
     @property
     def is_empty(self) -> bool:
@@ -37,19 +38,20 @@ class StepRoom:
         self.tokens -= count
         self.floor = max(0, self.floor - count)
         if self.model is not None:
-            self.seconds -= self.model.prefill_s(count, attended_pairs(start, count))
+            self.seconds -= self.model.prefill_s(count, attended_pairs(start, count), self.rows)
+        self.rows += count
         return count
 
     def _affordable(self, start: int, most: int) -> int:
-        return most if self.model is None else affordable_tokens(self.model, start, self.seconds, most)
+        return most if self.model is None else affordable_tokens(self.model, start, self.seconds, most, self.rows)
 
 
-def affordable_tokens(model: StepModel, start: int, seconds: float, most: int) -> int:
-    """The largest count <= `most` of prompt tokens that follow on `start` and add at most `seconds` to a step."""
+def affordable_tokens(model: StepModel, start: int, seconds: float, most: int, rows: int = 0) -> int:
+    """The largest count <= `most` of prompt tokens that follow on `start` and add at most `seconds` to a step that holds `rows`."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if model.prefill_s(middle, attended_pairs(start, middle)) <= seconds:
+        if model.prefill_s(middle, attended_pairs(start, middle), rows) <= seconds:
             low = middle
         else:
             high = middle - 1
@@ -73,7 +75,7 @@ class Pacer:
         if math.isinf(slack_s):
             return StepRoom(max_tokens)
         decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
-        return StepRoom(max_tokens, max(slack_s - decode_s, decode_s / MIN_SHARE), 1, model)
+        return StepRoom(max_tokens, max(slack_s - decode_s, decode_s / MIN_SHARE), 1, model, len(decodes))
 
     def is_lost(self, sequence: Sequence) -> bool:
         """Its first token, still to come, is later than promised even if nothing but its prompt is computed from now on."""

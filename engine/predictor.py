@@ -2,26 +2,29 @@
 
     observe(features, seconds) ──► clip what is far off ──► least squares with forgetting, coefficients >= 0 ──► model: StepModel
 
-Recursive least squares in information form: A ← λA + x·xᵀ + (1 − λ)A₀, B ← λB + x + (1 − λ)A₀θ₀, with x = features / seconds, so
+Recursive least squares in information form: A ← λA + x·xᵀ + (1 − λ)A₀, B ← λB + x + (1 − λ)A₀θ₀, with x = regressors / seconds, so
 that relative errors are what is squared. The standing term (A₀, θ₀) is what the fit falls back to where no step has gone for long (a
 prefill worker never decodes): plain forgetting would let those coefficients run away.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ..messages.steps import StepFeatures, StepModel, attended_pairs
+from ..messages.steps import FIRST_BEND, SECOND_BEND, StepFeatures, StepModel, attended_pairs
 from .scheduler import Chunk, StepPlan
 
 PRIOR = StepModel(
-    base_s=5e-3, prefill_token_s=25e-6, prefill_pair_s=8e-10, decode_sequence_s=2e-5, decode_context_s=3e-8
+    base_s=5e-3, prefill_token_s=7e-6, prefill_pair_s=8e-10, decode_sequence_s=1e-5, decode_context_s=3e-8,
+    past_first_s=13e-6, past_second_s=5e-6,
 )  # fmt: skip
 """An 8B model in bf16 on one GPU of 4 TB/s: what is believed of a worker that has not measured anything."""
 
 FORGET = 0.995
 """λ: the last 200 steps count."""
 
-SCALES: NDArray[np.float64] = np.array([1.0, 1e3, 1e6, 1e2, 1e5])
+SCALES: NDArray[np.float64] = np.array([1.0, 1e3, 1e6, 1e2, 1e5, 1e3, 1e3])
 """A typical step's features, so that the normal equations are well conditioned."""
 
 STEP_NOISE = 0.05                             # relative, of one observation; weighs the steps against the standing term
@@ -78,19 +81,37 @@ class StepPredictor:
         return min(max(seconds, predicted / reach), predicted * reach) if predicted > 0 else seconds
 
     def _learn(self, features: StepFeatures, seconds: float) -> None:
-        seen = (1, features.prefill_tokens, features.prefill_pairs, features.num_decoding, features.decode_context)
-        x = np.array(seen) / SCALES / seconds
+        x = regressors(features) / SCALES / seconds
         self._a = FORGET * self._a + np.outer(x, x) + (1 - FORGET) * self._prior_a
         self._b = FORGET * self._b + x + (1 - FORGET) * self._prior_b
 
     def _refit(self) -> None:
-        theta = solve_non_negative(self._a, self._b) / SCALES
-        a, b, c, d, e = (float(value) for value in theta)
-        self._model = StepModel(a, b, c, d, e, self._error, self._num_observed)
+        self._model = model_with(solve_non_negative(self._a, self._b) / SCALES, self._error, self._num_observed)
 
 
-def coefficients(model: StepModel) -> tuple[float, float, float, float, float]:
-    return model.base_s, model.prefill_token_s, model.prefill_pair_s, model.decode_sequence_s, model.decode_context_s
+def regressors(features: StepFeatures) -> NDArray[np.float64]:
+    """What the coefficients are multiplied by, in the order of `coefficients`."""
+    tokens, decoding = features.prefill_tokens, features.num_decoding
+    past = (max(0, tokens + decoding - bend) for bend in (FIRST_BEND, SECOND_BEND))
+    return np.array((1, tokens, features.prefill_pairs, decoding, features.decode_context, *past), dtype=np.float64)
+
+
+def coefficients(model: StepModel) -> tuple[float, ...]:
+    return (
+        model.base_s,
+        model.prefill_token_s,
+        model.prefill_pair_s,
+        model.decode_sequence_s,
+        model.decode_context_s,
+        model.past_first_s,
+        model.past_second_s,
+    )
+
+
+def model_with(coefficients: Iterable[float], error: float, num_observed: int) -> StepModel:
+    """In the order of `coefficients`."""
+    a, b, c, d, e, f, g = map(float, coefficients)
+    return StepModel(a, b, c, d, e, error, num_observed, f, g)
 
 
 def solve_non_negative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

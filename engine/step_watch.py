@@ -5,6 +5,7 @@
 """
 
 from collections import deque
+from itertools import islice
 
 from ..messages.errors import StepStuck
 from ..messages.steps import StepFeatures, StepModel
@@ -34,14 +35,21 @@ class StepWatch:
         features, launched_at = self._under_way.popleft()
         self._predictor.observe(features, now - max(launched_at, self._collected_at))
         self._collected_at = now
-        self.prefill_share.add(self.model.prefill_s(features.prefill_tokens, features.prefill_pairs), now)
+        self.prefill_share.add(self.model.prefill_s(features.prefill_tokens, features.prefill_pairs, features.num_decoding), now)
 
     def busy_s(self, now: float) -> float:
         """Until all that are under way have ended, as far as can be foretold."""
+        return self._left_s(len(self._under_way), now)
+
+    def oldest_s(self, now: float) -> float:
+        """Until the oldest that is under way has ended."""
+        return self._left_s(1, now)
+
+    def _left_s(self, num_steps: int, now: float) -> float:
         if not self._under_way:
             return 0.0
         began_at = max(self._under_way[0][1], self._collected_at)
-        return max(0.0, began_at + sum(self.model.step_s(features) for features, _ in self._under_way) - now)
+        return max(0.0, began_at + sum(self.model.step_s(features) for features, _ in islice(self._under_way, num_steps)) - now)
 
     def require_progress(self, now: float) -> None:
         """Raises StepStuck if the oldest has been under way for too long."""

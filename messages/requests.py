@@ -126,6 +126,8 @@ class LoadReport(Struct, frozen=True):
     prefill_share: float = 0.0                # of the last seconds, what prompts took of this worker's time
     step_model: StepModel | None = None       # None: not told
     busy_s: float = 0.0                       # until the steps under way have ended; their prompt tokens are no longer in `work`
+    plans_in_s: float = 0.0                   # until the next step can be planned: with what has come by then
+    last_read: tuple[tuple[RequestId, float], ...] = ()        # each gateway's newest that the worker had read, and how long ago, s
 
 
 class StepTokens(Struct, frozen=True, tag=True):

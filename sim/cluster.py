@@ -17,7 +17,7 @@ from ..engine.engine import EngineLimits, SequenceStep
 from ..engine.sequence import Sequence
 from ..messages.ids import Address, RequestId
 from ..messages.membership import Membership, Role
-from ..messages.requests import GenerateRequest, TokenDelta, WorkerRef
+from ..messages.requests import GenerateRequest, LoadReport, TokenDelta, WorkerRef
 from .events import Timeline
 from .gateway import SimGateway
 from .outcome import Outcome
@@ -111,8 +111,11 @@ class Simulation:
     def _report(self, worker: SimWorker) -> None:
         self._reported_s[worker.ref] = self.timeline.now
         report = worker.report()
+        self.timeline.after(self._plant.hop_s, lambda: self._heard(worker.ref, report))
+
+    def _heard(self, worker: WorkerRef, report: LoadReport) -> None:
         for gateway in self.gateways:
-            gateway.view.heard(worker.ref, report, self.timeline.now)
+            gateway.view.heard(worker, report, self.timeline.now)
 
     # a handoff
 

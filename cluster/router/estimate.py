@@ -1,6 +1,7 @@
 """What would happen to a request on a worker? Pure arithmetic on a WorkerLoad and its step model; seconds count from now.
 
-    prefill    queue ahead (in deadline order) + own uncached tokens, cut into steps that the worker's decodes share  →  time to first token
+    prefill    queue ahead (in deadline order) + own uncached tokens, cut into steps that the worker plans one ahead and its decodes
+               share  →  time to first token
     join       max(prefill end, transfer)                                                                           →  KV arrival
     decode     a step with one sequence more, stretched by the prompts that its pace allows beside it               →  time per token
 
@@ -15,7 +16,7 @@ from msgspec import Struct
 from ...engine.load import SHARE_HORIZON_S
 from ...engine.pace import beside_s
 from ...engine.predictor import PRIOR
-from ...messages.steps import StepModel, attended_pairs
+from ...messages.steps import FIRST_BEND, SECOND_BEND, StepModel, attended_pairs
 from .policy import WorkerLoad
 
 MAX_PREFILL_SHARE = 0.95
@@ -42,10 +43,38 @@ class Inflow(Struct, frozen=True):
 NOTHING = Inflow()
 
 
+class Steps(Struct, frozen=True):
+    """How a worker computes prompts for as long as its decodes do not change."""
+
+    model: StepModel
+    most: float                               # prompt tokens in one step
+    shared_s: float                           # of a step, whatever prompts are in it
+    token_s: float                            # of a prompt token with what it attends to, before the bends
+    first_bend: int                           # the model's, in prompt tokens
+    second_bend: int
+
+    def one_s(self, tokens: float) -> float:
+        """As StepModel.prefill_s has it: asked for some times in each decision."""
+        step_s = self.shared_s + self.token_s * tokens
+        if tokens > self.first_bend:
+            step_s += self.model.past_first_s * (tokens - self.first_bend)
+            if tokens > self.second_bend:
+                step_s += self.model.past_second_s * (tokens - self.second_bend)
+        return step_s
+
+    def all_s(self, tokens: float) -> float:
+        """As few steps as hold them."""
+        if tokens <= self.most:
+            return self.one_s(tokens) if tokens else 0.0
+        num_full, rest = divmod(tokens, self.most)
+        return num_full * self.one_s(self.most) + (self.one_s(rest) if rest else 0.0)
+
+
 class PrefillEstimate(Struct, frozen=True):
     backlog_s: float                          # all that waits at the worker, served before this request or not
     own_s: float                              # what the request adds to it
     ttft_s: float
+    spare_s: float                            # that it may take longer, for what others may have sent more than always
 
 
 class DecodeEstimate(Struct, frozen=True):
@@ -63,33 +92,45 @@ class DecodeSide(Struct, frozen=True):
     num_joining: float                        # sequences on their way
     context_each: float                       # of those that decode then
     own_context: float                        # of the request, while it decodes
-    share: float                              # of the worker's time that goes to prompts
+    prefill_share: float                      # of the worker's time, lately
+    waiting_tokens: int                       # of prompts
+    waiting_pairs: int
     tpot_s: float                             # promised
 
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
-    model = model_of(worker)
-    age_s = 0.0 if worker.reported_at is None else now - worker.reported_at
-    unseen = _unseen_tokens(worker, inflow, age_s)
+    """Step by step, as the worker plans them: what has come when a step is planned may be in it, and is done when all of the step is."""
+    model, waiting, arrives_s = model_of(worker), worker.num_waiting_tokens, worker.message_s
     uncached = work.num_tokens - num_cached
     pairs = attended_pairs(num_cached, uncached)
-    own_s = model.prefill_s(uncached, pairs)
-    waiting = worker.num_waiting_tokens
-    ahead = waiting - _tokens_behind(worker, work, now)
-    shared_s = _decode_s_soon(worker, model)
-    room = max(1, worker.max_step_tokens - worker.num_decoding) if worker.max_step_tokens else max(1, ahead + uncached)
-    each_s = beside_s(shared_s, work.tpot_s) if worker.num_decoding else math.inf
-    waiting_s = model.prefill_s(waiting, worker.prefill_pairs)
-    waiting_s += max(waiting // room, waiting_s / each_s) * shared_s
-    left_s = max(0.0, worker.busy_s + waiting_s - age_s)
-    backlog_s = left_s + model.prefill_token_s * unseen
-    ahead_s = backlog_s - min(left_s, waiting_s * (waiting - ahead) / max(1, waiting))
-    num_steps = max(math.ceil(uncached / room), own_s / each_s)
-    if ahead:                                 # the token comes at the end of its step, which later prompts may fill up
-        extra_s = model.prefill_token_s * min(-(ahead + unseen + uncached) % room, inflow.tokens_per_s * ahead_s)
-    else:                                     # on average a step of decodes is half done
-        extra_s = max(0.0, shared_s / 2 - left_s) if worker.num_decoding else 0.0
-    return PrefillEstimate(backlog_s, own_s, ahead_s + own_s + extra_s + num_steps * shared_s)
+    age_s = 0.0 if worker.reported_at is None else now - worker.reported_at + arrives_s
+    unseen, unseen_at_most = _unseen_tokens(worker, inflow, age_s)
+    sent = worker.num_sent_tokens + unseen
+    ahead: float = waiting - worker.num_sent_tokens - _tokens_behind(worker, work, now)
+    steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + sent + uncached)
+    begins_s, closes_s, is_shared = worker.busy_s - age_s, worker.plans_in_s - age_s, worker.num_decoding > 0
+    backlog_s = max(0.0, begins_s + steps.all_s(waiting)) + model.full_token_s * unseen_at_most
+    if closes_s <= arrives_s and (ahead or is_shared):           # the next step is planned before the request comes
+        first = min(ahead, steps.most)
+        closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
+        if is_shared and begins_s < arrives_s + steps.shared_s and steps.shared_s > 0:       # decodes went on since the report
+            begins_s = arrives_s + steps.shared_s + (begins_s - arrives_s) % steps.shared_s
+            closes_s = begins_s - steps.shared_s
+    if sent and closes_s <= arrives_s and not (ahead or is_shared):                          # it was planned when it came
+        first = min(sent, steps.most)
+        closes_s = max(begins_s, 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s)
+        begins_s, sent = closes_s + steps.one_s(first), sent - first
+    last, soonest_s = ahead + sent + uncached, 0.0
+    if last > steps.most:
+        num_before, full_s = math.ceil(last / steps.most) - 1, steps.one_s(steps.most)
+        last -= num_before * steps.most
+        closes_s, begins_s = begins_s + (num_before - 1) * full_s, begins_s + num_before * full_s
+        soonest_s = arrives_s + steps.all_s(uncached)
+    if closes_s > arrives_s:
+        last += min(steps.most - last, inflow.tokens_per_s * (closes_s - arrives_s))
+    ends_s = max(begins_s, arrives_s) + steps.one_s(last)
+    ttft_s, spare_s = max(ends_s, soonest_s) + worker.message_s, steps.all_s(unseen_at_most - unseen)
+    return PrefillEstimate(backlog_s, steps.one_s(uncached) - steps.shared_s, ttft_s, spare_s)
 
 
 def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> DecodeSide:
@@ -102,7 +143,9 @@ def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> Dec
         num_joining=max(worker.num_requests - count, inflow.num_joining),
         context_each=worker.decode_context / count if count else own_context,
         own_context=own_context,
-        share=worker.prefill_share + model.prefill_s(worker.num_waiting_tokens, worker.prefill_pairs) / SHARE_HORIZON_S,
+        prefill_share=worker.prefill_share,
+        waiting_tokens=worker.num_waiting_tokens,
+        waiting_pairs=worker.prefill_pairs,
         tpot_s=work.tpot_s,
     )
 
@@ -110,13 +153,25 @@ def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> Dec
 def estimate_decode(side: DecodeSide, joins_in_s: float, local_prefill_s: float) -> DecodeEstimate:
     """Those that run are at a random place of their lives; it is not believed that load will shrink."""
     model, running = side.model, side.num_decoding
-    ended = running * min(1.0, joins_in_s / side.life_s) if side.life_s > 0 else 0.0
-    count = max(running, running - ended + side.num_joining)
-    context = count * side.context_each
-    alone_s = model.decode_s(count + 1, context + side.own_context)
-    after_s = _stretched(alone_s, side.share + local_prefill_s / SHARE_HORIZON_S)
-    before_s = _stretched(model.decode_s(count, context), side.share)
-    return DecodeEstimate(before_s, after_s, min(after_s, alone_s + beside_s(alone_s, side.tpot_s)))
+    ended = running * joins_in_s / side.life_s if joins_in_s < side.life_s else running
+    count = running + max(0.0, side.num_joining - ended)
+    context, share = count * side.context_each, side.prefill_share
+    if side.waiting_tokens:
+        share += model.prefill_s(side.waiting_tokens, side.waiting_pairs, count) / SHARE_HORIZON_S
+    before_s, alone_s = model.decode_s(count, context), model.decode_s(count + 1, context + side.own_context)
+    after_s = alone_s / (1 - min(share + local_prefill_s / SHARE_HORIZON_S, MAX_PREFILL_SHARE))
+    return DecodeEstimate(before_s / (1 - min(share, MAX_PREFILL_SHARE)), after_s, min(after_s, alone_s + beside_s(alone_s, side.tpot_s)))
+
+
+def _steps(worker: WorkerLoad, model: StepModel, work: Work, pairs_each: float, num_tokens: float) -> Steps:
+    most = worker.max_step_tokens - worker.num_decoding if worker.max_step_tokens else num_tokens
+    token_s = model.prefill_token_s + model.prefill_pair_s * pairs_each
+    if not worker.num_decoding:
+        return Steps(model, most if most > 1 else 1.0, model.base_s, token_s, FIRST_BEND, SECOND_BEND)
+    count = worker.num_requests               # of those that decode and those that are known to come
+    shared_s = model.decode_s(count, worker.decode_context * count / worker.num_decoding)
+    most = max(1.0, min(most, model.tokens_within(beside_s(shared_s, work.tpot_s), pairs_each, count)))
+    return Steps(model, most, shared_s, token_s, max(0, FIRST_BEND - count), max(0, SECOND_BEND - count))
 
 
 def blocks_at_end(worker: WorkerLoad, work: Work) -> int:
@@ -128,12 +183,14 @@ def model_of(worker: WorkerLoad) -> StepModel:
     return worker.step_model or PRIOR
 
 
-def _unseen_tokens(worker: WorkerLoad, inflow: Inflow, age_s: float) -> float:
-    """Sent by others since the report: as always, or as this gateway did if that is more (room that one sees, all see), and one standard
-    deviation on top, as of a compound Poisson process."""
+def _unseen_tokens(worker: WorkerLoad, inflow: Inflow, age_s: float) -> tuple[float, float]:
+    """Sent by others since the report: as always; and at most: as this gateway did if that is more (room that one sees, all see), and one
+    standard deviation on top, as of a compound Poisson process."""
+    if not inflow.num_others:
+        return 0.0, 0.0
     as_always = inflow.tokens_per_s * age_s * inflow.num_others / (inflow.num_others + 1)
-    expected = max(as_always, inflow.num_others * worker.num_sent_tokens)
-    return expected + math.sqrt(expected * inflow.tokens_each)
+    much = max(as_always, inflow.num_others * worker.num_sent_tokens)
+    return as_always, much + math.sqrt(much * inflow.tokens_each)
 
 
 def _tokens_behind(worker: WorkerLoad, work: Work, now: float) -> int:
@@ -142,14 +199,3 @@ def _tokens_behind(worker: WorkerLoad, work: Work, now: float) -> int:
         return 0
     slack_s = work.ttft_slack_s + now - worker.reported_at       # as of the report
     return sum(tokens for due_s, tokens in worker.queue if due_s > slack_s)
-
-
-def _decode_s_soon(worker: WorkerLoad, model: StepModel) -> float:
-    """A step of its decodes and of those that are known to come: what a prompt that waits will share its steps with."""
-    if not worker.num_decoding:
-        return model.base_s
-    return model.decode_s(worker.num_requests, worker.decode_context * worker.num_requests / worker.num_decoding)
-
-
-def _stretched(step_s: float, prefill_share: float) -> float:
-    return step_s / (1 - min(prefill_share, MAX_PREFILL_SHARE))

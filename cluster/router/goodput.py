@@ -61,18 +61,29 @@ class GoodputOptions(Struct, frozen=True):
 
 
 class Flow:
-    """A rate over the last second, forgotten exponentially."""
+    """Tokens of prompts over the last second, forgotten exponentially."""
 
     def __init__(self) -> None:
         self._rate = 0.0
+        self._squares = 0.0                   # the same of their squares
         self._at = 0.0
 
-    def add(self, amount: float, now: float) -> None:
-        self._rate = self.per_s(now) + amount / FLOW_HORIZON_S
+    def add(self, num_tokens: int, now: float) -> None:
+        kept = self._kept(now)
+        self._rate = self._rate * kept + num_tokens / FLOW_HORIZON_S
+        self._squares = self._squares * kept + num_tokens * num_tokens / FLOW_HORIZON_S
         self._at = now
 
     def per_s(self, now: float) -> float:
-        return self._rate * math.exp(-max(0.0, now - self._at) / FLOW_HORIZON_S)
+        return self._rate * self._kept(now)
+
+    @property
+    def tokens_each(self) -> float:
+        """Mean of squares by mean."""
+        return self._squares / self._rate if self._rate else 0.0
+
+    def _kept(self, now: float) -> float:
+        return math.exp(-max(0.0, now - self._at) / FLOW_HORIZON_S)
 
 
 class Goodput:
@@ -81,7 +92,6 @@ class Goodput:
         self._index = index or PrefixIndex()
         self._random = random.Random(options.seed)
         self._flows = {"prefill": Flow(), "decode": Flow()}      # prompt tokens sent to be computed in each pool
-        self._squares = {"prefill": Flow(), "decode": Flow()}    # of their numbers
 
     def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision:
         return self.decide(request, view, now).decision
@@ -91,9 +101,7 @@ class Goodput:
         explanation = self._explain(request, view, now, hashes)
         decision = explanation.decision
         if isinstance(decision, Route):
-            pool, count = "decode" if decision.prefill is None else "prefill", len(request.token_ids)
-            self._flows[pool].add(count, now)
-            self._squares[pool].add(count * count, now)
+            self._flows["decode" if decision.prefill is None else "prefill"].add(len(request.token_ids), now)
             self._index.insert(hashes, *([decision.decode] if decision.prefill is None else [decision.prefill, decision.decode]))
         return explanation
 
@@ -115,17 +123,17 @@ class Goodput:
         prefill = prefill_pool(request, view, self._options.local_only)
         held = self._index.held(hashes)
 
-        def prefilled(worker: WorkerLoad, inflow: Inflow) -> PrefillEstimate:
-            num_known = held.depth(worker.ref) * _chunk_tokens(view)
-            return estimate_prefill(worker, work, _num_cached(worker, num_known, work), now, inflow)
+        def prefilled(worker: WorkerLoad, inflow: Inflow) -> _Source:
+            num_cached = _num_cached(worker, held.depth(worker.ref) * _chunk_tokens(view), work)
+            return _source(request, work, worker, estimate_prefill(worker, work, num_cached, now, inflow))
 
         there, here = self._inflow("prefill", prefill, view, now), self._inflow("decode", view.decode, view, now)
-        senders = [_source(request, work, worker, prefilled(worker, there)) for worker in self._sample(request, prefill, held)]
+        senders = [prefilled(worker, there) for worker in self._sample(request, prefill, held)]
         predictions = []
         for decode in self._sample(request, view.decode, held):
             target = _target(request, work, decode, here)
             if request.path is not Path.SPLIT:
-                own = _source(request, work, decode, prefilled(decode, here))
+                own = prefilled(decode, here)
                 predictions.append(_predict(work, target, own, own.estimate.ttft_s))
             for source in senders:
                 moved_s = view.links.get((source.ref, decode.ref), 0.0) * work.num_tokens
@@ -136,12 +144,12 @@ class Goodput:
     def _inflow(self, pool_name: str, pool: Sequence[WorkerLoad], view: ClusterView, now: float) -> Inflow:
         if not pool:
             return NOTHING
-        gateways_per_worker, tokens_per_s = view.num_gateways / len(pool), self._flows[pool_name].per_s(now)
+        gateways_per_worker, flow = view.num_gateways / len(pool), self._flows[pool_name]
         return Inflow(
-            tokens_per_s=tokens_per_s * gateways_per_worker,
-            tokens_each=self._squares[pool_name].per_s(now) / tokens_per_s if tokens_per_s else 0.0,
+            tokens_per_s=flow.per_s(now) * gateways_per_worker,
+            tokens_each=flow.tokens_each,
             num_others=view.num_gateways - 1,
-            num_joining=sum([worker.num_expected for worker in pool]) * gateways_per_worker,
+            num_joining=sum([worker.num_expected for worker in pool]) * gateways_per_worker if pool_name == "decode" else 0.0,
         )
 
     def _sample(self, request: RoutingRequest, pool: Sequence[WorkerLoad], held: Held) -> list[WorkerLoad]:
@@ -207,7 +215,8 @@ class _Target(Struct, frozen=True):
 def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: PrefillEstimate) -> _Source:
     scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S
     cost = _rise(estimate.backlog_s / scale_s, (estimate.backlog_s + estimate.own_s) / scale_s)
-    return _Source(worker.ref, estimate, cost, estimate.ttft_s * (1 + _error(worker)) <= work.ttft_slack_s)
+    keeps_ttft = (estimate.ttft_s + estimate.spare_s) * (1 + _error(worker)) <= work.ttft_slack_s
+    return _Source(worker.ref, estimate, cost, keeps_ttft)
 
 
 def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow) -> _Target:
@@ -264,7 +273,9 @@ def _error(worker: WorkerLoad) -> float:
 
 
 def _rise(before: float, after: float) -> float:
-    return float(STEEPNESS ** min(after, MAX_LOAD) - STEEPNESS ** min(before, MAX_LOAD))
+    if before >= MAX_LOAD:
+        return 0.0
+    return float(STEEPNESS ** (after if after < MAX_LOAD else MAX_LOAD) - STEEPNESS**before)
 
 
 def _lateness(request: RoutingRequest, work: Work, prediction: Prediction) -> float:

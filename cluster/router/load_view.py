@@ -7,14 +7,15 @@
     ended() ───── how long answers are ───┘
 
 A report is older than what was sent after it. So each request counts, on top of the report, on the worker that
-    receives it:   until a report arrives SETTLE_S after it was sent (by then the worker has read it);
+    receives it:   until a report says that the worker has read it, or one sent later (messages of one gateway stay in order), or
+                   arrives SETTLE_S after it was sent;
     decodes it:    until the decode worker is known to have it (`arrived`), for it hears of it only when its prefill begins;
 and nowhere once it ended. While its KV moves a request may count twice on its decode worker; it never counts nowhere.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from msgspec import Struct
 
@@ -25,6 +26,8 @@ from ...messages.steps import StepFeatures, attended_pairs
 from .policy import ClusterView, WorkerLoad
 
 SETTLE_S = 0.05
+"""After which a request that no report has named was lost, or is one that its worker refused."""
+
 NO_WORK = StepFeatures()
 MEMORY = 0.98
 """Of means over ended requests and measured transfers: about the last 50 count."""
@@ -46,9 +49,7 @@ class _Outstanding:
 
     def __init__(self) -> None:
         self._each: dict[RequestId, _Sent] = {}
-        self._reported_at = -math.inf
         self.num_tokens = self.num_blocks = self.num_pairs = 0
-        self.num_unreported_tokens = 0        # sent since the last report, or at its very moment
 
     def __len__(self) -> int:
         return len(self._each)
@@ -62,10 +63,19 @@ class _Outstanding:
         if (sent := self._each.pop(request_id, None)) is not None:
             self._count(sent, -1)
 
+    def read(self, request_id: RequestId) -> float | None:
+        """The worker had read it, and so what was sent before it. → when it was sent; None: not by this gateway, or it was known."""
+        sent = self._each.get(request_id)
+        while request_id in self._each:
+            self.remove(next(iter(self._each)))
+        return None if sent is None else sent.at
+
+    @property
+    def first_at(self) -> float | None:
+        return next(iter(self._each.values())).at if self._each else None
+
     def report(self, now: float) -> None:
-        """A report has come: it shows what was sent SETTLE_S ago, and who knows what of the rest."""
-        self._reported_at = now
-        self.num_unreported_tokens = sum(sent.num_tokens for sent in takewhile(lambda sent: sent.at >= now, reversed(self._each.values())))
+        """A report has come: it shows what was sent SETTLE_S ago, whatever it says."""
         while self._each:
             request_id, sent = next(iter(self._each.items()))
             if now - sent.at < SETTLE_S:
@@ -76,8 +86,6 @@ class _Outstanding:
         self.num_tokens += sign * sent.num_tokens
         self.num_blocks += sign * sent.num_blocks
         self.num_pairs += sign * sent.num_pairs
-        if sent.at >= self._reported_at:
-            self.num_unreported_tokens += sign * sent.num_tokens
 
 
 @dataclass
@@ -89,6 +97,18 @@ class _Worker:
     sent: _Outstanding = field(default_factory=_Outstanding)            # until the next settled report
     expected: _Outstanding = field(default_factory=_Outstanding)        # to decode here, being prefilled elsewhere
     load: WorkerLoad | None = None            # None: to be computed
+
+    round_trip_s: float | None = None
+
+    def read(self, last_read: Iterable[tuple[RequestId, float]], now: float) -> None:
+        for request_id, ago_s in last_read:
+            if (sent_at := self.sent.read(request_id)) is not None:
+                self._took(max(0.0, now - sent_at - ago_s))
+
+    def _took(self, round_trip_s: float) -> None:
+        """The least counts: what took longer waited for somebody's loop. It is forgotten slowly, for ways may change."""
+        least_s = math.inf if self.round_trip_s is None else self.round_trip_s / MEMORY
+        self.round_trip_s = min(round_trip_s, least_s)
 
     def changed(self) -> None:
         self.load = None
@@ -110,12 +130,15 @@ class _Worker:
             decode_context=work.decode_context,
             queue=report.queue if report else (),
             max_step_tokens=report.max_step_tokens if report else 0,
-            num_sent_tokens=sent.num_unreported_tokens,
+            num_sent_tokens=sent.num_tokens,
             num_expected=len(expected),
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,
             busy_s=report.busy_s if report else 0.0,
+            plans_in_s=report.plans_in_s if report else 0.0,
             reported_at=self.reported_at,
+            sent_at=sent.first_at,
+            message_s=(self.round_trip_s or 0.0) / 2,
         )
         return self.load
 
@@ -157,6 +180,7 @@ class LoadView:
         if report is not None:
             worker.report, worker.reported_at = report, now
             worker.changed()
+            worker.read(report.last_read, now)
             worker.sent.report(now)
 
     def sent(self, request_id: RequestId, route: Route, num_tokens: int, now: float) -> None:

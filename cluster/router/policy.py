@@ -59,12 +59,15 @@ class WorkerLoad(Struct, frozen=True):
     decode_context: int = 0                   # tokens that those attend to
     queue: tuple[tuple[float, int], ...] = () # (seconds from the report until it is due, prompt tokens) of what waits, soonest first
     max_step_tokens: int = 0                  # 0: not told
-    num_sent_tokens: int = 0                  # of num_waiting_tokens, what this gateway sent after the report
+    num_sent_tokens: int = 0                  # of num_waiting_tokens, what this gateway sent and no report shows
     num_expected: int = 0                     # of num_requests, what this gateway sent and others prefill
     prefill_share: float = 0.0                # of this worker's time, lately
     step_model: StepModel | None = None
     busy_s: float = 0.0                       # as of the report, until the steps under way have ended
-    reported_at: float | None = None          # policy's clock; None: never
+    plans_in_s: float = 0.0                   # as of the report, until the next step is planned
+    reported_at: float | None = None          # policy's clock: when the report came; None: never
+    sent_at: float | None = None              # policy's clock: the first of num_sent_tokens; None: there are none
+    message_s: float = 0.0                    # one way, to the worker or from it
 
     @property
     def used_share(self) -> float:

@@ -18,7 +18,7 @@ from diptych.messages.requests import LoadReport, Route, WorkerRef
 from diptych.messages.steps import StepFeatures, StepModel
 
 NUM_DECISIONS = 5000
-MODEL = StepModel(5e-3, 22e-6, 9e-10, 18e-6, 3.2e-8, 0.02, 1000)
+MODEL = StepModel(5e-3, 7e-6, 9e-10, 12e-6, 3.2e-8, 0.02, 1000, past_first_s=12e-6, past_second_s=4e-6)
 
 
 def main() -> None:

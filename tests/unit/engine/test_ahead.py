@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 from harness.ahead_runner import AheadRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.engine.engine import Engine, EngineLimits
 from diptych.engine.fake_runner import fake_layout, next_token
+from diptych.engine.load import load_report
+from diptych.engine.predictor import PRIOR, features_of
 from diptych.engine.sequence import Sequence
+from diptych.engine.step_watch import StepWatch
 from diptych.kvtransfer.fake import FakeFabric
 from diptych.kvtransfer.transport import KVPool
 from diptych.messages.ids import Address, BlockId, Epoch, RequestId, WorkerId
@@ -144,6 +148,20 @@ def test_it_runs_one_step_ahead_and_no_more() -> None:
     assert not engine.may_plan
     assert runner.most_ahead == 2
     assert [step.delta.token_ids for step in engine.collect() if step.delta] == [(correct(plain)[0],)]
+
+
+def test_reports_say_when_the_next_step_will_be_planned() -> None:
+    """At once, with one step under way; when the first of two has ended."""
+    engine, _, _ = make_engine(20)
+    engine.add(request(0, Visit([1, 0, 1], 8, 0, None, None, host_sampled=False, batch=False, hands_off=False)), 0.0)
+    watch, told = StepWatch(PRIOR), []
+    for _ in range(2):
+        plan = engine.plan()
+        watch.launched(features_of(plan), 5.0)
+        engine.launch(plan)
+        told.append(load_report(HERE.decode, engine, 0, watch, 5.001))
+    assert [report.plans_in_s for report in told] == [0.0, pytest.approx(told[0].busy_s)]
+    assert told[1].busy_s > told[0].busy_s > 0
 
 
 def test_nobody_is_run_ahead_of_a_token_that_the_host_must_know() -> None:

@@ -13,18 +13,21 @@ from diptych.messages.steps import StepFeatures, StepModel
 
 LIMITS = EngineLimits(block_size=16, max_model_len=4096, max_step_tokens=2048, max_sequences=64)
 TRUTH = StepModel(2e-3, 150e-6, 4e-9, 300e-6, 1e-6)
+SLOW = StepModel(0.1, 1.5e-3, 4e-8, 3e-3, 1e-5)
+BENT = StepModel(5e-3, 7e-6, 9e-10, 12e-6, 3e-8, past_first_s=12e-6, past_second_s=4e-6)
 
 
 @dataclass
 class TimedRunner(SyncRunner):
-    """Takes as long as TRUTH says, and ten times that when it sees a shape for the first time."""
+    """Takes as long as `truth` says, and ten times that when it sees a shape for the first time."""
 
+    truth: StepModel = TRUTH
     now: float = 0.0
     seen: set[StepFeatures] = field(default_factory=set)
 
     def execute(self, plan: StepPlan, on_layer: object) -> list[ChunkOutput]:
         features = features_of(plan)
-        self.now += TRUTH.step_s(features) * (1 if features in self.seen else 10)
+        self.now += self.truth.step_s(features) * (1 if features in self.seen else 10)
         self.seen.add(features)
         return [ChunkOutput(None) for _ in plan.chunks]
 
@@ -32,11 +35,12 @@ class TimedRunner(SyncRunner):
 @pytest.mark.parametrize(
     "step", [StepFeatures(512, 512 * 256), StepFeatures(0, 0, 32, 32 * 500), StepFeatures(256, 256 * 800, 16, 16 * 1000)]
 )
-def test_what_was_measured_is_predicted(step):
-    runner = TimedRunner()
+@pytest.mark.parametrize("truth", [TRUTH, SLOW, BENT], ids=["straight", "slow", "bent"])
+def test_what_was_measured_is_predicted(step, truth):
+    runner = TimedRunner(truth)
     model = calibrate(runner, LIMITS, lambda: runner.now, budget_s=1000.0)
-    assert model.step_s(step) == pytest.approx(TRUTH.step_s(step), rel=0.15)
-    assert model.error < 0.3
+    assert model.step_s(step) == pytest.approx(truth.step_s(step), rel=0.05)
+    assert model.error < 0.05
 
 
 def test_without_time_the_prior_stays():
@@ -48,7 +52,7 @@ def test_without_time_the_prior_stays():
 def test_a_grid_point_is_begun_only_within_the_budget():
     runner = TimedRunner()
     calibrate(runner, LIMITS, lambda: runner.now, budget_s=0.1)
-    assert len(runner.seen) < 7
+    assert len(runner.seen) < 9
 
 
 @pytest.mark.parametrize("limits", [EngineLimits(4, 16, 8, 4), EngineLimits(16, 2, 1, 1), EngineLimits(4, 64, 512, 64)])

@@ -12,10 +12,11 @@ from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
 from diptych.messages.steps import StepModel, attended_pairs
 
-MODEL = StepModel(5e-3, 22e-6, 9e-10, 18e-6, 3.2e-8)
+MODEL = StepModel(5e-3, 7e-6, 9e-10, 12e-6, 3.2e-8, past_first_s=12e-6, past_second_s=4e-6)
 HERE = Route(WorkerRef(WorkerId("decode-0"), Epoch(1), Address("fake://d")))
 seconds, tokens = st.floats(-0.05, 0.5), st.integers(0, 8192)
-models = st.builds(StepModel, *[st.floats(0, 1e-2) for _ in range(5)])
+cost = st.floats(0, 1e-2)
+models = st.builds(StepModel, cost, cost, cost, cost, cost, past_first_s=cost, past_second_s=cost)
 
 
 def decode(tpot: float | None, num_outputs: int = 1, context: int = 1000) -> Sequence:
@@ -26,12 +27,12 @@ def decode(tpot: float | None, num_outputs: int = 1, context: int = 1000) -> Seq
     return sequence
 
 
-@given(models, tokens, seconds, tokens)
-def test_the_largest_count_that_fits(model, start, left_s, most):
-    count = affordable_tokens(model, start, left_s, most)
+@given(models, tokens, seconds, tokens, st.integers(0, 600))
+def test_the_largest_count_that_fits(model, start, left_s, most, rows):
+    count = affordable_tokens(model, start, left_s, most, rows)
     assert 0 <= count <= most
-    assert count == 0 or model.prefill_s(count, attended_pairs(start, count)) <= left_s
-    assert count == most or model.prefill_s(count + 1, attended_pairs(start, count + 1)) > left_s
+    assert count == 0 or model.prefill_s(count, attended_pairs(start, count), rows) <= left_s
+    assert count == most or model.prefill_s(count + 1, attended_pairs(start, count + 1), rows) > left_s
 
 
 @given(tokens, seconds, seconds, st.integers(1, 4096))
@@ -48,9 +49,9 @@ def test_prompts_share_one_room(prompts, left_s, budget, floor):
             break
         count = room.take(start, wanted)
         assert 1 <= count <= wanted
-        taken, cost_s = taken + count, cost_s + MODEL.prefill_s(count, attended_pairs(start, count))
+        taken, cost_s = taken + count, cost_s + MODEL.prefill_s(count, attended_pairs(start, count), taken)
     assert taken <= budget
-    one_s = MODEL.prefill_s(1, 8192)         # a prompt that was let in gets one token
+    one_s = MODEL.prefill_s(1, 8192, 4096)   # a prompt that was let in gets one token
     assert taken <= floor + 1 or cost_s <= left_s + one_s
 
 
@@ -61,7 +62,8 @@ def test_a_step_that_has_room_ends_before_the_tightest_decode_is_due(tpots, budg
     count = room.take(0, 10**6)
     decode_s = MODEL.decode_s(len(decodes), sum(len(each.token_ids) for each in decodes))
     known = [tpot for tpot in tpots if tpot is not None]
-    assert count == 1 or not known or MODEL.prefill_s(count, attended_pairs(0, count)) <= beside_s(decode_s, min(known)) + 1e-9
+    prefill_s = MODEL.prefill_s(count, attended_pairs(0, count), len(decodes))
+    assert count == 1 or not known or prefill_s <= beside_s(decode_s, min(known)) + 1e-9
     assert known or count == budget
 
 
@@ -80,7 +82,7 @@ def test_slack_that_was_gained_is_lent_and_lateness_is_not_for_ever():
     assert pacer.room([sequence], 4096).take(0, 10**6) > 3 * at_first
     now[0] = 10.0
     late_s = MODEL.decode_s(1, len(sequence.token_ids)) / MIN_SHARE
-    assert pacer.room([sequence], 4096).take(0, 10**6) == affordable_tokens(MODEL, 0, late_s, 4096)
+    assert pacer.room([sequence], 4096).take(0, 10**6) == affordable_tokens(MODEL, 0, late_s, 4096, 1)
     assert pacer.room([decode(None)], 4096).take(0, 10**6) == 4096
 
 

@@ -1,3 +1,4 @@
+import math
 import random
 
 import msgspec
@@ -6,10 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.engine.predictor import PRIOR, StepPredictor, coefficients, solve_non_negative
+from diptych.engine.predictor import PRIOR, StepPredictor, coefficients, model_with, regressors, solve_non_negative
 from diptych.messages.steps import StepFeatures, StepModel, attended_pairs
 
-TRUTH = StepModel(base_s=4.8e-3, prefill_token_s=23e-6, prefill_pair_s=8e-10, decode_sequence_s=16e-6, decode_context_s=3.2e-8)
+TRUTH = StepModel(
+    base_s=4.8e-3,
+    prefill_token_s=7e-6,
+    prefill_pair_s=8e-10,
+    decode_sequence_s=10e-6,
+    decode_context_s=3.2e-8,
+    past_first_s=11e-6,
+    past_second_s=4e-6,
+)
+models = st.builds(lambda each: model_with(each, 0.02, 100), st.lists(st.floats(0, 1e-2), min_size=7, max_size=7))
+tokens, decodes = st.integers(0, 8192), st.integers(0, 300)
 
 
 def mixed_step(draw: random.Random) -> StepFeatures:
@@ -18,7 +29,7 @@ def mixed_step(draw: random.Random) -> StepFeatures:
 
 
 def scaled(model: StepModel, factor: float) -> StepModel:
-    return StepModel(*(factor * each for each in coefficients(model)))
+    return model_with((factor * each for each in coefficients(model)), 0.0, 0)
 
 
 def taught(truth: StepModel, count: int, draw: random.Random, predictor: StepPredictor | None = None, noise: float = 0.0) -> StepPredictor:
@@ -35,11 +46,11 @@ def worst_error(predictor: StepPredictor, truth: StepModel, draw: random.Random)
 
 
 @settings(max_examples=20)
-@given(factors=st.lists(st.floats(0.3, 4.0), min_size=5, max_size=5), seed=st.integers(0, 1000))
+@given(factors=st.lists(st.floats(0.3, 4.0), min_size=7, max_size=7), seed=st.integers(0, 1000))
 def test_recovers_known_coefficients(factors, seed):
-    truth = StepModel(*(factor * each for factor, each in zip(factors, coefficients(TRUTH), strict=True)))
+    truth = model_with((factor * each for factor, each in zip(factors, coefficients(TRUTH), strict=True)), 0.0, 0)
     predictor = taught(truth, 400, random.Random(seed))
-    assert worst_error(predictor, truth, random.Random(seed + 1)) < 0.02
+    assert worst_error(predictor, truth, random.Random(seed + 1)) < 0.06
     assert predictor.model.error < 0.02
     assert predictor.model.confidence > 0.9
 
@@ -78,6 +89,65 @@ def test_a_step_held_up_by_something_else_pulls_little():
         predictor.observe(StepFeatures(num_decoding=16, decode_context=16_000), 5.0)
         taught(TRUTH, 30, draw, predictor)
     assert worst_error(predictor, TRUTH, draw) < 0.15
+
+
+@settings(max_examples=15)
+@given(weights_s=st.floats(2e-3, 2e-2), knee=st.floats(130, 450), seed=st.integers(0, 1000))
+def test_recovers_a_roofline_from_noisy_steps(weights_s, knee, seed):
+    """That bends everywhere. Noise and all, the error is within 3 % at the median and 8 % at the 90th percentile."""
+    draw, predictor, off = random.Random(seed), StepPredictor(), []
+    for number in range(600):
+        step = mixed_step(draw)
+        rows = step.prefill_tokens + step.num_decoding
+        seconds = weights_s * math.hypot(1, rows / knee) + 1e-9 * step.prefill_pairs + 3e-8 * step.decode_context
+        seconds *= draw.lognormvariate(0, 0.03)
+        if number >= 200:
+            off.append(abs(seconds / predictor.model.step_s(step) - 1))
+        predictor.observe(step, seconds)
+    median, p90 = np.quantile(off, (0.5, 0.9))
+    assert median < 0.03
+    assert p90 < 0.08
+
+
+@settings(max_examples=20)
+@given(num_tokens=st.integers(1, 4096), factor=st.floats(0.5, 10), seed=st.integers(0, 99))
+def test_nothing_runs_away_when_only_one_size_is_seen(num_tokens, factor, seed):
+    """The rest of the curve keeps the shape that it was believed to have."""
+    draw, predictor, truth = random.Random(seed), StepPredictor(), scaled(PRIOR, factor)
+    seen = StepFeatures(num_tokens, attended_pairs(0, num_tokens))
+    for _ in range(800):
+        predictor.observe(seen, truth.step_s(seen) * draw.lognormvariate(0, 0.03))
+    assert predictor.model.step_s(seen) == pytest.approx(truth.step_s(seen), rel=0.03)
+    for other in (num_tokens // 4, num_tokens * 4):
+        step = StepFeatures(other, attended_pairs(0, other))
+        assert min(1, factor) / 3 < predictor.model.step_s(step) / PRIOR.step_s(step) < max(1, factor) * 3
+
+
+@given(models, st.tuples(tokens, tokens, tokens), decodes)
+def test_a_step_is_convex_in_its_tokens_and_never_falls(model, counts, beside):
+    low, middle, high = sorted(counts)
+    low_s, middle_s, high_s = (model.prefill_s(count, 0, beside) for count in (low, middle, high))
+    assert 0 <= low_s <= middle_s <= high_s
+    assert middle_s * (high - low) <= low_s * (high - middle) + high_s * (middle - low) + 1e-9 * (high - low)
+
+
+@given(models, tokens, tokens, decodes)
+def test_prompts_of_one_step_add_up(model, one, other, beside):
+    pairs = attended_pairs(0, one), attended_pairs(100, other)
+    both_s = model.prefill_s(one, pairs[0], beside) + model.prefill_s(other, pairs[1], beside + one)
+    assert both_s == pytest.approx(model.prefill_s(one + other, sum(pairs), beside))
+    features = StepFeatures(one, pairs[0], beside, 1000 * beside)
+    assert model.step_s(features) == pytest.approx(model.decode_s(beside, 1000 * beside) + model.prefill_s(one, pairs[0], beside))
+    assert model.step_s(features) == pytest.approx(float(np.array(coefficients(model)) @ regressors(features)))
+
+
+@given(models, st.floats(0, 0.5), st.floats(0, 4096), decodes)
+def test_tokens_that_fit_into_a_time_take_that_time(model, seconds, pairs_each, beside):
+    count = model.tokens_within(seconds, pairs_each, beside)
+    if count < 1e6:
+        assert model.prefill_s(count, pairs_each * count, beside) == pytest.approx(seconds, rel=1e-6, abs=1e-9)
+    else:
+        assert model.prefill_s(1e6, pairs_each * 1e6, beside) <= seconds
 
 
 def test_what_never_happens_stays_as_believed():

@@ -32,9 +32,10 @@ def test_busy_until_all_that_are_under_way_have_ended() -> None:
     watch.launched(DECODES, 5.0)
     watch.launched(DECODES, 5.001)                    # ahead: it begins when the first has ended
     assert watch.busy_s(5.002) == pytest.approx(2 * step_s - 0.002)
+    assert watch.oldest_s(5.002) == pytest.approx(step_s - 0.002)
     watch.collected(5.0 + step_s)
     assert watch.busy_s(5.0 + step_s) == pytest.approx(step_s, rel=0.01)
-    assert watch.busy_s(9.0) == 0.0
+    assert watch.busy_s(9.0) == watch.oldest_s(9.0) == 0.0
 
 
 def test_prompts_are_a_share_of_the_time() -> None:

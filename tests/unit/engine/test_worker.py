@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from harness.fake_cluster import TIMEOUT_S, FakeCluster
 
+from diptych.engine.engine import MAX_GATEWAYS
 from diptych.engine.fake_runner import next_token
 from diptych.engine.scheduler import StepPlan
 from diptych.engine.step_watch import STEP_LIMIT_S
@@ -354,6 +355,7 @@ def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:
     load = decode.load()
     assert (load.num_waiting, load.num_running) == (5, 1)       # a step takes 8 tokens
     assert load.num_waiting_tokens == 5 * 10 + 2
+    assert load.last_read == (("r5", 0.0),)
     assert (load.num_blocks, load.num_free_blocks, load.block_size) == (16, 13, 4)
     decode.turn(0.0)
     cluster.now += 1                                            # the heartbeat comes in the middle of the third step
@@ -361,6 +363,19 @@ def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:
     status = decode.status()
     assert (status.num_steps, status.num_tokens_computed) == (2, 16)
     assert status.load.worker == decode.ref
+    assert status.load.last_read == (("r5", 1.0),)
+
+
+def test_a_load_tells_each_gateway_what_of_it_was_read(cluster: FakeCluster, worker: Worker) -> None:
+    for name, gateway in (("a", "fake://one"), ("b", "fake://two"), ("c", "fake://one"), ("d", "fake://three")):
+        cluster.now += 1
+        ask(cluster, route_to(cluster, worker), name, gateway=gateway)
+        turn(cluster, worker)
+    assert worker.load().last_read == (("b", 2.0), ("c", 1.0), ("d", 0.0))
+    for number in range(MAX_GATEWAYS):
+        ask(cluster, route_to(cluster, worker), str(number), gateway=f"fake://{number}")
+        turn(cluster, worker)
+    assert worker.load().last_read == tuple((str(number), 0.0) for number in range(MAX_GATEWAYS)), "gateways that are gone are forgotten"
 
 
 def test_member_says_what_others_need(cluster: FakeCluster, worker: Worker) -> None:

@@ -19,6 +19,8 @@ from diptych.messages.requests import LoadReport, Route, WorkerRef
 from diptych.messages.steps import StepFeatures, StepModel
 
 MODEL = StepModel(5e-3, 22e-6, 9e-10, 18e-6, 3.2e-8, error=0.02, num_observed=1000)
+FLAT = StepModel(5e-3, 7e-6, 0.0, 12e-6, 0.0, past_first_s=12e-6, past_second_s=4e-6)
+BENT = StepModel(5e-3, 7e-6, 9e-10, 12e-6, 3.2e-8, error=0.02, num_observed=1000, past_first_s=12e-6, past_second_s=4e-6)
 CHAT = Objectives(ttft_s=0.4, tpot_s=0.02)
 REQUEST = RoutingRequest(tuple(range(1000)), max_new_tokens=4096, objectives=CHAT)
 
@@ -28,7 +30,15 @@ def ref(name: str) -> WorkerRef:
 
 
 def load(
-    name: str, *, waiting: int = 0, decoding: int = 0, free: int = 1000, share: float = 0.0, queue: tuple = (), sent: int = 0
+    name: str,
+    *,
+    waiting: int = 0,
+    decoding: int = 0,
+    free: int = 1000,
+    share: float = 0.0,
+    queue: tuple = (),
+    sent: int = 0,
+    model: StepModel = MODEL,
 ) -> WorkerLoad:
     return WorkerLoad(
         ref=ref(name),
@@ -42,7 +52,7 @@ def load(
         decode_context=decoding * 1200,
         max_step_tokens=2048,
         prefill_share=share,
-        step_model=MODEL,
+        step_model=model,
         num_sent_tokens=sent,
         reported_at=0.0,
         queue=queue,
@@ -59,6 +69,24 @@ def policy(**options: object) -> Goodput:
 
 def decoded(worker: WorkerLoad, work: Work, joins_in_s: float, local_prefill_s: float, inflow: Inflow = NOTHING) -> DecodeEstimate:
     return estimate_decode(decode_side(worker, work, inflow), joins_in_s, local_prefill_s)
+
+
+def ends_at(under_way: list[float], arrivals: list[tuple[float, int]], now: float) -> float:
+    """When a worker that plans one step ahead has computed all prompts, given when they come and their tokens; first come, first served.
+    `under_way`: when its steps end, one or two."""
+    queue, free_at = 0, under_way[-1]
+    while True:
+        while arrivals and arrivals[0][0] <= now and not (queue and len(under_way) < 2):
+            queue += arrivals.pop(0)[1]
+        if queue and len(under_way) < 2:
+            count = min(queue, 2048)
+            queue, free_at = queue - count, max(free_at, now) + FLAT.step_s(StepFeatures(count))
+            under_way.append(free_at)
+        elif queue or arrivals:
+            now = min(each for each in [*under_way[:1], *(at for at, _ in arrivals[:1])] if each > now)
+            under_way = [end for end in under_way if end > now]
+        else:
+            return free_at
 
 
 waiting_tokens, sequences, blocks = st.integers(0, 60_000), st.integers(0, 300), st.integers(0, 1000)
@@ -249,10 +277,52 @@ class TestEstimates:
     @given(st.integers(1, 200), st.floats(0.008, 0.05))
     def test_prompts_beside_decodes_get_what_their_pace_leaves(self, decoding, tpot_s):
         """Chunks and decodes in turn, step by step, as the worker's pacer gives them out."""
-        worker, decode_s = load("d0", decoding=decoding), MODEL.decode_s(decoding, decoding * 1200)
+        worker, decode_s = load("d0", decoding=decoding, model=BENT), BENT.decode_s(decoding, decoding * 1200)
         estimate = estimate_prefill(worker, Work(4000, 200.0, 0.4, tpot_s), 0, 0.0)
-        num_steps = estimate.own_s / beside_s(decode_s, tpot_s)
-        assert estimate.ttft_s == pytest.approx(estimate.own_s + max(num_steps, 3 if decoding > 48 else 2) * decode_s + decode_s / 2)
+        most = min(2048 - decoding, BENT.tokens_within(beside_s(decode_s, tpot_s), 2000.5, decoding))
+        left, at_s = 4000.0, decode_s                            # a step of decodes alone has been planned when the prompt comes
+        while left > 1e-6:
+            count = min(left, most)
+            left, at_s = left - count, at_s + decode_s + BENT.prefill_s(count, 2000.5 * count, decoding)
+        assert estimate.ttft_s == pytest.approx(at_s)
+
+    @given(
+        waiting=st.integers(0, 9000),
+        sent=st.integers(0, 2000),
+        own=st.integers(1, 9000),
+        busy_s=st.floats(0.007, 0.05),
+        planned_share=st.floats(0, 1),
+        message_s=st.sampled_from((0.0, 3e-3)),
+    )
+    def test_a_prefill_worker_plans_one_step_ahead(self, waiting, sent, own, busy_s, planned_share, message_s):
+        """Against the worker itself, told step by step."""
+        worker = msgspec.structs.replace(
+            load("p0", waiting=waiting + sent, sent=sent, model=FLAT),
+            busy_s=busy_s,
+            plans_in_s=busy_s * planned_share,
+            sent_at=0.0,
+            message_s=message_s,
+        )
+        under_way = [busy_s * planned_share - message_s, busy_s - message_s][0 if planned_share else 1 :]
+        came_s = ends_at(under_way, [(-message_s, waiting), (message_s, sent), (message_s, own)], -message_s) + message_s
+        assert estimate_prefill(worker, Work(own, 200.0, 0.4), 0, 0.0).ttft_s == pytest.approx(came_s)
+
+    def test_on_an_idle_worker_it_takes_its_step_and_two_messages(self):
+        idle = msgspec.structs.replace(load("p0", model=FLAT), message_s=2e-3)
+        ttft_s = estimate_prefill(idle, self.work, 0, 0.03).ttft_s
+        assert ttft_s == pytest.approx(FLAT.step_s(StepFeatures(1000)) + 4e-3)
+
+    def test_what_was_sent_was_not_begun_before_it_came(self):
+        """However old the report is."""
+        sent = msgspec.structs.replace(load("p0", waiting=1000, sent=1000, model=FLAT), sent_at=0.035)
+        assert estimate_prefill(sent, self.work, 0, 0.04).ttft_s == pytest.approx(2 * FLAT.step_s(StepFeatures(1000)) - 0.005)
+
+    @given(st.floats(0, 1e5), st.floats(0, 1e5))
+    def test_later_prompts_share_its_step_as_far_as_there_is_room(self, one, other):
+        busy = msgspec.structs.replace(load("p0", model=FLAT), busy_s=0.03, plans_in_s=0.02)
+        few_s, many_s = (estimate_prefill(busy, self.work, 0, 0.0, Inflow(rate)).ttft_s for rate in sorted((one, other)))
+        alone_s, full_s = (0.03 + FLAT.step_s(StepFeatures(tokens)) for tokens in (1000, 2048))
+        assert alone_s - 1e-9 <= few_s <= many_s <= full_s + 1e-9
 
     @given(st.integers(0, 250), st.floats(0, 0.9))
     def test_prompts_stretch_decodes_no_further_than_their_pace(self, decoding, share):

@@ -1,4 +1,5 @@
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +67,36 @@ def test_a_report_that_may_be_older_does_not_settle_it():
     assert view.view(1.1).prefill[0].num_waiting_tokens == 33
 
 
+def reading(ref: WorkerRef, *last_read: tuple[str, float]) -> LoadReport:
+    return msgspec.structs.replace(report(ref), last_read=tuple((RequestId(name), ago_s) for name, ago_s in last_read))
+
+
+def test_a_report_settles_what_its_worker_had_read_and_what_was_sent_before_it():
+    view = loads(P0, D0)
+    for name, num_tokens in (("a", 10), ("b", 200), ("c", 3000)):
+        view.sent(RequestId(name), SPLIT, num_tokens, now=1.0)
+    view.heard(P0, reading(P0, ("another gateway's", 0.0), ("b", 0.0)), 1.001)
+    [worker] = view.view(1.001).prefill
+    assert (worker.num_waiting_tokens, worker.num_sent_tokens, worker.sent_at) == (3000, 3000, 1.0)
+    view.heard(P0, reading(P0, ("c", 0.0)), 1.002)
+    assert view.view(1.002).prefill[0].sent_at is None
+
+
+def test_messages_take_half_of_the_shortest_way_there_and_back():
+    """The worker says how long ago it had read the request: of what is left, each way takes half."""
+    view = loads(P0, D0)
+    assert view.view(0.0).prefill[0].message_s == 0.0
+    for name, sent_at, ago_s, heard_at in (("a", 1.0, 0.03, 1.034), ("b", 2.0, 0.0, 2.05), ("c", 3.0, 0.1, 3.102)):
+        view.sent(RequestId(name), SPLIT, 10, sent_at)
+        view.heard(P0, reading(P0, (name, ago_s)), heard_at)
+        view.heard(P0, reading(P0, (name, ago_s)), heard_at + 1)             # told again, as of an older way
+    assert view.view(3.2).prefill[0].message_s == pytest.approx(0.001)
+    for number in range(200):
+        view.sent(RequestId(str(number)), SPLIT, 10, 10.0 + number)
+        view.heard(P0, reading(P0, (str(number), 0.0)), 10.02 + number)
+    assert view.view(209.1).prefill[0].message_s == pytest.approx(0.01), "ways change"
+
+
 def test_the_decode_worker_is_charged_until_it_has_the_request():
     view = loads(P0, D0)
     view.sent(R, SPLIT, num_tokens=33, now=1.0)
@@ -127,30 +158,32 @@ def test_messages_about_unknown_workers_are_harmless():
     assert view.view(0.0).decode == ()
 
 
-KINDS = st.sampled_from(["sent", "ended", "heard", "wait"])
+KINDS = st.sampled_from(["sent", "ended", "heard", "read", "wait"])
 STEPS = st.lists(st.tuples(KINDS, st.integers(0, 5), st.integers(1, 70), st.sampled_from([0.0, 0.02, SETTLE_S])), max_size=40)
 
 
 @given(STEPS)
 def test_sums_are_those_of_the_requests(steps):
     """Against all of them, looked at one by one."""
-    view, now, outstanding, reported_at = loads(D0), 0.0, {}, -1.0
+    view, now, outstanding = loads(D0), 0.0, {}
     for kind, number, num_tokens, wait_s in steps:
         now += wait_s
         request_id = RequestId(str(number))
         if kind == "sent":
             view.sent(request_id, LOCAL, num_tokens, now)
+            outstanding.pop(request_id, None)
             outstanding[request_id] = (now, num_tokens)
         elif kind == "ended":
             view.ended(request_id, LOCAL)
             outstanding.pop(request_id, None)
-        elif kind == "heard":
-            view.heard(D0, report(D0), now)
-            outstanding = {each: sent for each, sent in outstanding.items() if now - sent[0] < SETTLE_S}
-            reported_at = now
+        elif kind in ("heard", "read"):
+            view.heard(D0, reading(D0, (str(number), 0.0)) if kind == "read" else report(D0), now)
+            known = list(outstanding).index(request_id) + 1 if kind == "read" and request_id in outstanding else 0
+            outstanding = {each: sent for each, sent in list(outstanding.items())[known:] if now - sent[0] < SETTLE_S}
         [worker] = view.view(now).decode
         tokens = [tokens for _, tokens in outstanding.values()]
         assert (worker.num_requests, worker.num_waiting_tokens) == (len(tokens), sum(tokens))
         assert worker.num_free_blocks == 100 - sum(-(-each // 16) for each in tokens)
         assert worker.prefill_pairs == sum(each * (each + 1) // 2 for each in tokens)
-        assert worker.num_sent_tokens == sum(tokens for at, tokens in outstanding.values() if at >= reported_at)
+        assert worker.num_sent_tokens == sum(tokens)
+        assert worker.sent_at == next((at for at, _ in outstanding.values()), None)
