@@ -98,15 +98,16 @@ class Scheduler:
             if room.is_empty:
                 break
             most = scored_left if sequence.is_scored else room.tokens
+            if most == 0:
+                continue                       # it comes first in the next step, and holds up nobody who wants no scores
             if sequence.state is SequenceState.WAITING:
-                nobody_more = nobody_more or most == 0 or not self._admit(sequence)      # or small ones would keep a large one waiting
+                nobody_more = nobody_more or not self._admit(sequence)         # or small ones would keep a large one waiting for ever
                 if nobody_more:
                     continue
                 admitted.append(sequence)
-            if most > 0:
-                count = room.take(sequence.num_computed, min(sequence.num_to_compute, most))
-                scored_left -= count if sequence.is_scored else 0
-                chunks.append(Chunk(sequence, sequence.num_computed, count))
+            count = room.take(sequence.num_computed, min(sequence.num_to_compute, most))
+            scored_left -= count if sequence.is_scored else 0
+            chunks.append(Chunk(sequence, sequence.num_computed, count))
         return StepPlan(tuple(chunks), tuple(admitted), tuple(preempted))
 
     def computed(self, chunk: Chunk) -> None:
@@ -186,7 +187,8 @@ class Scheduler:
         """Batch work makes room for the handoff that claims it and for the first in line."""
         claim, self._claim = self._claim, None
         yielded: list[Sequence] = []
-        head = self.waiting[0] if self.waiting else None
+        scored = sum(s.num_to_compute for s in self.running if s.is_scored and not s.is_decoding)
+        head = next((s for s in self.waiting if not s.is_scored or scored < MAX_SCORED_TOKENS), None)
         if claim is not None:
             num_blocks, due_at = claim
             yielded += self._yield_to(num_blocks, [], due_at)

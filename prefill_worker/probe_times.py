@@ -34,7 +34,9 @@ class ProbeTimes:
         self._num_failures = {ref: count for ref, count in self._num_failures.items() if ref in refs}
 
     def met(self, ref: WorkerRef, now: float) -> None:
-        self._due.setdefault(ref, _from(now))
+        due = self._due.get(ref)
+        if due is None or math.isinf(due.beside_handoffs):            # what waits for a quiet moment alone is of a link that was
+            self._due[ref] = _from(now)
 
     def begin(self, now: float, is_quiet: bool, among: Collection[WorkerRef]) -> WorkerRef | None:
         """The one that is due first, if one is; it counts as begun."""

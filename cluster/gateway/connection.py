@@ -61,6 +61,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        if self._leaving:                     # it was drained before it began
+            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self._reader.is_last:
@@ -135,8 +137,9 @@ class Connection(asyncio.Protocol):
         self._unsent = unsent
         waited_s = now - max(self._since, self._reader.since)
         if self._awaits_request:
-            if waited_s > READ_S:
-                self._time_out(f"nothing more of the request has come for {READ_S:g} s")
+            limit_s = LINGER_S if self._draining else READ_S
+            if waited_s > limit_s:
+                self._time_out(f"nothing more of the request has come for {limit_s:g} s")
             elif self._current is not None and now - self._turn_at > BODY_S:
                 self._time_out(f"the body is not here as a whole after {BODY_S:g} s")
         elif waited_s > self._patience_s():

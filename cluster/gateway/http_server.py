@@ -38,10 +38,12 @@ class HttpServer:
     def __init__(self, doors: Doors) -> None:
         self._doors = doors
         self._connections: set[Connection] = set()
+        self._served: set[Connection] = set()                 # of them, those within the limit
         self._stopping = asyncio.Event()
         self._empty = asyncio.Event()
         self._listening: socket.socket | None = None          # while it serves
         self._accepting = False
+        self._said_full = False               # since the last check
 
     @property
     def num_connections(self) -> int:
@@ -82,7 +84,9 @@ class HttpServer:
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPTS):
             if len(self._connections) >= self._doors.max_connections + SPARE:
-                logger.warning("%d connections are open: no more are accepted until one ends", len(self._connections))
+                if not self._said_full:
+                    logger.warning("%d connections are open: no more are accepted until one ends", len(self._connections))
+                self._said_full = True
                 self._pause()
                 return
             try:
@@ -99,10 +103,12 @@ class HttpServer:
 
     async def _connect(self, accepted: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        is_over = len(self._connections) >= self._doors.max_connections
+        is_over = len(self._served) >= self._doors.max_connections
         handle = self._doors.turn_away if is_over else self._doors.handle
         connection = Connection(handle, loop.time, self._lost, once=is_over)
         self._connections.add(connection)
+        if not is_over:
+            self._served.add(connection)
         self._empty.clear()
         try:
             await loop.connect_accepted_socket(lambda: connection, accepted)
@@ -113,6 +119,7 @@ class HttpServer:
 
     def _lost(self, connection: Connection) -> None:
         self._connections.discard(connection)
+        self._served.discard(connection)
         self._accept_on()
         if not self._connections:
             self._empty.set()
@@ -122,6 +129,7 @@ class HttpServer:
     async def _check(self, clock: Callable[[], float]) -> None:
         while True:
             await asyncio.sleep(CHECK_S)
+            self._said_full = False
             for connection in list(self._connections):
                 connection.check(clock())
             self._accept_on()

@@ -9,13 +9,16 @@ from .http_server import SPARE
 OWN_FILES = 256
 """Of the gateway's process itself: Ray's, ZeroMQ's, logs, libraries."""
 
+HEADROOM = 16 * OWN_FILES
+"""As far as it costs nothing: each worker takes three or four."""
+
 logger = logging.getLogger(__name__)
 
 
 def raise_file_limit(num_connections: int) -> int:
     """Of this process, as far as it must and may; returns what it is then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(hard, num_connections + SPARE + OWN_FILES)
+    wanted = min(hard, num_connections + SPARE + HEADROOM)
     if wanted > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return max(soft, wanted)

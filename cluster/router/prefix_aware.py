@@ -23,6 +23,8 @@ from .policy import RoutingRequest, WorkerLoad
 
 LOAD_FACTOR = 1.25
 MAX_INDEXED_CHUNKS = 1 << 18
+MAX_LIVES = 1024
+"""Of workers, each a bit in every set: with more than so many the index begins anew."""
 
 
 def chain(token_ids: tuple[int, ...], chunk_tokens: int) -> list[int]:
@@ -83,6 +85,9 @@ class PrefixIndex:
 
     def insert(self, hashes: Sequence[int], *workers: WorkerRef) -> None:
         """In place of their earlier lives: a prefix that never gets old must not collect the dead."""
+        if len(self._bits) + len(workers) > MAX_LIVES and not self._bits.keys() >= set(workers):
+            for known in (self._holders, self._bits, self._lives):
+                known.clear()
         new = others = 0
         for worker in workers:
             bit = self._bits.setdefault(worker, 1 << len(self._bits))

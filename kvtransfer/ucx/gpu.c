@@ -15,6 +15,7 @@ enum { CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX = 0, CU_FLUSH_GPU_DIRE
 #define CUDA_FUNCTIONS(X)                                             \
     X(cuCtxGetCurrent, (void **context))                              \
     X(cuCtxSetCurrent, (void *context))                               \
+    X(cuCtxSynchronize, (void))                                       \
     X(cuCtxGetDevice, (int *device))                                  \
     X(cuDeviceGetAttribute, (int *value, int attribute, int device))  \
     X(cuEventCreate, (void **event, unsigned flags))                  \
@@ -48,8 +49,10 @@ int gpu_open(gpu_t *gpu, const char *driver, char *text)
         return say(text, DX_FAILED, driver, "has no " #name);
     CUDA_FUNCTIONS(X)
 #undef X
-    if ((error = cuda.cuCtxGetCurrent(&gpu->context)) != CUDA_SUCCESS || gpu->context == NULL)
+    if ((error = cuda.cuCtxGetCurrent(&gpu->context)) != CUDA_SUCCESS)
         return failed(text, "cuCtxGetCurrent", error);
+    if (gpu->context == NULL)
+        return say(text, DX_FAILED, "CUDA", "no context is current");
     if ((error = cuda.cuCtxGetDevice(&device)) != CUDA_SUCCESS)
         return failed(text, "cuCtxGetDevice", error);
     cuda.cuDeviceGetAttribute(&ordering, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING, device);
@@ -78,6 +81,13 @@ int gpu_mark(void *stream, void **mark, char *text)
     return (error = cuda.cuEventRecord(*mark, stream)) == CUDA_SUCCESS ? DX_OK : failed(text, "cuEventRecord", error);
 }
 
+/* Copies that UCX has begun over CUDA IPC outlive its worker, and nothing that their target tears down stops them. */
+void gpu_settle(const gpu_t *gpu)
+{
+    if (gpu->context != NULL)
+        cuda.cuCtxSynchronize();
+}
+
 mark_state_t gpu_look(void *mark)
 {
     int error = cuda.cuEventQuery(mark);
@@ -92,6 +102,6 @@ void gpu_forget(void *mark)
 
 bool gpu_shows_writes(const gpu_t *gpu)
 {
-    return !gpu->flushes
-        || cuda.cuFlushGPUDirectRDMAWrites(CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX, CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_OWNER) == CUDA_SUCCESS;
+    enum { TARGET = CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX, SCOPE = CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_OWNER };
+    return !gpu->flushes || cuda.cuFlushGPUDirectRDMAWrites(TARGET, SCOPE) == CUDA_SUCCESS;
 }

@@ -119,6 +119,9 @@ static void open_link(link_t *link)
     if (link->by_message && is_of_gpu(link)) {
         char why[TEXT_BYTES];
         say(why, DX_GONE, "no lane puts into or out of GPU memory", lanes);
+        pthread_mutex_lock(&shim->lock);
+        link->fenced_through = link->life - 1;        /* the WELCOME proves that, lanes or none */
+        pthread_mutex_unlock(&shim->lock);
         link_break(link, why);
         return;
     }
@@ -145,6 +148,8 @@ static void lose_jobs(job_t **jobs, job_t ***end)
 void link_break(link_t *link, const char *why)
 {
     shim_t *shim = link->shim;
+    if (link->num_puts_out > 0)
+        gpu_settle(&shim->gpu);
     line_hang_up(&link->line, link->rkey);
     line_hang_up(&link->call, NULL);
     link->rkey = NULL;

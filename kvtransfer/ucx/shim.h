@@ -10,7 +10,7 @@
                       └── fault or stall: the endpoint is closed by force, its worker destroyed, its jobs are lost; dialled again
 
    A line, a worker of its own with one endpoint, is what either side of a link lives in, so that tearing it down ends whatever may still
-   arrive on it: sockets, queue pairs and FIFOs go with the worker. Therefore a WELCOME proves that nothing of the writer's earlier lives
+   arrive on it: sockets, queue pairs and FIFOs go with the worker, and copies of the writer's own GPU are waited for. Therefore a WELCOME proves that nothing of the writer's earlier lives
    can land any more, and an ACK that a job's pages and its count have landed. Until it has one of the two, `dx_stop` says no. */
 
 #ifndef DIPTYCH_SHIM_H
@@ -200,6 +200,7 @@ void line_hang_up(line_t *line, ucp_rkey_h rkey);
 int gpu_open(gpu_t *gpu, const char *driver, char *text);
 void gpu_enter(const gpu_t *gpu);
 int gpu_mark(void *stream, void **mark, char *text);
+void gpu_settle(const gpu_t *gpu);
 mark_state_t gpu_look(void *mark);
 void gpu_forget(void *mark);
 bool gpu_shows_writes(const gpu_t *gpu);

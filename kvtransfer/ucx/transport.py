@@ -29,6 +29,7 @@ from .shim import UID_BYTES, Link, Location, MemoryType, Shim
 
 PROTOCOL_VERSION = 2
 SLOW_LANES = ("tcp/",)
+NO_ANSWER_YET = "no answer yet"          # dx_await_open's word for it
 LEAVE_S = 0.1                   # for writes under way to end, when a peer is disconnected
 CUDA_DRIVER = "libcuda.so.1"
 LEAVE_LIMIT_S = 30.0            # each of the links that end meanwhile may take UCX some seconds
@@ -46,6 +47,7 @@ class UcxTransport:
         self._shim = Shim(self._uid, NUM_IMMS, stall_s)
         self._links: dict[bytes, Link] = {}
         self._open: set[bytes] = set()                               # links that have been open
+        self._why_not: dict[bytes, str] = {}                         # of links that are not open, as it was said last
         self._lent: torch.Tensor | None = None                       # memory that UCX has registered until the end, but not allocated
         self._page_bytes = 0
         self._close = weakref.finalize(self, self._shim.close)
@@ -143,8 +145,11 @@ class UcxTransport:
         try:
             lanes = self._shim.await_open(self._links[location], 0.0)
         except PeerGone as reason:
-            logger.debug("%s: %s", _short(descriptor), reason)
+            if self._why_not.get(location, NO_ANSWER_YET) != str(reason):
+                logger.warning("no link to %s: %s", _short(descriptor), reason)
+            self._why_not[location] = str(reason)
             return None
+        self._why_not.pop(location, None)
         if location not in self._open:
             self._open.add(location)
             _report(descriptor, lanes)
@@ -154,6 +159,7 @@ class UcxTransport:
         """Raises TransferError if UCX hangs: the process must not go on."""
         link = self._links.pop(peer.descriptor.location, None)
         self._open.discard(peer.descriptor.location)
+        self._why_not.pop(peer.descriptor.location, None)
         if link is not None:
             self._shim.unlink(link, LEAVE_S, LEAVE_LIMIT_S)
 

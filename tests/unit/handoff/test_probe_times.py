@@ -35,6 +35,17 @@ def test_failures_in_a_row_are_waited_for_longer_and_longer() -> None:
     assert times.begin(now + RETRY_S, True, REFS) == A, "they were no longer in a row"
 
 
+def test_a_link_found_anew_under_load_is_measured_under_load() -> None:
+    times = ProbeTimes()
+    times.met(A, 0.0)
+    assert times.begin(REPEAT_S, False, REFS) == A
+    times.measured(A, REPEAT_S, enough=True, alone=False)
+    assert times.begin(1000.0, False, REFS) is None, "what was fast enough waits for a quiet moment"
+    for second in range(1000, 1000 + int(REPEAT_S)):
+        times.met(A, float(second))
+    assert times.begin(1000.0 + REPEAT_S, False, REFS) == A
+
+
 class Chaos(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +58,9 @@ class Chaos(RuleBasedStateMachine):
     @rule(ref=st.sampled_from(REFS))
     def meet(self, ref: WorkerRef) -> None:
         self.times.met(ref, self.now)
+        if ref in self.is_enough:                            # its link is another one now
+            self.is_enough.discard(ref)
+            self.wanted[ref] = self.now
         self.wanted.setdefault(ref, self.now)
 
     @rule(refs=st.sets(st.sampled_from(REFS)))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.kvtransfer import conversion
 from diptych.kvtransfer.conversion import Converter, require_convertible
 from diptych.kvtransfer.layout import KVLayout
 from diptych.kvtransfer.regrouping import Regrouping
@@ -49,9 +50,15 @@ def test_every_token_goes_to_its_place_and_nothing_else_does(src_size: int, dst_
     shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 8])),
     num_tokens=st.integers(1, 40),
     seed=st.integers(0, 1000),
+    at_once=st.sampled_from([0, 64, 1 << 24]),
 )
 def test_a_made_page_holds_what_the_receiver_would_have_stored(
-    sizes: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, int, int], num_tokens: int, seed: int
+    sizes: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    shape: tuple[int, int, int],
+    num_tokens: int,
+    seed: int,
+    at_once: int,
 ) -> None:
     draw, (num_layers, kv_heads, head_dim) = torch.Generator().manual_seed(seed), shape
     here = KVLayout("m", dtypes[0], num_layers, kv_heads, head_dim, sizes[0])
@@ -63,7 +70,9 @@ def test_a_made_page_holds_what_the_receiver_would_have_stored(
     src_blocks = torch.randperm(num_src + 3, generator=draw)[:num_src].numpy()
     pages = torch.randperm(num_dst * num_layers, generator=draw).numpy()
     targets = torch.randperm((num_dst + 2) * num_layers, generator=draw)[: len(pages)].numpy()
-    Converter(source, target, scales).make(pages, targets, src_blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "AT_ONCE_BYTES", at_once)
+        Converter(source, target, scales).make(pages, targets, src_blocks)
     made = target.tensor.view(-1, *there.shape(1)[2:])
     for page, at in zip(pages, targets, strict=True):
         block, layer = divmod(int(page), num_layers)

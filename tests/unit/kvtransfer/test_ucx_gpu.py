@@ -26,9 +26,10 @@ PAGES = np.arange(NUM_PAGES)
 DRIVER = r"""
 #include <stdlib.h>
 #define INT __attribute__((visibility("default"))) volatile int
-INT context = 1, released, looked, alive, recorded, query_error, ordering = 100, flush = 1, flush_error, flushed;
+INT context = 1, released, looked, alive, recorded, query_error, ordering = 100, flush = 1, flush_error, flushed, entered;
 int cuCtxGetCurrent(void **current) { *current = context ? (void *)&context : NULL; return 0; }
-int cuCtxSetCurrent(void *current) { return current == (void *)&context ? 0 : 201; }
+int cuCtxSetCurrent(void *current) { entered++; return current == (void *)&context ? 0 : 201; }
+int cuCtxSynchronize(void) { return 0; }
 int cuCtxGetDevice(int *device) { *device = 0; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 118 ? ordering : flush; return device; }
 int cuEventCreate(void **event, unsigned flags) { alive++; *event = calloc(1, sizeof(int)); return flags == 2 ? 0 : 1; }
@@ -121,6 +122,7 @@ def test_pages_leave_once_the_stream_has_computed_them(driver: Driver, on_gpu: O
     driver["released"] = 2
     receiver.call("landed_at", 2, NUM_PAGES, 5.0)
     until(lambda: on_gpu.shim.settled(link, Imm(2)) and driver["alive"] == 0, 5.0)
+    assert driver["entered"] == 1, "UCX's thread has the pool's context"
 
 
 def test_what_is_stopped_before_it_is_computed_never_leaves(driver: Driver, on_gpu: OnGpu, link: Link, receiver: UcxPeer) -> None:
@@ -188,7 +190,7 @@ def test_what_a_nic_wrote_counts_once_kernels_see_it(driver: Driver, ordering: i
 
 @pytest.mark.parametrize(
     ("settings", "problem"),
-    [({"context": 0}, "cuCtxGetCurrent: CUDA error 0"), ({"ordering": 0, "flush": 0}, "neither orders a NIC's writes")],
+    [({"context": 0}, "no context is current"), ({"ordering": 0, "flush": 0}, "neither orders a NIC's writes")],
 )
 def test_a_gpu_that_cannot_be_used_is_said(driver: Driver, settings: dict[str, int], problem: str) -> None:
     for name, value in settings.items():
@@ -208,3 +210,15 @@ def test_a_ucx_without_cuda_is_said(driver: Driver) -> None:
     shim, memory = Shim(bytes(UID_BYTES), NUM_IMMS, 5.0), torch.zeros(PAGE_BYTES, dtype=torch.uint8)
     with pytest.raises(ClusterError, match="does not move GPU memory"):
         shim.register(memory.data_ptr(), memory.nbytes, PAGE_BYTES, MemoryType.CUDA, driver.path)
+
+
+def test_where_no_lane_puts_into_gpu_memory_there_is_no_link(on_gpu: OnGpu, receiver: UcxPeer) -> None:
+    theirs = msgspec.msgpack.decode(receiver.descriptor.location, type=Location)
+    link = on_gpu.shim.link(msgspec.structs.replace(theirs, memory_type=MemoryType.CUDA))
+
+    def refused() -> bool:
+        with pytest.raises(PeerGone) as caught:
+            on_gpu.shim.await_open(link, 0.0)
+        return "no lane puts into or out of GPU memory" in str(caught.value)
+
+    until(refused, 5.0)

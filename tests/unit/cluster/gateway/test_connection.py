@@ -564,9 +564,11 @@ class TestOnce:
         assert await line.feed(GET + GET) == ok(b"GET /a ", b"connection: close")
         assert await line.socket.closed
 
+    @pytest.mark.parametrize("asked", [b"", b"GET / HT"])
     @in_loop
-    async def test_who_asks_nothing_is_not_waited_for_long(self):
+    async def test_who_asks_nothing_whole_is_not_waited_for_long(self, asked):
         line = Line(once=True)
+        await line.feed(asked)
         await line.pass_time(LINGER_S)
         assert not line.closed
         await line.pass_time(1)
@@ -717,6 +719,13 @@ class TestDrain:
         await turns()
         assert line.output == ok(b"GET /a ", b"connection: close")
         assert await line.socket.closed
+
+    @in_loop
+    async def test_ends_what_has_not_begun(self):
+        connection, socket = Connection(echo, lambda: 0.0, lambda connection: None), Socket()
+        connection.drain()
+        socket.connect(connection)
+        assert await socket.closed
 
 
 @pytest.mark.parametrize("value", ["a\r\nInjected: b", "a\nb", "a\rb"])

@@ -203,6 +203,22 @@ def test_connections_over_the_limit_get_one_answer_and_more_of_them_wait(monkeyp
     uvloop.run(scenario())
 
 
+def test_those_that_are_turned_away_take_nobody_s_place():
+    async def scenario() -> None:
+        async with serving(ok, max_connections=1) as (server, port), asyncio.timeout(20):
+            first, over = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+            await until(lambda: server.num_connections == 2)
+            first[1].close()
+            await until(lambda: server.num_connections == 1)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(GET)
+            assert (await receive(reader)).status == 200, "the one that is over has said nothing yet"
+            for each in (over[1], writer):
+                each.close()
+
+    uvloop.run(scenario())
+
+
 class Starved(socket.socket):
     """A listening socket of a process that may open no more files."""
 

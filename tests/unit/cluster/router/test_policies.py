@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diptych.cluster.router import prefix_aware
 from diptych.cluster.router.pickers import decode_load, prefill_load
 from diptych.cluster.router.policy import ClusterView, Path, Queue, Refuse, RoutingRequest, WorkerLoad
 from diptych.cluster.router.prefix_aware import PrefixAware, PrefixIndex, chain
@@ -169,6 +170,19 @@ class TestPrefixAware:
         assert len(index) == 6
         assert index.held(old).depth(worker) == 2
         assert index.held(new).depth(worker) == 4
+
+    def test_with_very_many_lives_the_index_begins_anew(self, monkeypatch):
+        monkeypatch.setattr(prefix_aware, "MAX_LIVES", 4)
+        index, hashes = PrefixIndex(), chain(tuple(range(20)), 10)
+        lives = [WorkerRef(WorkerId("d-0"), Epoch(epoch), Address("fake://x")) for epoch in range(6)]
+        for life in lives[:4]:
+            index.insert(hashes, life)
+        index.insert(hashes, lives[3])
+        assert index.held(hashes).depth(lives[3]) == 2, "nobody is new"
+        index.insert(hashes[:1], lives[4])
+        index.insert(hashes[:1], lives[5])
+        assert [index.held(hashes).depth(life) for life in lives] == [0, 0, 0, 0, 0, 1]
+        assert max(index._holders.values()) < 1 << 4
 
     @given(st.lists(st.tuples(st.sets(st.integers(0, 3), min_size=1), st.integers(0, 5)), max_size=12), st.sets(st.integers(0, 3)))
     def test_depths_are_those_of_what_was_sent(self, sent, asked):
