@@ -7,6 +7,7 @@ that relative errors are what is squared. The standing term (A₀, θ₀) is wha
 prefill worker never decodes): plain forgetting would let those coefficients run away.
 """
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -68,10 +69,10 @@ class StepPredictor:
         if seconds <= 0:
             return
         predicted = self._model.step_s(features)
-        off = seconds / predicted - 1 if predicted > 0 else 0.0
+        off = seconds / predicted - 1 if predicted > 0 else math.inf
         self._error = ERROR_MEMORY * self._error + (1 - ERROR_MEMORY) * min(abs(off), 10.0)
         self._num_observed += 1
-        self._learn(features, self._clipped(seconds, predicted))
+        self._learn(features, seconds, self._clipped(seconds, predicted))
         if self._num_observed <= CAREFUL_UNTIL or self._num_observed % REFIT_EVERY == 0:
             self._refit()
 
@@ -80,10 +81,12 @@ class StepPredictor:
         reach = 1 + max(MIN_CLIP, CLIP_ERRORS * self._error)
         return min(max(seconds, predicted / reach), predicted * reach) if predicted > 0 else seconds
 
-    def _learn(self, features: StepFeatures, seconds: float) -> None:
-        x = regressors(features) / SCALES / seconds
+    def _learn(self, features: StepFeatures, seconds: float, clipped: float) -> None:
+        """Errors relative to the longer one: to what was clipped down, a model that is wrong by far would be bound for good."""
+        longer = max(seconds, clipped)
+        x = regressors(features) / SCALES / longer
         self._a = FORGET * self._a + np.outer(x, x) + (1 - FORGET) * self._prior_a
-        self._b = FORGET * self._b + x + (1 - FORGET) * self._prior_b
+        self._b = FORGET * self._b + x * clipped / longer + (1 - FORGET) * self._prior_b
 
     def _refit(self) -> None:
         self._model = model_with(solve_non_negative(self._a, self._b) / SCALES, self._error, self._num_observed)
@@ -115,12 +118,26 @@ def model_with(coefficients: Iterable[float], error: float, num_observed: int) -
 
 
 def solve_non_negative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The x >= 0 with the least xᵀAx − 2bᵀx, for A positive definite: coordinates that want to be negative are held at 0, one by one."""
-    free = np.ones(len(b), dtype=bool)
+    """The x >= 0 with the least xᵀAx − 2bᵀx, for A positive definite. Coordinates at 0 are freed one by one, the steepest first; those that
+    then want to be negative stop at 0. (Lawson and Hanson, "Solving Least Squares Problems", 1974, chapter 23, on the normal equations.)"""
     x: NDArray[np.float64] = np.linalg.solve(a, b).astype(np.float64)
-    while x.min() < 0:
-        free[np.argmin(x)] = False
-        x = np.zeros(len(b))
-        if free.any():
-            x[free] = np.linalg.solve(a[np.ix_(free, free)], b[free])
+    if x.min() >= 0:
+        return x
+    x, free, flat = np.zeros(len(b)), np.zeros(len(b), dtype=bool), 1e-12 * np.abs(b).max()
+    for _ in range(3 * len(b)):
+        slope = np.where(free, 0.0, b - a @ x)
+        if slope.max() <= flat:
+            break
+        free[slope.argmax()] = True
+        while free.any():
+            wanted = np.zeros(len(b))
+            wanted[free] = np.linalg.solve(a[np.ix_(free, free)], b[free])
+            if wanted[free].min() > 0:
+                x = wanted
+                break
+            stopped = free & (wanted <= 0)
+            x += (x[stopped] / (x[stopped] - wanted[stopped])).min() * (wanted - x)
+            free &= x > 0
+            free[stopped & (x <= x[stopped].min())] = False
+            x[~free] = 0.0
     return x

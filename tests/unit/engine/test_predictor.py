@@ -1,10 +1,11 @@
 import math
 import random
+from itertools import product
 
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diptych.engine.predictor import PRIOR, StepPredictor, coefficients, model_with, regressors, solve_non_negative
@@ -40,17 +41,19 @@ def taught(truth: StepModel, count: int, draw: random.Random, predictor: StepPre
     return predictor
 
 
-def worst_error(predictor: StepPredictor, truth: StepModel, draw: random.Random) -> float:
+def worst_error(predictor: StepPredictor, truth: StepModel, draw: random.Random, share: float = 1.0) -> float:
+    """Of the best `share` of all steps."""
     steps = [mixed_step(draw) for _ in range(200)]
-    return max(abs(predictor.model.step_s(step) / truth.step_s(step) - 1) for step in steps)
+    return float(np.quantile([abs(predictor.model.step_s(step) / truth.step_s(step) - 1) for step in steps], share))
 
 
 @settings(max_examples=20)
+@example(factors=[1.0, 0.3, 4.0, 1.4794934501911912, 0.3, 1.0, 4.0], seed=245)      # after a few steps decodes seemed to cost nothing
 @given(factors=st.lists(st.floats(0.3, 4.0), min_size=7, max_size=7), seed=st.integers(0, 1000))
 def test_recovers_known_coefficients(factors, seed):
     truth = model_with((factor * each for factor, each in zip(factors, coefficients(TRUTH), strict=True)), 0.0, 0)
     predictor = taught(truth, 400, random.Random(seed))
-    assert worst_error(predictor, truth, random.Random(seed + 1)) < 0.06
+    assert worst_error(predictor, truth, random.Random(seed + 1), share=0.9) < 0.03
     assert predictor.model.error < 0.02
     assert predictor.model.confidence > 0.9
 
@@ -171,6 +174,22 @@ def test_a_coefficient_that_would_be_negative_is_held_at_zero():
     a, b = np.array([[2.0, 1.0], [1.0, 2.0]]), np.array([1.0, -3.0])
     assert solve_non_negative(a, b).tolist() == [0.5, 0.0]
     assert solve_non_negative(a, -np.ones(2)).tolist() == [0.0, 0.0]
+
+
+@given(st.integers(0, 1 << 32), st.integers(1, 6))
+def test_no_other_choice_of_zeros_is_better(seed, size):
+    draw = np.random.default_rng(seed)
+    rows = draw.normal(size=(size + 2, size))
+    rows[:, -1] = rows[:, 0] + 1e-2 * draw.normal(size=size + 2)           # two that tell almost the same
+    a, b = rows.T @ rows + 1e-6 * np.eye(size), rows.T @ draw.normal(size=size + 2)
+    found = solve_non_negative(a, b)
+    assert found.min() >= 0
+    for free in product((False, True), repeat=size):
+        chosen, x = np.flatnonzero(free), np.zeros(size)
+        if len(chosen):
+            x[chosen] = np.linalg.solve(a[np.ix_(chosen, chosen)], b[chosen])
+        if x.min() >= 0:
+            assert found @ a @ found - 2 * b @ found <= x @ a @ x - 2 * b @ x + 1e-6
 
 
 def test_confidence_needs_steps_and_accuracy():
