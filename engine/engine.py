@@ -113,6 +113,7 @@ class Engine:
         sequence.was_admitted = True
         self.scheduler.computed(Chunk(sequence, 0, len(request.token_ids)))
         sequence.token_ids += first.token_ids
+        sequence.handed_over_at = now
         self.scheduler.adopt(sequence)
         return sequence
 
@@ -205,6 +206,7 @@ class Engine:
         if output.sampled is not None:
             delta = self._delta(sequence, chunk.end, output.sampled)
             if delta.finish:
+                self.scheduler.answered(sequence)
                 self.finish(sequence)
         return SequenceStep(chunk, delta)
 

@@ -3,11 +3,15 @@
     each decode's next token is due AIM · TPOT after the last one that was in time  ──► the tightest: what the step may take
     step model ──► what its decodes take ──► the rest is for prompts: StepRoom
 
+A sequence that was handed over has waited for the step under way and the one planned behind it. A long answer makes up for that with what
+AIM spares. Where one answer in SHORT_SHARE ends too soon for it, pace counts from the handover, so that they catch up at once.
+
 A decode that ran ahead of its promise lends what it gained. One that is late leaves prompts 1 / MIN_SHARE of the time that decodes take: a
 promise that cannot be kept must not stop others. (The budget is the largest whose step keeps the objective: SARATHI, OSDI'24, section 4.)
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,6 +20,11 @@ from .sequence import Sequence
 
 AIM = 0.9
 MIN_SHARE = 8
+SHORT_SHARE = 5
+MEMORY = 100                                  # answers
+
+CAUGHT_UP = round(2 * AIM / (1 - AIM))
+"""Tokens after which an answer has made up for two steps' wait with what AIM spares of each."""
 
 
 @dataclass
@@ -67,11 +76,18 @@ class Pacer:
     def __init__(self, clock: Callable[[], float], model: Callable[[], StepModel]) -> None:
         self._clock = clock
         self._model = model
+        self._lengths = deque[int](maxlen=MEMORY)
+        self._are_short = False
+
+    def answered(self, num_outputs: int) -> None:
+        """An answer has come to its own end."""
+        self._lengths.append(num_outputs)
+        self._are_short = sorted(self._lengths)[len(self._lengths) // SHORT_SHARE] < CAUGHT_UP
 
     def room(self, decodes: Iterable[Sequence], max_tokens: int) -> StepRoom:
         """For prompts beside `decodes`, which are all of the step's."""
         decodes, now, model = list(decodes), self._clock(), self._model()
-        slack_s = min((_slack_s(sequence, now) for sequence in decodes), default=math.inf)
+        slack_s = min((self._slack_s(sequence, now) for sequence in decodes), default=math.inf)
         if math.isinf(slack_s):
             return StepRoom(max_tokens)
         decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
@@ -84,13 +100,13 @@ class Pacer:
         start, count = sequence.num_computed, sequence.num_to_compute
         return self._clock() + self._model().prefill_s(count, attended_pairs(start, count)) > sequence.ttft_deadline
 
-
-def _slack_s(sequence: Sequence, now: float) -> float:
-    """Until its next token is due; its pace counts from the first step that it is in as a decode."""
-    tpot_s = sequence.request.tpot_slo_s
-    if tpot_s is None:
-        return math.inf
-    if sequence.paced_from is None:
-        sequence.paced_from = now, sequence.num_outputs
-    since, num_outputs = sequence.paced_from
-    return since + AIM * tpot_s * (sequence.num_outputs - num_outputs + 1) - now
+    def _slack_s(self, sequence: Sequence, now: float) -> float:
+        """Until its next token is due; its pace counts from the first step that it is in as a decode, or from its handover."""
+        tpot_s = sequence.request.tpot_slo_s
+        if tpot_s is None:
+            return math.inf
+        if sequence.paced_from is None:
+            since = sequence.handed_over_at if self._are_short else None
+            sequence.paced_from = now if since is None else since, sequence.num_outputs
+        since, num_outputs = sequence.paced_from
+        return since + AIM * tpot_s * (sequence.num_outputs - num_outputs + 1) - now

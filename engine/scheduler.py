@@ -81,6 +81,11 @@ class Scheduler:
             self.running.remove(sequence)
         sequence.state = SequenceState.FINISHED
 
+    def answered(self, sequence: Sequence) -> None:
+        """Its answer has come to its own end."""
+        if self.pacer is not None:
+            self.pacer.answered(sequence.num_outputs)
+
     def park(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         sequence.state = SequenceState.PARKED
@@ -247,7 +252,7 @@ class Scheduler:
         self._pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = sequence.num_published = 0
-        sequence.paced_from = None
+        sequence.paced_from = sequence.handed_over_at = None
 
     def _start(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.RUNNING

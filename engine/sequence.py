@@ -44,6 +44,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)    # of prompt tokens 1, 2, …
     was_admitted: bool = False
     paced_from: tuple[float, int] | None = None  # (engine clock, outputs): decoding here since then; None: not yet, or preempted
+    handed_over_at: float | None = None          # engine clock: its prompt's KV came then; None: computed here, or preempted since
     is_postponed: bool = False                   # its first token could not be in time any more
     state: SequenceState = SequenceState.WAITING
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.engine.pace import AIM, MIN_SHARE, Pacer, StepRoom, affordable_tokens, beside_s
+from diptych.engine.pace import AIM, CAUGHT_UP, MEMORY, MIN_SHARE, SHORT_SHARE, Pacer, StepRoom, affordable_tokens, beside_s
 from diptych.engine.sequence import Sequence
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
@@ -89,3 +89,22 @@ def test_slack_that_was_gained_is_lent_and_lateness_is_not_for_ever():
 @pytest.mark.parametrize("floor", [0, 3])
 def test_a_room_without_time_is_empty_but_for_its_floor(floor):
     assert StepRoom(8, -1.0, floor, MODEL).is_empty == (floor == 0)
+
+
+@given(st.lists(st.integers(1, 60), max_size=150), st.floats(0, 0.1))
+def test_where_answers_are_short_a_handover_s_wait_is_made_up_for_at_once(lengths, waited_s):
+    pacer = Pacer(lambda: 7.0, lambda: MODEL)
+    for length in lengths:
+        pacer.answered(length)
+    recent = sorted(lengths[-MEMORY:])
+    are_short = bool(recent) and recent[len(recent) // SHORT_SHARE] < CAUGHT_UP
+    here, handed_over = decode(0.02), decode(0.02)
+    handed_over.handed_over_at = 7.0 - waited_s
+    before_s, after_s = (pacer.room([sequence], 4096).seconds for sequence in (here, handed_over))
+    decode_s = MODEL.decode_s(1, len(here.token_ids))
+    assert before_s == pytest.approx(beside_s(decode_s, 0.02))
+    assert after_s == pytest.approx(max(AIM * 0.02 - waited_s - decode_s, decode_s / MIN_SHARE) if are_short else before_s)
+
+
+def test_an_answer_of_so_many_tokens_has_made_up_for_two_steps():
+    assert (CAUGHT_UP - 1) * (1 - AIM) < 2 * AIM <= CAUGHT_UP * (1 - AIM) + 1e-9
