@@ -25,6 +25,7 @@ from msgspec import Struct
 from ...engine.pace import AIM
 from ...messages.requests import Route, WorkerRef
 from .estimate import NOTHING, DecodeSide, Inflow, PrefillEstimate, Work, blocks_at_end, decode_side, estimate_decode, estimate_prefill
+from .flow import Flow
 from .policy import (
     ClusterView,
     Decision,
@@ -49,7 +50,6 @@ NO_TTFT_SCALE_S = 1.0                         # what queues are measured against
 NO_TPOT_SCALE_S = 0.05
 MIN_RETRY_AFTER_S = 0.1
 FULL_RETRY_AFTER_S = 1.0
-FLOW_HORIZON_S = 1.0
 CLOCK_TICK_S = 1e-6                           # what is nearer than that is now
 
 
@@ -58,32 +58,6 @@ class GoodputOptions(Struct, frozen=True):
     max_requests_per_worker: int = 1024
     serves_late: bool = False                 # what cannot keep its promises is served as well as it can be, not refused
     seed: int = 0
-
-
-class Flow:
-    """Tokens of prompts over the last second, forgotten exponentially."""
-
-    def __init__(self) -> None:
-        self._rate = 0.0
-        self._squares = 0.0                   # the same of their squares
-        self._at = 0.0
-
-    def add(self, num_tokens: int, now: float) -> None:
-        kept = self._kept(now)
-        self._rate = self._rate * kept + num_tokens / FLOW_HORIZON_S
-        self._squares = self._squares * kept + num_tokens * num_tokens / FLOW_HORIZON_S
-        self._at = now
-
-    def per_s(self, now: float) -> float:
-        return self._rate * self._kept(now)
-
-    @property
-    def tokens_each(self) -> float:
-        """Mean of squares by mean."""
-        return self._squares / self._rate if self._rate else 0.0
-
-    def _kept(self, now: float) -> float:
-        return math.exp(-max(0.0, now - self._at) / FLOW_HORIZON_S)
 
 
 class Goodput:
