@@ -95,8 +95,12 @@ class PrefixIndex:
             new, others = new | bit, others | lives
         holders = self._holders
         for chunk in reversed(hashes):        # a prefix is more recent than what follows it, so it is forgotten later
-            holders[chunk] = holders.get(chunk, 0) & ~others | new
-            holders.move_to_end(chunk)
+            held = holders.get(chunk)
+            if held is None:
+                holders[chunk] = new
+            else:
+                holders[chunk] = held & ~others | new
+                holders.move_to_end(chunk)
         while len(holders) > self._max_chunks:
             holders.popitem(last=False)
 
