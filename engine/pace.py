@@ -1,6 +1,7 @@
 """How many prompt tokens may a step compute beside its decodes? Pure, with a clock.
 
-    each decode's next token is due AIM · TPOT after the last one that was in time  ──► the tightest: what the step may take
+    each decode's next token is due AIM · TPOT after the last one that was in time; the step begins when those under way have ended
+                 ──► the tightest: what the step may take
     step model ──► what its decodes take ──► the rest is for prompts: StepRoom
 
 A sequence that was handed over has waited for the step under way and the one planned behind it. A long answer makes up for that with what
@@ -73,9 +74,13 @@ def beside_s(decode_s: float, tpot_s: float) -> float:
 
 
 class Pacer:
-    def __init__(self, clock: Callable[[], float], model: Callable[[], StepModel]) -> None:
+    def __init__(
+        self, clock: Callable[[], float], model: Callable[[], StepModel], busy_s: Callable[[float], float] = lambda now: 0.0
+    ) -> None:
+        """`busy_s(now)`: until the steps under way have ended."""
         self._clock = clock
         self._model = model
+        self._busy_s = busy_s
         self._lengths = deque[int](maxlen=MEMORY)
         self._are_short = False
 
@@ -87,7 +92,8 @@ class Pacer:
     def room(self, decodes: Iterable[Sequence], max_tokens: int) -> StepRoom:
         """For prompts beside `decodes`, which are all of the step's."""
         decodes, now, model = list(decodes), self._clock(), self._model()
-        slack_s = min((self._slack_s(sequence, now) for sequence in decodes), default=math.inf)
+        begins_at = now + self._busy_s(now)
+        slack_s = min((self._slack_s(sequence, begins_at) for sequence in decodes), default=math.inf)
         if math.isinf(slack_s):
             return StepRoom(max_tokens)
         decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
@@ -100,13 +106,14 @@ class Pacer:
         start, count = sequence.num_computed, sequence.num_to_compute
         return self._clock() + self._model().prefill_s(count, attended_pairs(start, count)) > sequence.ttft_deadline
 
-    def _slack_s(self, sequence: Sequence, now: float) -> float:
-        """Until its next token is due; its pace counts from the first step that it is in as a decode, or from its handover."""
+    def _slack_s(self, sequence: Sequence, begins_at: float) -> float:
+        """From the step's beginning until its next token is due; its pace counts from the beginning of the first step that it is in as a
+        decode, or from its handover."""
         tpot_s = sequence.request.tpot_slo_s
         if tpot_s is None:
             return math.inf
         if sequence.paced_from is None:
             since = sequence.handed_over_at if self._are_short else None
-            sequence.paced_from = now if since is None else since, sequence.num_outputs
+            sequence.paced_from = begins_at if since is None else since, sequence.num_outputs
         since, num_outputs = sequence.paced_from
-        return since + AIM * tpot_s * (sequence.num_outputs - num_outputs + 1) - now
+        return since + AIM * tpot_s * (sequence.num_outputs - num_outputs + 1) - begins_at

@@ -108,3 +108,18 @@ def test_where_answers_are_short_a_handover_s_wait_is_made_up_for_at_once(length
 
 def test_an_answer_of_so_many_tokens_has_made_up_for_two_steps():
     assert (CAUGHT_UP - 1) * (1 - AIM) < 2 * AIM <= CAUGHT_UP * (1 - AIM) + 1e-9
+
+
+@given(st.floats(0.008, 0.1), st.floats(0, 0.1))
+def test_with_steps_planned_one_ahead_every_token_is_in_time(tpot, first_s):
+    """However many prompt tokens are there, and however long the step takes that is under way at first."""
+    now, ends, sequence = [0.0], [first_s], decode(tpot)
+    pacer = Pacer(lambda: now[0], lambda: MODEL, lambda at: ends[-1] - at)
+    one_s = MODEL.prefill_s(1, 1, 1)
+    for number in range(1, 40):
+        count = pacer.room([sequence], 10**6).take(0, 10**6)
+        ends.append(ends[-1] + MODEL.decode_s(1, len(sequence.token_ids)) + MODEL.prefill_s(count, attended_pairs(0, count), 1))
+        assert ends[-1] <= first_s + AIM * tpot * number + one_s
+        assert ends[-1] >= first_s + AIM * tpot * number - 2 * MODEL.prefill_s(1, 10**5, 10**5), "prompts got less than there was"
+        sequence.token_ids.append(0)
+        now[0] = ends[-2]
