@@ -206,7 +206,7 @@ class Engine:
         if output.sampled is not None:
             delta = self._delta(sequence, chunk.end, output.sampled)
             if delta.finish:
-                self.scheduler.answered(sequence)
+                self.scheduler.answered(delta.index + len(delta.token_ids))
                 self.finish(sequence)
         return SequenceStep(chunk, delta)
 

@@ -85,7 +85,9 @@ class Pacer:
         self._are_short = False
 
     def answered(self, num_outputs: int) -> None:
-        """An answer has come to its own end."""
+        """An answer has come to its own end. One token has no pace."""
+        if num_outputs < 2:
+            return
         self._lengths.append(num_outputs)
         self._are_short = sorted(self._lengths)[len(self._lengths) // SHORT_SHARE] < CAUGHT_UP
 

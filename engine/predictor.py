@@ -2,9 +2,10 @@
 
     observe(features, seconds) ──► clip what is far off ──► least squares with forgetting, coefficients >= 0 ──► model: StepModel
 
-Recursive least squares in information form: A ← λA + x·xᵀ + (1 − λ)A₀, B ← λB + x + (1 − λ)A₀θ₀, with x = regressors / seconds, so
-that relative errors are what is squared. The standing term (A₀, θ₀) is what the fit falls back to where no step has gone for long (a
-prefill worker never decodes): plain forgetting would let those coefficients run away.
+Recursive least squares in information form: A ← λA + x·xᵀ + (1 − λ)A₀, B ← λB + x·y + (1 − λ)A₀θ₀, with x = regressors / seconds and
+y = 1, so that relative errors are what is squared (of a step that was clipped: relative to the longer of both times). The standing term
+(A₀, θ₀) is what the fit falls back to where no step has gone for long (a prefill worker never decodes): plain forgetting would let those
+coefficients run away.
 """
 
 import math
@@ -52,7 +53,7 @@ def features_of(plan: StepPlan) -> StepFeatures:
 class StepPredictor:
     def __init__(self, prior: StepModel = PRIOR) -> None:
         theta = np.array(coefficients(prior)) * SCALES
-        theta = np.maximum(theta, 0.01 * theta[0])              # a coefficient of 0 would never be left again
+        theta = np.maximum(theta, 0.01 * theta.max())           # a coefficient of 0 would never be left again
         self._prior_a = np.diag((STEP_NOISE / theta) ** 2)
         self._prior_b = self._prior_a @ (np.array(coefficients(prior)) * SCALES)
         self._a, self._b = self._prior_a.copy(), self._prior_b.copy()
@@ -66,7 +67,7 @@ class StepPredictor:
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         """A step of `features` took `seconds`; a clock that stood still teaches nothing."""
-        if seconds <= 0:
+        if not seconds > 0:
             return
         predicted = self._model.step_s(features)
         off = seconds / predicted - 1 if predicted > 0 else math.inf

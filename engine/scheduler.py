@@ -81,10 +81,10 @@ class Scheduler:
             self.running.remove(sequence)
         sequence.state = SequenceState.FINISHED
 
-    def answered(self, sequence: Sequence) -> None:
-        """Its answer has come to its own end."""
+    def answered(self, num_outputs: int) -> None:
+        """An answer has come to its own end. (Its sequence may hold a token more, of a step that was launched ahead.)"""
         if self.pacer is not None:
-            self.pacer.answered(sequence.num_outputs)
+            self.pacer.answered(num_outputs)
 
     def park(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -192,14 +192,18 @@ class Scheduler:
         """Batch work makes room for the handoff that claims it and for the first in line."""
         claim, self._claim = self._claim, None
         yielded: list[Sequence] = []
-        scored = sum(s.num_to_compute for s in self.running if s.is_scored and not s.is_decoding)
-        head = next((s for s in self.waiting if not s.is_scored or scored < MAX_SCORED_TOKENS), None)
+        head = next((s for s in self.waiting if not s.is_scored or self._num_scored_before(s) < MAX_SCORED_TOKENS), None)
         if claim is not None:
             num_blocks, due_at = claim
             yielded += self._yield_to(num_blocks, [], due_at)
         if head is not None and not head.fills_in:
             yielded += self._yield_to(*self._missing(head), head.due_at)
         return yielded
+
+    def _num_scored_before(self, waiting: Sequence) -> int:
+        """Tokens under way whose scores it does not pass."""
+        under_way = (s for s in self.running if s.is_scored and not s.is_decoding and not _may_yield(s, waiting.due_at))
+        return sum(s.num_to_compute for s in under_way)
 
     def _yield_to(self, num_blocks: int, prefix: list[BlockId], due_at: float) -> list[Sequence]:
         victims = sorted((s for s in self.running if _may_yield(s, due_at)), key=lambda s: s.urgency, reverse=True)

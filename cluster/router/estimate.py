@@ -110,12 +110,14 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + sent + uncached)
     begins_s, closes_s, is_shared = worker.busy_s - age_s, worker.plans_in_s - age_s, worker.num_decoding > 0
     backlog_s = max(0.0, begins_s + steps.all_s(waiting)) + model.full_token_s * unseen_at_most
-    if closes_s <= arrives_s and (ahead or is_shared):           # the next step is planned before the request comes
+    while closes_s <= arrives_s and ahead:                       # steps that are planned before the request comes
         first = min(ahead, steps.most)
         closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
-        if is_shared and begins_s < arrives_s + steps.shared_s and steps.shared_s > 0:       # decodes went on since the report
-            begins_s = arrives_s + steps.shared_s + (begins_s - arrives_s) % steps.shared_s
-            closes_s = begins_s - steps.shared_s
+    if closes_s <= arrives_s and is_shared and steps.shared_s > 0:                           # then decodes alone go on
+        closes_s, begins_s = begins_s, begins_s + steps.shared_s
+        if closes_s <= arrives_s:
+            closes_s = arrives_s + (closes_s - arrives_s) % steps.shared_s
+            begins_s = closes_s + steps.shared_s
     if sent and closes_s <= arrives_s and not (ahead or is_shared):                          # it was planned when it came
         first = min(sent, steps.most)
         closes_s = max(begins_s, 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s)

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from diptych.engine.engine import Engine, EngineLimits
 from diptych.engine.fake_runner import fake_layout, next_token
 from diptych.engine.load import load_report
+from diptych.engine.pace import Pacer
 from diptych.engine.predictor import PRIOR, features_of
 from diptych.engine.sequence import Sequence
 from diptych.engine.step_watch import StepWatch
 from diptych.kvtransfer.fake import FakeFabric
 from diptych.kvtransfer.transport import KVPool
 from diptych.messages.ids import Address, BlockId, Epoch, RequestId, WorkerId
-from diptych.messages.requests import FinishReason, GenerateRequest, Route, SamplingParams, ServiceClass, WorkerRef
+from diptych.messages.requests import FinishReason, GenerateRequest, Route, SamplingParams, ServiceClass, TokenDelta, WorkerRef
 
 BLOCK_SIZE = 4
 SENTINEL = -77
@@ -192,3 +193,20 @@ def test_blocks_of_an_aborted_sequence_come_back_with_the_step_that_writes_to_th
     assert engine.pool.num_available == 19
     assert engine.collect() == []
     assert engine.pool.num_available == 20
+
+
+def test_pace_is_told_how_long_answers_were_and_when_sequences_came() -> None:
+    """A step that was launched ahead is no part of the answer."""
+    engine, _, _ = make_engine(20)
+    pacer = engine.scheduler.pacer = Pacer(lambda: 0.0, lambda: PRIOR)
+    engine.add(request(0, Visit([1, 0, 1], 8, 0, None, 3, host_sampled=False, batch=False, hands_off=False)), 0.0)
+    while engine.has_work:
+        while engine.may_plan and (plan := engine.plan()).chunks:
+            engine.launch(plan)
+        engine.collect()
+    assert list(pacer._lengths) == [3]
+    plain = request(1, Visit([1, 0, 1], 8, 0, None, None, host_sampled=False, batch=False, hands_off=False))
+    adopted = engine.adopt(plain, TokenDelta(plain.request_id, 0, (1,)), engine.pool.take(1) or [], 7.0)
+    assert adopted.handed_over_at == 7.0
+    engine.scheduler._preempt(adopted)
+    assert adopted.handed_over_at is None

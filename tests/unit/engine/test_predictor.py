@@ -202,3 +202,11 @@ def test_confidence_needs_steps_and_accuracy():
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
 def test_pairs_do_not_depend_on_the_chunking(start, first, second):
     assert attended_pairs(start, first) + attended_pairs(start + first, second) == attended_pairs(start, first + second)
+
+
+@given(st.lists(st.sampled_from((0.0, 1e-6, 1e-3)), min_size=7, max_size=7).filter(any))
+def test_a_start_up_fit_with_zeros_can_be_gone_on_from(each):
+    predictor = StepPredictor(model_with(each, 0.1, 9))
+    for _ in range(3):
+        predictor.observe(StepFeatures(100, 5050), 1e-3)
+    assert all(np.isfinite(coefficients(predictor.model)))

@@ -287,11 +287,48 @@ class TestEstimates:
         assert estimate.ttft_s == pytest.approx(at_s)
 
     @given(
+        decoding=st.integers(1, 99),
+        tpot_s=st.sampled_from((0.01, 0.02, 0.05)),
+        waiting=st.just(0) | st.integers(1, 6000),
+        own=st.integers(1, 4000),
+        left_share=st.floats(0.02, 1),
+        age_s=st.floats(0, 0.05),
+        is_ahead=st.booleans(),
+    )
+    def test_a_worker_that_decodes_goes_on_after_its_report(self, decoding, tpot_s, waiting, own, left_share, age_s, is_ahead):
+        """Against the worker itself, told step by step: with nothing else to do it plans decodes alone."""
+        message_s, decode_s = 1e-3, FLAT.decode_s(decoding, 0)
+        most = max(1.0, min(2048 - decoding, FLAT.tokens_within(beside_s(decode_s, tpot_s), 0, decoding)))
+        now, queue, came = -message_s - age_s, float(waiting), False
+        first_s = left_share * decode_s
+        ends = [now + first_s, now + first_s + decode_s] if is_ahead else [now + first_s]
+        while queue > 1e-9 or not came:
+            while len(ends) < 2 and (queue > 1e-9 or not came):
+                count = min(queue, most)
+                queue -= count
+                ends.append(max(ends[-1], now) + decode_s + FLAT.prefill_s(count, 0, decoding))
+            if not came and message_s <= ends[0]:
+                now, queue, came = message_s, queue + own, True
+            else:
+                now = ends.pop(0)
+        worker = msgspec.structs.replace(
+            load("d0", waiting=waiting, decoding=decoding, model=FLAT),
+            decode_context=0,
+            prefill_pairs=0,
+            num_requests=decoding,
+            busy_s=first_s + decode_s * is_ahead,
+            plans_in_s=first_s * is_ahead,
+            message_s=message_s,
+        )
+        estimate = estimate_prefill(worker, Work(own, 200.0, 0.4, tpot_s), 0, age_s)
+        assert estimate.ttft_s == pytest.approx(ends[-1] + message_s, abs=1e-6)
+
+    @given(
         waiting=st.integers(0, 9000),
         sent=st.integers(0, 2000),
         own=st.integers(1, 9000),
         busy_s=st.floats(0.007, 0.05),
-        planned_share=st.floats(0, 1),
+        planned_share=st.just(0.0) | st.floats(1e-3, 1),
         message_s=st.sampled_from((0.0, 3e-3)),
     )
     def test_a_prefill_worker_plans_one_step_ahead(self, waiting, sent, own, busy_s, planned_share, message_s):
