@@ -410,6 +410,15 @@ def test_batch_gives_no_room_to_a_prompt_whose_scores_must_wait() -> None:
         run.compute(plan)
 
 
+def test_batch_scores_give_way_to_scores_that_are_more_urgent() -> None:
+    roomy = Machine(num_blocks=8192, max_step_tokens=4096, max_sequences=1)
+    run = started(roomy, Job((1,) * 20_000, 1, scored=True, tier=BATCH), Job((2,) * 100, 1, scored=True, arrives=1))
+    run.compute(run.scheduler.schedule())
+    run.arrive_and_leave(1)
+    plan = run.scheduler.schedule()
+    assert ([s.id for s in plan.preempted], spans(plan)) == (["r0"], [("r1", 0, 100)])
+
+
 def test_a_batch_prompt_under_way_lets_others_pass() -> None:
     run = started(replace(ROOMY, max_step_tokens=4), Job((1,) * 20, 1, tier=BATCH), Job((2,) * 4, 1, arrives=1))
     run.compute(run.scheduler.schedule())
