@@ -87,7 +87,7 @@ class SimWorker:
         self._jitter = jitter
         self._random = random.Random(name)
         self._steps = StepWatch(known_at_start(cost, limits))
-        self.engine.scheduler.pacer = Pacer(lambda: timeline.now, lambda: self._steps.model, lambda now: self._steps.busy_s(now))
+        self.engine.scheduler.pacer = Pacer(lambda: timeline.now, lambda: self._steps.model, self._steps.busy_s)
         self._free_at = 0.0                   # when all steps that were launched have ended
         self._offered: list[Reservation] = []                    # oldest first; without blocks
         self._reserved: list[Reservation] = []

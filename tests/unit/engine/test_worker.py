@@ -28,6 +28,7 @@ from diptych.messages.requests import (
     StepTokens,
     WorkerRef,
 )
+from diptych.messages.steps import StepFeatures
 
 PROMPT = list(range(10))
 ROLES = [WorkerId("prefill-0"), WorkerId("decode-0")]
@@ -364,6 +365,14 @@ def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:
     assert (status.num_steps, status.num_tokens_computed) == (2, 16)
     assert status.load.worker == decode.ref
     assert status.load.last_read == (("r5", 1.0),)
+
+
+def test_what_prompts_may_take_is_counted_from_the_end_of_the_steps_under_way(cluster: FakeCluster, worker: Worker) -> None:
+    pacer = worker.engine.scheduler.pacer
+    assert pacer is not None
+    assert pacer._busy_s(cluster.now) == 0.0
+    worker._steps.launched(StepFeatures(prefill_tokens=1000), cluster.now)
+    assert pacer._busy_s(cluster.now) == pytest.approx(worker._steps.model.step_s(StepFeatures(prefill_tokens=1000)))
 
 
 def test_a_load_tells_each_gateway_what_of_it_was_read(cluster: FakeCluster, worker: Worker) -> None:
