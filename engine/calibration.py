@@ -49,7 +49,7 @@ def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
         runner.launch(_plan([_prompt(num_tokens, limits)]), None).wait()
     for several in range(2, min(4, limits.max_sequences, budget) + 1):
         runner.launch(_plan([_prompt(budget // several, limits) for _ in range(several)]), None).wait()
-    beside, contexts, count = _scored(_prompt(min(17, budget), limits)), _contexts(longest), 1
+    beside, contexts, count = _with_logprobs(_prompt(min(17, budget), limits)), _contexts(longest), 1
     while count < min(limits.max_sequences, limits.max_step_tokens - 17):
         for context in contexts if count == 1 else (1, longest):
             runner.launch(_plan([*[_decode(context, limits)] * count, beside]), None).wait()
@@ -82,7 +82,7 @@ def _grid(limits: EngineLimits) -> Iterator[StepPlan]:
         yield _plan([_prompt(max(1, tokens), limits)])
 
 
-def _scored(chunk: Chunk) -> Chunk:
+def _with_logprobs(chunk: Chunk) -> Chunk:
     request = chunk.sequence.request
     chunk.sequence.request = replace(request, sampling=replace(request.sampling, logprobs=0))
     return chunk

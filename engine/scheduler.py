@@ -192,7 +192,9 @@ class Scheduler:
         """Batch work makes room for the handoff that claims it and for the first in line."""
         claim, self._claim = self._claim, None
         yielded: list[Sequence] = []
-        head = next((s for s in self.waiting if not s.is_scored or self._num_scored_before(s) < MAX_SCORED_TOKENS), None)
+        head = self.waiting[0] if self.waiting else None
+        if head is not None and head.is_scored and self._num_scored_before(head) >= MAX_SCORED_TOKENS:
+            head = next((s for s in self.waiting if not s.is_scored), None)             # those behind it pass no more than it does
         if claim is not None:
             num_blocks, due_at = claim
             yielded += self._yield_to(num_blocks, [], due_at)

@@ -141,7 +141,7 @@ class Goodput:
         return [*drawn, holder]
 
     def _two(self, workers: list[WorkerLoad]) -> list[WorkerLoad]:
-        """At random; `random.sample` takes ten times as long."""
+        """At random; `random.sample` takes more than three times as long."""
         one, other = int(self._random.random() * len(workers)), int(self._random.random() * (len(workers) - 1))
         return [workers[one], workers[other + (other >= one)]]
 

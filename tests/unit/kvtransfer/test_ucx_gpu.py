@@ -3,7 +3,7 @@
 import ctypes
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from harness.ucx_peer import UcxPeer, ucx_peer
 from diptych.kvtransfer.transport import NUM_IMMS
 from diptych.kvtransfer.ucx.build import find_compiler
 from diptych.kvtransfer.ucx.shim import UID_BYTES, Link, Location, MemoryType, Shim
+from diptych.kvtransfer.ucx.transport import PROTOCOL_VERSION
 from diptych.messages.errors import ClusterError, PeerGone
 from diptych.messages.ids import Imm
 
@@ -69,12 +70,17 @@ class OnGpu:
         self.memory = torch.arange(NUM_PAGES * PAGE_BYTES, dtype=torch.int64).to(torch.uint8)
         self.uid = bytes(UID_BYTES)
         self.shim = Shim(self.uid, NUM_IMMS, 5.0)
-        self.shim.register(self.memory.data_ptr(), self.memory.nbytes, PAGE_BYTES, MemoryType.HOST, driver.path)
+        try:
+            self.shim.register(self.memory.data_ptr(), self.memory.nbytes, PAGE_BYTES, MemoryType.HOST, driver.path)
+        except ClusterError:
+            self.shim.close()
+            raise
         self.shim.start()
 
     @property
     def location(self) -> Location:
-        return Location(2, self.uid, self.memory.data_ptr(), NUM_PAGES, MemoryType.HOST, True, self.shim.rkey, self.shim.address)
+        pool = (self.memory.data_ptr(), NUM_PAGES, MemoryType.HOST)
+        return Location(PROTOCOL_VERSION, self.uid, *pool, True, self.shim.rkey, self.shim.address)
 
 
 @pytest.fixture
@@ -200,15 +206,15 @@ def test_a_gpu_that_cannot_be_used_is_said(driver: Driver, settings: dict[str, i
 
 
 def test_no_driver_is_said() -> None:
-    shim, memory = Shim(bytes(UID_BYTES), NUM_IMMS, 5.0), torch.zeros(PAGE_BYTES, dtype=torch.uint8)
-    with pytest.raises(ClusterError, match="no_such_driver"):
+    memory = torch.zeros(PAGE_BYTES, dtype=torch.uint8)
+    with closing(Shim(bytes(UID_BYTES), NUM_IMMS, 5.0)) as shim, pytest.raises(ClusterError, match="no_such_driver"):
         shim.register(memory.data_ptr(), memory.nbytes, PAGE_BYTES, MemoryType.HOST, "no_such_driver.so")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this UCX may well move GPU memory")
 def test_a_ucx_without_cuda_is_said(driver: Driver) -> None:
-    shim, memory = Shim(bytes(UID_BYTES), NUM_IMMS, 5.0), torch.zeros(PAGE_BYTES, dtype=torch.uint8)
-    with pytest.raises(ClusterError, match="does not move GPU memory"):
+    memory = torch.zeros(PAGE_BYTES, dtype=torch.uint8)
+    with closing(Shim(bytes(UID_BYTES), NUM_IMMS, 5.0)) as shim, pytest.raises(ClusterError, match="does not move GPU memory"):
         shim.register(memory.data_ptr(), memory.nbytes, PAGE_BYTES, MemoryType.CUDA, driver.path)
 
 
