@@ -133,10 +133,10 @@ def solve_non_negative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArra
         while free.any():
             wanted = np.zeros(len(b))
             wanted[free] = np.linalg.solve(a[np.ix_(free, free)], b[free])
-            if wanted[free].min() > 0:
+            if wanted[free].min() >= 0:
                 x = wanted
                 break
-            stopped = free & (wanted <= 0)
+            stopped = free & (wanted < 0)
             x += (x[stopped] / (x[stopped] - wanted[stopped])).min() * (wanted - x)
             free &= x > 0
             free[stopped & (x <= x[stopped].min())] = False

@@ -174,6 +174,8 @@ def test_a_coefficient_that_would_be_negative_is_held_at_zero():
     a, b = np.array([[2.0, 1.0], [1.0, 2.0]]), np.array([1.0, -3.0])
     assert solve_non_negative(a, b).tolist() == [0.5, 0.0]
     assert solve_non_negative(a, -np.ones(2)).tolist() == [0.0, 0.0]
+    neutral = np.array([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+    assert solve_non_negative(neutral, np.array([2.0, 1.0, -1.0])).tolist() == [1.0, 0.0, 0.0], "where one is just at its bound"
 
 
 @given(st.integers(0, 1 << 32), st.integers(1, 6))
