@@ -29,6 +29,7 @@ FORGET = 0.995
 SCALES: NDArray[np.float64] = np.array([1.0, 1e3, 1e6, 1e2, 1e5, 1e3, 1e3])
 """A typical step's features, so that the normal equations are well conditioned."""
 
+SHORTEST_S = 1e-7                             # no step is shorter
 STEP_NOISE = 0.05                             # relative, of one observation; weighs the steps against the standing term
 MIN_CLIP = 0.25                               # relative: an observation is never clipped closer to its prediction
 CLIP_ERRORS = 4.0                             # mean errors that an observation may be off
@@ -66,8 +67,8 @@ class StepPredictor:
         return self._model
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
-        """A step of `features` took `seconds`; a clock that stood still teaches nothing."""
-        if not seconds > 0:
+        """A step of `features` took `seconds`; a clock that stood still, or nearly so, teaches nothing."""
+        if not seconds >= SHORTEST_S:
             return
         predicted = self._model.step_s(features)
         off = seconds / predicted - 1 if predicted > 0 else math.inf

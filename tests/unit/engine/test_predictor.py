@@ -166,7 +166,8 @@ def test_what_never_happens_stays_as_believed():
 
 def test_a_clock_that_stood_still_teaches_nothing():
     predictor = StepPredictor()
-    predictor.observe(StepFeatures(16, 136), 0.0)
+    for seconds in (0.0, 5e-324, math.nan):
+        predictor.observe(StepFeatures(16, 136), seconds)
     assert predictor.model == PRIOR
 
 
