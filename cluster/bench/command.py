@@ -96,6 +96,7 @@ def serve(
     probe_s: Annotated[float, load_option(min=0, help="shortest probe, in seconds of load")] = 20.0,
     ttft_ms: Annotated[float | None, objective_option(min=0)] = None,
     tpot_ms: Annotated[float | None, objective_option(min=0)] = None,
+    tell_objective: Annotated[bool, objective_option("--tell-objective", help="to the server, with each request")] = False,
     gpus: Annotated[int, objective_option(min=1, help="that serve, for goodput per GPU")] = 1,
     mode: Annotated[PromptMode, prompt_option()] = PromptMode.TOKEN_IDS,
     vocab_size: Annotated[int | None, prompt_option(min=1, help="default: from /v1/models, else of --tokenizer")] = None,
@@ -118,7 +119,7 @@ def serve(
         search = SearchPlan(rate or 1.0, len(workload), target, half_width, resolution, min_probe_s=probe_s) if goodput else None
         load = Load(_rates(rate, rates, recorded=trace is not None), search)
         objective, prompts = Objective(ttft_ms, tpot_ms), PromptSource(mode, vocab_size, tokenizer, _seed(prompt_seed))
-        plan = BenchPlan(Address.parse(url, api_key), workload, load, objective, prompts, model, deadline_s, gpus, seed)
+        plan = BenchPlan(Address.parse(url, api_key), workload, load, objective, prompts, model, deadline_s, gpus, seed, tell_objective)
         result = _measure(plan)
         print_result(console, result)
         _write(result, json, png, target)

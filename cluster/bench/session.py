@@ -8,6 +8,7 @@ from typing import Protocol
 
 import msgspec
 
+from ..gateway.tiers import TPOT_HEADER, TTFT_HEADER
 from .client import Address, HttpClient
 from .endpoint import find_model
 from .errors import WorkloadError
@@ -42,10 +43,21 @@ class BenchPlan:
     deadline_s: float = 120.0           # of each request, from its sending
     gpus: int = 1                       # that serve: goodput is per GPU
     seed: int = 0                       # of the workload
+    tells_objective: bool = False       # to the server, with each request
 
     def __post_init__(self) -> None:
+        if self.tells_objective and self.objective == Objective():
+            raise WorkloadError("--tell-objective needs one: --ttft-ms, --tpot-ms or both")
         if self.load.search is not None and self.objective == Objective():
             raise WorkloadError("a goodput search needs an objective: --ttft-ms, --tpot-ms or both")
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        """Of each request, whole lines."""
+        if not self.tells_objective:
+            return ()
+        objectives = ((TTFT_HEADER, self.objective.ttft_ms), (TPOT_HEADER, self.objective.tpot_ms))
+        return tuple(f"{name}: {value:g}" for name, value in objectives if value is not None)
 
 
 class WorkloadSummary(msgspec.Struct, frozen=True):
@@ -98,7 +110,7 @@ async def measure(plan: BenchPlan, client: HttpClient, watcher: Watcher) -> Benc
     """Raises EndpointError if nobody answers, WorkloadError or PromptError for what this endpoint cannot be asked; what goes wrong
     after that is in the reports."""
     card = await find_model(client, plan.model)
-    session = BenchSession(plan, client, watcher, RequestWriter(plan.address, card, plan.prompts))
+    session = BenchSession(plan, client, watcher, RequestWriter(plan.address, card, plan.prompts, plan.headers))
     goodput = None
     if plan.load.search is None:
         await session.sweep()

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
 import transformers
+from harness.compilations import compiled_in_service
 from harness.families import Case, save_random_model
 
 from diptych.engine import prompt_steps
@@ -179,6 +180,21 @@ def test_memory_is_measured_and_what_does_not_fit_is_refused(folders: dict[str, 
     del engine
     with pytest.raises(PoolTooSmall, match="GiB are taken by weights"):
         engine_on("cuda", folders["llama"], num_blocks=None, gpu_memory=0.001)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_step_tokens": 300}, {"max_step_tokens": 2600}, {"max_step_tokens": 2600, "kv_dtype": "fp8_e4m3", "block_size": 64}],
+    ids=["mixed", "large steps", "large steps, fp8"],
+)
+def test_no_kernel_is_compiled_once_a_worker_serves(changes: dict[str, Any], tmp_path: Path) -> None:
+    """A request would wait for the compiler: the first large step once did so for over a second."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    sizes = {"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "max_position_embeddings": 2048}
+    transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **sizes, **heads).save_pretrained(tmp_path)
+    before, after = compiled_in_service(tmp_path, **changes)
+    assert before > 10, "the hook saw nothing"
+    assert after == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)

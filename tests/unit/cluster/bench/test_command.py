@@ -67,6 +67,20 @@ def test_sweep_with_a_picture_and_new_prompts_at_each_rate(stub, tmp_path: Path)
     assert len(prompts) == 10
 
 
+def test_the_server_is_told_the_objective_where_that_is_asked_for(stub) -> None:
+    def told(*options: object) -> list[tuple[str | None, str | None]]:
+        before = len(stub.headers)
+        result = invoke("--url", stub.url, "--requests", 3, "--rate", 100, *FAST[:4], *options)
+        assert result.exit_code == 0, result.output
+        names = ("x-diptych-ttft-ms", "x-diptych-tpot-ms")
+        return [tuple(headers.get(name) for name in names) for headers in stub.headers[before + 1 :]]
+
+    assert told("--ttft-ms", 200, "--tpot-ms", 12.5, "--tell-objective") == [("200", "12.5")] * 3
+    assert told("--tpot-ms", 12.5, "--tell-objective") == [(None, "12.5")] * 3
+    assert told("--ttft-ms", 200, "--tpot-ms", 12.5) == [(None, None)] * 3
+    assert invoke("--url", stub.url, "--requests", 3, "--tell-objective", *FAST[:4]).exit_code == 2
+
+
 def test_a_later_command_makes_new_prompts_of_the_same_lengths_unless_it_is_told_which(stub) -> None:
     def prompts(*options: object) -> list[tuple[int, ...]]:
         before = len(stub.bodies)
