@@ -127,20 +127,28 @@ class Goodput:
         )
 
     def _sample(self, request: RoutingRequest, pool: Sequence[WorkerLoad], held: Held) -> list[WorkerLoad]:
-        """Of those that take more, two drawn at random and, if neither holds as much of the prompt as any, one that does."""
-        limit = self._options.max_requests_per_worker
-        below = [worker for worker in pool if worker.num_requests < limit]
-        usable = [worker for worker in below if worker.ref not in request.avoid] if request.avoid else below
-        usable = usable or below
-        if len(usable) <= ALL_UP_TO:
-            return usable
-        drawn = self._two(usable)
-        holder = held.deepest(usable)
-        if holder is None or held.depth(holder.ref) in [held.depth(worker.ref) for worker in drawn]:
+        """Of those that take more, two drawn at random and, if neither holds as much of the prompt as any, one that does. Nobody else is
+        looked at where that is not needed: of a large pool, looking takes as long as one of the predictions."""
+        drawn, limit = [], self._options.max_requests_per_worker
+        if len(pool) > ALL_UP_TO and not request.avoid:
+            drawn = [worker for worker in self._two(pool) if worker.num_requests < limit]
+        if len(drawn) < 2:
+            usable = self._usable(request, pool)
+            if len(usable) <= ALL_UP_TO:
+                return usable
+            drawn = self._two(usable)
+        depths = [held.depth(worker.ref) for worker in drawn]
+        if held.most in depths:
             return drawn
-        return [*drawn, holder]
+        holder = held.deepest(self._usable(request, pool))
+        return drawn if holder is None or held.depth(holder.ref) in depths else [*drawn, holder]
 
-    def _two(self, workers: list[WorkerLoad]) -> list[WorkerLoad]:
+    def _usable(self, request: RoutingRequest, pool: Sequence[WorkerLoad]) -> list[WorkerLoad]:
+        """Those that take more, without those to be avoided if there are others."""
+        below = [worker for worker in pool if worker.num_requests < self._options.max_requests_per_worker]
+        return [worker for worker in below if worker.ref not in request.avoid] or below if request.avoid else below
+
+    def _two(self, workers: Sequence[WorkerLoad]) -> list[WorkerLoad]:
         """At random; `random.sample` takes more than three times as long."""
         one, other = int(self._random.random() * len(workers)), int(self._random.random() * (len(workers) - 1))
         return [workers[one], workers[other + (other >= one)]]

@@ -44,6 +44,11 @@ class Held:
         self._levels = levels                 # who was sent the first chunk, the first two, …: each a subset of the one before
         self._bits = bits
 
+    @property
+    def most(self) -> int:
+        """Leading chunks that somebody was sent, who may be gone."""
+        return len(self._levels)
+
     def depth(self, worker: WorkerRef) -> int:
         """Leading chunks."""
         return self._depth(self._bits.get(worker, 0))

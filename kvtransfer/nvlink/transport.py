@@ -145,8 +145,8 @@ class NvlinkTransport:
     # the writer's side
 
     def connect(self, descriptor: MemoryDescriptor) -> Peer:
-        location = check_descriptor(descriptor, self._page_bytes)
-        if descriptor.location not in self._targets:
+        if descriptor.location not in self._targets:        # or each handoff would look at the file system for the host's name
+            location = check_descriptor(descriptor, self._page_bytes)
             assert self._device.index is not None
             with torch.cuda.device(self._device):
                 memory = PeerMemory(location, descriptor.num_blocks * self._block_bytes, self._device.index)
