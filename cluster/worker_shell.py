@@ -9,6 +9,7 @@ from ..engine.config import WorkerConfig
 from ..messages.membership import Membership, Role
 from ..messages.requests import LoadReport
 from ..messages.zmq_post import Keyring, ZmqPost
+from .garbage import settle
 from .pulse import Pulse
 from .shell import Shell
 
@@ -28,6 +29,7 @@ class WorkerShell(Shell):
 
     def build(self, post: ZmqPost) -> None:
         self._worker = make_worker(self._role, self._config, post)
+        settle()
         logger.info("%s epoch %d serves at %s", self._config.worker_id, self._config.epoch, post.address)
 
     def run(self) -> None:

@@ -17,12 +17,15 @@ from ..messages.steps import StepFeatures, StepModel
 from .engine import EngineLimits
 from .model_runner import ModelRunner
 from .predictor import PRIOR, StepPredictor, coefficients, features_of, model_with
+from .prompt_steps import MOST_TOKENS
 from .scheduler import Chunk, StepPlan
 from .sequence import Sequence
 
 NOBODY = WorkerRef(WorkerId("calibration"), Epoch(0), Address(""))
 ROUNDS = 40
 """How often the fit is told the grid: by then the prior no longer counts."""
+
+ROWS_APART = 256               # of the steps that no graph takes
 
 CUT_CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -43,12 +46,18 @@ def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], flo
 def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
     """One of each kind of step that a GPU compiles something for, so that no request waits for a compiler: short and long prompts, several
     prompts that fill a step, and decodes of few and many sequences, with short and long contexts, beside a prompt. The latter ask for
-    logprobs, which the host computes: otherwise a graph would take the step, and all its kernels are compiled already."""
+    logprobs, which the host computes: otherwise a graph would take the step, and all its kernels are compiled already.
+
+    Steps too large for a graph come in many sizes: a library picks its kernels by the number of rows, and CUDA loads each when it is first
+    launched, once the device is idle. The host would wait for the step before (up to 0.2 s, seen on an H100)."""
     longest, budget = limits.max_model_len - 1, min(limits.max_step_tokens, limits.max_model_len - 1)
     for num_tokens in sorted({min(count, budget) for count in (1, 17, 1000, budget)}):
         runner.launch(_plan([_prompt(num_tokens, limits)]), None).wait()
     for several in range(2, min(4, limits.max_sequences, budget) + 1):
         runner.launch(_plan([_prompt(budget // several, limits) for _ in range(several)]), None).wait()
+    pair = min(2, limits.max_sequences)
+    for num_tokens in range(MOST_TOKENS + ROWS_APART, budget, ROWS_APART):
+        runner.launch(_plan([_prompt(num_tokens // pair, limits)] * pair), None).wait()
     beside, contexts, count = _with_logprobs(_prompt(min(17, budget), limits)), _contexts(longest), 1
     while count < min(limits.max_sequences, limits.max_step_tokens - 17):
         for context in contexts if count == 1 else (1, longest):

@@ -55,7 +55,7 @@ class _Launched:
     chunks: tuple[Chunk, ...]
     samples: tuple[bool, ...]                                 # of each chunk, as it was when the step was launched
     retired: list[Sequence] = field(default_factory=list)     # ended since; their blocks are held until this step is over
-    outputs: StepOutputs = field(init=False)
+    outputs: StepOutputs | None = None                        # None: still being launched
 
 
 class Engine:
@@ -144,7 +144,8 @@ class Engine:
     @property
     def is_ready(self) -> bool:
         """The oldest step under way has been computed."""
-        return bool(self._under_way) and self._under_way[0].outputs.is_ready()
+        outputs = self._under_way[0].outputs if self._under_way else None
+        return outputs is not None and outputs.is_ready()
 
     @property
     def is_computing(self) -> bool:
@@ -154,7 +155,7 @@ class Engine:
         return self.scheduler.schedule()
 
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> None:
-        """Starts a step. What `on_layer` does may end sequences."""
+        """Starts a step. What `on_layer` does may end sequences, and collect the step before."""
         step = _Launched(plan.chunks, tuple(chunk.samples for chunk in plan.chunks))
         self._under_way.append(step)
         step.outputs = self.runner.launch(plan, on_layer)
@@ -165,6 +166,7 @@ class Engine:
     def collect(self) -> list[SequenceStep]:
         """Waits for the oldest step under way; sequences that ended meanwhile are passed over."""
         step = self._under_way[0]
+        assert step.outputs is not None, "the step is still being launched"
         outputs = step.outputs.wait()
         self._under_way.popleft()
         steps = [

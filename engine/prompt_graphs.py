@@ -19,6 +19,7 @@ from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from .engine import EngineLimits
+from .graph_choice import replay_s, undominated
 from .prompt_steps import PromptStep, StepInputs, StepShape, fill, inputs_within, shape_for, step_shapes
 from .staging import Staging
 
@@ -29,6 +30,7 @@ class _Captured:
     layers: list[int]                    # after which each piece but the last ends
     inputs: list[StepInputs[NDArray[Any]]]      # one for each buffer of the staging
     num_bytes: int
+    seconds: float                       # that a step of padding takes
 
 
 class PromptGraphs:
@@ -47,7 +49,7 @@ class PromptGraphs:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """All shapes, the largest first: the others fit into its memory."""
+        """All shapes, the largest first: the others fit into its memory. What a larger one outruns is dropped again."""
         memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()                        # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -55,6 +57,8 @@ class PromptGraphs:
             for shape in reversed(self.shapes):
                 self._captured[shape] = self._capture(shape, memory)
         torch.cuda.current_stream().wait_stream(stream)
+        self.shapes = undominated({shape: self._captured[shape].seconds for shape in self.shapes}, StepShape.holds)
+        self._captured = {shape: self._captured[shape] for shape in self.shapes}
 
     def shape_of(self, step: PromptStep) -> StepShape | None:
         return shape_for(self.shapes, len(step.packed.token_ids), len(step.packed.context_lens), step.has_single_rows)
@@ -95,7 +99,7 @@ class PromptGraphs:
         self._step(inputs, shape, cut)
         pieces[-1].capture_end()
         hosts = [_arrays(inputs_within(buffer, shape, self._max_blocks)[0]) for buffer in self._staging.buffers]
-        return _Captured(pieces, layers, hosts, num_bytes)
+        return _Captured(pieces, layers, hosts, num_bytes, replay_s(pieces))
 
     def _step(self, inputs: StepInputs[Tensor], shape: StepShape, on_layer: Callable[[int], None] | None) -> None:
         if shape.has_single_rows:

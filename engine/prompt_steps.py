@@ -34,6 +34,10 @@ class StepShape(Struct, frozen=True, order=True):
     def takes(self, tokens: int, sequences: int, single_rows: bool) -> bool:
         return tokens <= self.tokens and sequences <= self.sequences and (self.has_single_rows or not single_rows)
 
+    def holds(self, other: "StepShape") -> bool:
+        """It takes whatever `other` takes, and is cut as that is."""
+        return self.has_single_rows == other.has_single_rows and self.tokens >= other.tokens and self.sequences >= other.sequences
+
 
 def step_shapes(max_step_tokens: int, max_sequences: int) -> list[StepShape]:
     """In order: prompts alone in steps of 64 tokens; with few and with many single rows beside in steps of 64, from 256 on of 128."""

@@ -35,6 +35,7 @@ from .scheduler import StepPlan
 from .step_watch import StepWatch
 
 EXPIRY_PERIOD_S = 0.01         # between looks at who has run out of time
+LOOK_PERIOD_S = 0.001          # between looks, while a step is being launched, whether the one before has been computed
 ATTENTION_S = 0.0005
 """So long after a question the loop looks for the answer without sleeping: to be woken takes as long as the answer does."""
 
@@ -74,7 +75,7 @@ class Worker(RoleSide):
         self._stopping = threading.Event()
         self._draining = False
         self._backlog: list[Message] = []                        # came while a step was being launched
-        self._next_beat = self._next_expiry = clock()
+        self._next_beat = self._next_expiry = self._next_look = clock()
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._steps = StepWatch(self.replica.step_model)
         self._descriptors = self.replica.transport.register(self.replica.pool)
@@ -191,9 +192,8 @@ class Worker(RoleSide):
         if not plan.chunks:
             return False
         self.before_step(plan)
-        features, began_at = features_of(plan), self.clock()
+        self._steps.launched(features_of(plan), self.clock())
         self.engine.launch(plan, self._each_layer(plan))
-        self._steps.launched(features, began_at)
         self._num_tokens += sum(chunk.count for chunk in plan.chunks)
         return True
 
@@ -211,14 +211,20 @@ class Worker(RoleSide):
             self.fail(step.sequence.request, FailureKind.INTERNAL, "the model's logits are not finite", retryable=False)
 
     def _each_layer(self, plan: StepPlan) -> Callable[[int], None]:
-        """A step may last longer than gateways bear silence, and pages can leave from the layer on at which they were accepted."""
+        """A step may last longer than gateways bear silence, and pages can leave from the layer on at which they were accepted. Launched
+        kernel by kernel, it takes the host up to 40 ms: the tokens of the step before would come so much later."""
         role_hook = self.on_layer(plan)
 
         def finished(layer: int) -> None:
             if role_hook is not None:
                 self._receive_handoffs()
                 role_hook(layer)
-            self._beat(self.clock())
+            now = self.clock()
+            if now >= self._next_look:
+                self._next_look = now + LOOK_PERIOD_S
+                if self.engine.is_ready:
+                    self._collect()
+            self._beat(now)
 
         return finished
 

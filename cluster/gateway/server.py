@@ -8,7 +8,6 @@
 """
 
 import asyncio
-import gc
 import math
 import socket
 import threading
@@ -22,6 +21,7 @@ import uvloop
 from ...messages.errors import ClusterError
 from ...messages.membership import Membership
 from ...messages.zmq_post import ZmqPost
+from ..garbage import settle
 from .app import App
 from .config import GatewayConfig
 from .core import Core
@@ -36,8 +36,6 @@ POLL_S = 0.02
 WATCH_S = 0.1
 BACKLOG = 2048
 LOOP_ANSWER_S = 5.0
-GC_ALLOCATIONS = 10_000
-"""Between the collector's passes over what is young; Python's own 700 are a few requests' worth."""
 
 
 class Gateway:
@@ -66,7 +64,7 @@ class Gateway:
 
     def run(self) -> None:
         """Blocks until stopped; once only. Raises what broke the loop's own tasks."""
-        _settle()
+        settle()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
         if self._failure is not None:
@@ -143,13 +141,6 @@ class Gateway:
         except Exception as error:
             self._failure = error
             self.stop()
-
-
-def _settle() -> None:
-    """What lives now lives on: a collection that looked at it, too, would hold up all streams. Requests leave no cycles: few are needed."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_ALLOCATIONS)
 
 
 def _within_file_limit(config: GatewayConfig) -> GatewayConfig:

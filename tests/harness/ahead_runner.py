@@ -41,6 +41,9 @@ class AheadRunner(FakeRunner):
             Snapshot(c.sequence, list(c.sequence.blocks), list(c.sequence.token_ids), c.start, c.end, c.samples) for c in plan.chunks
         ]
         assert not any(s.sequence.is_pending and self.needs_tokens(s.sequence) for s in step)
+        if on_layer is not None:
+            for layer in range(self._pool.layout.num_layers):
+                on_layer(layer)
         self._launched.append(step)
         self.most_ahead = max(self.most_ahead, len(self._launched) - self.num_waited)
         return Later(self, len(self._launched) - 1)

@@ -96,10 +96,17 @@ class Stranger:
 
 
 @settings(max_examples=120)
-@given(st.lists(visits, min_size=1, max_size=7), st.integers(7, 20), st.integers(2, 12))
-def test_any_visits(stays: list[Visit], num_blocks: int, max_step_tokens: int) -> None:
+@given(st.lists(visits, min_size=1, max_size=7), st.integers(7, 20), st.integers(2, 12), st.sets(st.integers(0, 40)))
+def test_any_visits(stays: list[Visit], num_blocks: int, max_step_tokens: int, looks: set[int]) -> None:
+    """`looks`: turns in which the step before is collected while one is being launched, as soon as it has been computed."""
     engine, pool, _ = make_engine(num_blocks, max_step_tokens)
-    stranger, tokens, parked = Stranger(engine, pool), {str(i): [] for i in range(len(stays))}, []
+    stranger, tokens = Stranger(engine, pool), {str(i): [] for i in range(len(stays))}
+    parked: list[Sequence] = []
+
+    def look(layer: int) -> None:
+        if engine.is_ready:
+            parked.extend(_collect(engine, tokens))
+
     for turn in range(600):
         stranger.go()
         stranger.come()
@@ -112,9 +119,9 @@ def test_any_visits(stays: list[Visit], num_blocks: int, max_step_tokens: int) -
         for sequence in parked:                          # committed elsewhere
             if engine.find(sequence.id) is sequence:
                 engine.finish(sequence)
-        parked = []
+        parked.clear()
         if engine.may_plan and (plan := engine.plan()).chunks:
-            engine.launch(plan)
+            engine.launch(plan, look if turn in looks else None)
         if engine.is_ready and (turn % 3 or not engine.may_plan):
             parked += _collect(engine, tokens)
         if turn > 8 and not engine.has_work and not parked:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 import pytest
@@ -9,9 +10,10 @@ from harness.fake_cluster import TIMEOUT_S, FakeCluster
 
 from diptych.engine.engine import MAX_GATEWAYS
 from diptych.engine.fake_runner import next_token
+from diptych.engine.model_runner import ChunkOutput, StepOutputs
 from diptych.engine.scheduler import StepPlan
 from diptych.engine.step_watch import STEP_LIMIT_S
-from diptych.engine.worker import Worker
+from diptych.engine.worker import LOOK_PERIOD_S, Worker
 from diptych.messages.codec import Message
 from diptych.messages.errors import StepStuck
 from diptych.messages.handoff import KVAccept, KVLanded
@@ -346,6 +348,45 @@ def test_every_turn_and_every_layer_moves_the_loop_on(cluster: FakeCluster, monk
     turn(cluster, worker)
     assert stood == [60.0, 30.0], "the first layer came as late as the turn and itself"
     assert worker.still_s == 0.0
+
+
+@dataclass
+class Deferred:
+    """Computed, though the device does not say so yet."""
+
+    outputs: StepOutputs
+    has_ended: bool = False
+
+    def is_ready(self) -> bool:
+        return self.has_ended
+
+    def wait(self) -> list[ChunkOutput]:
+        return self.outputs.wait()
+
+
+def test_tokens_do_not_wait_for_the_next_step_to_be_launched(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, steps, seen = cluster.workers[ROLES[0]], list[Deferred](), list[Message]()
+    launch = worker.engine.runner.launch
+
+    def ahead(plan: StepPlan, on_layer: Callable[[int], None]) -> Deferred:
+        def finished(layer: int) -> None:
+            if steps:
+                steps[0].has_ended = True
+            cluster.now += 2 * LOOK_PERIOD_S
+            on_layer(layer)
+            seen.extend(answers(cluster))
+
+        steps.append(Deferred(launch(plan, finished)))
+        return steps[-1]
+
+    monkeypatch.setattr(worker.engine.runner, "launch", ahead)
+    monkeypatch.setattr(type(worker.engine.runner), "runs_ahead", True)
+    for name in ("a", "b"):
+        ask(cluster, route_to(cluster, worker), name, prompt=PROMPT[:8])
+        turn(cluster, worker)
+    (tokens,) = [message for message in seen if isinstance(message, StepTokens)]
+    assert [delta.request_id for delta in tokens.deltas] == ["a"]
+    assert worker.load().busy_s > 0, "the step of b is under way"
 
 
 def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:
