@@ -32,9 +32,12 @@ IDS_AT_ONCE = 512              # of each side
 
 @dataclass(frozen=True)
 class PushShape:
-    num_programs: int = 16
-    num_warps: int = 16
-    tile_bytes: int = 32 << 10         # in registers twice: 2 × 64 bytes of a thread
+    """As many programs as an H100 has multiprocessors: what a prefill loses is the time that its pages take, whoever moves them, since the
+    kernels beside it wait for their last multiprocessor (docs/benchmarks.md)."""
+
+    num_programs: int = 132
+    num_warps: int = 8
+    tile_bytes: int = 16 << 10         # in registers twice: 2 × 64 bytes of a thread
 
     def rows_and_words(self, page_words: int) -> tuple[int, int]:
         """Pages of a tile, and words of each: powers of 2."""

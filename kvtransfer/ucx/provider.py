@@ -2,11 +2,14 @@
 
     explicit path ─► one that is loaded already ─► the system's ─► the nixl wheel's (InfiniBand, EFA, CUDA) ─► the libucx wheel's (no RDMA)
 
+For GPU memory, of those that are not loaded yet, the first with CUDA: a distribution's rarely has it.
 Two copies of UCX never live in one process: both would patch its memory allocation.
 """
 
 import ctypes
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,6 +18,7 @@ from pathlib import Path
 from ...messages.errors import ClusterError
 
 PATH_VARIABLE = "DIPTYCH_LIBUCP"
+LIBUCP = "libucp.so.0"
 
 SETTINGS = {
     "MM_ERROR_HANDLING": "y",               # or endpoints that report errors silently lose shared memory, and fall to TCP
@@ -32,14 +36,14 @@ LOADING = {"UCX_LOG_LEVEL": "fatal", "UCX_HANDLE_ERRORS": "none", "UCX_ERROR_SIG
 """Read by UCX while it is loaded: a dead peer is our business to report, and signal handlers are the application's."""
 
 
-def find_libucp() -> str:
+def find_libucp(for_gpu: bool = False) -> str:
     """A path or name for dlopen. Raises ClusterError, naming what was tried."""
     explicit = os.environ.get(PATH_VARIABLE)
     if explicit is not None:
         if not Path(explicit).is_file():
             raise ClusterError(f"{PATH_VARIABLE}={explicit}: there is no such file")
         return explicit
-    found = _loaded() or _system() or _nixl_wheel() or _libucx_wheel()
+    found = _loaded() or (_with_cuda() if for_gpu else None) or _system() or _nixl_wheel() or _libucx_wheel()
     if found is None:
         tried = f"{PATH_VARIABLE}, the system's libucp.so.0, the wheels nixl-cu13, nixl-cu12 and libucx-cu13, libucx-cu12"
         raise ClusterError(f"no UCX for the transport ucx; tried {tried}: pip install diptych[ucx]")
@@ -51,14 +55,30 @@ def _loaded() -> str | None:
     return min(paths, default=None)
 
 
+def _with_cuda() -> str | None:
+    """Nothing is loaded to find out: it would stay."""
+    found = (*_system_paths(), _nixl_wheel(), _libucx_wheel())
+    return next((path for path in found if path is not None and any(Path(path).parent.glob("ucx/libuct_cuda.so*"))), None)
+
+
 def _system() -> str | None:
-    name = "libucp.so.0"
     try:
         with quiet_loading():
-            ctypes.CDLL(name, os.RTLD_LOCAL)
+            ctypes.CDLL(LIBUCP, os.RTLD_LOCAL)
     except OSError:
         return None
-    return name
+    return LIBUCP
+
+
+def _system_paths() -> list[str]:
+    """Where the dynamic loader would look for it."""
+    folders = [Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    found = [str(folder / LIBUCP) for folder in folders if (folder / LIBUCP).is_file()]
+    program = shutil.which("ldconfig", path=f"{os.environ.get('PATH', '')}:/sbin:/usr/sbin")
+    if program is None:
+        return found
+    listed = subprocess.run([program, "-p"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return found + [line.split(" => ")[1] for line in listed if line.strip().startswith(f"{LIBUCP} ") and " => " in line]
 
 
 def _nixl_wheel() -> str | None:
@@ -70,7 +90,7 @@ def _nixl_wheel() -> str | None:
 
 
 def _libucx_wheel() -> str | None:
-    libraries = [folder / "lib" / "libucp.so.0" for folder in _folders("libucx")]
+    libraries = [folder / "lib" / LIBUCP for folder in _folders("libucx")]
     return next((str(library) for library in libraries if library.is_file()), None)
 
 

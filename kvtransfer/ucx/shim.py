@@ -96,10 +96,10 @@ def _functions() -> dict[str, Callable[..., object]]:
 class Shim:
     """One process's end. `close` ends all but the memory, which stays until `release` was called once more per allocation."""
 
-    def __init__(self, uid: bytes, num_imms: int, stall_s: float) -> None:
+    def __init__(self, uid: bytes, num_imms: int, stall_s: float, for_gpu: bool = False) -> None:
         assert len(uid) == UID_BYTES
         self._functions = _functions()
-        self.library = find_libucp()
+        self.library = find_libucp(for_gpu)
         handle = c_void_p()
         with quiet_loading():
             settings = (settings_text().encode(), door_settings_text().encode())

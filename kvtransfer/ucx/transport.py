@@ -44,7 +44,7 @@ class UcxTransport:
         """`stall_s` without any progress of writes under way ends a link. Raises ClusterError: no UCX, no compiler."""
         self._device = device or torch.device("cpu")
         self._uid = secrets.token_bytes(UID_BYTES)
-        self._shim = Shim(self._uid, NUM_IMMS, stall_s)
+        self._shim = Shim(self._uid, NUM_IMMS, stall_s, for_gpu=self._device.type == "cuda")
         self._links: dict[bytes, Link] = {}
         self._open: set[bytes] = set()                               # links that have been open
         self._why_not: dict[bytes, str] = {}                         # of links that are not open, as it was said last

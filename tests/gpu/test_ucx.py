@@ -1,4 +1,4 @@
-"""The `ucx` transport between the pools of two GPUs of one host, over CUDA IPC where UCX has that."""
+"""The `ucx` transport between two pools in GPU memory, over CUDA IPC where UCX has that."""
 
 import random
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from diptych.kvtransfer.ucx.transport import UcxTransport
 from diptych.messages.errors import ClusterError
 from diptych.messages.ids import Imm
 
-pytestmark = [pytest.mark.gpu2, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"), needs_ucx]
+pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"), needs_ucx]
+SECOND_GPU = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
 PAGE_BYTES, NUM_PAGES, TIMEOUT_S = 64 << 10, 256, 20.0
 SLEEP_CYCLES = 400_000_000                                    # of a GPU: about 0.2 s
@@ -32,9 +33,11 @@ def writer() -> Iterator[tuple[UcxTransport, KVPool]]:
     transport.close()
 
 
-@pytest.fixture
-def receiver(writer: tuple[UcxTransport, KVPool]) -> Iterator[UcxPeer]:
-    with ucx_peer(PAGE_BYTES, NUM_PAGES, device="cuda:1") as peer:
+@pytest.fixture(
+    params=[pytest.param(0, marks=pytest.mark.gpu, id="one GPU"), pytest.param(1, marks=[pytest.mark.gpu2, SECOND_GPU], id="two GPUs")]
+)
+def receiver(request: pytest.FixtureRequest, writer: tuple[UcxTransport, KVPool]) -> Iterator[UcxPeer]:
+    with ucx_peer(PAGE_BYTES, NUM_PAGES, device=f"cuda:{request.param}") as peer:
         yield peer
 
 

@@ -3,6 +3,7 @@
 from functools import cache
 
 import pytest
+import torch
 
 from diptych.kvtransfer.ucx.build import build_shim
 from diptych.kvtransfer.ucx.provider import find_libucp
@@ -12,7 +13,7 @@ from diptych.messages.errors import ClusterError
 @cache
 def why_no_ucx() -> str | None:
     try:
-        find_libucp()
+        find_libucp(for_gpu=torch.cuda.is_available())           # what is found first stays in the process
         build_shim()
     except ClusterError as error:
         return str(error)

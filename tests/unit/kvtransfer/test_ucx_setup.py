@@ -34,6 +34,39 @@ def test_the_order_of_providers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         assert provider.find_libucp() == str(explicit)
 
 
+def test_gpu_memory_gets_the_first_with_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def library(name: str, with_cuda: bool) -> str:
+        (tmp_path / name / "ucx").mkdir(parents=True)
+        (tmp_path / name / "libucp.so.0").touch()
+        (tmp_path / name / "ucx" / ("libuct_cuda.so.0" if with_cuda else "libuct_ib.so.0")).touch()
+        return str(tmp_path / name / "libucp.so.0")
+
+    plain, distribution, wheel, other = (library(name, name in ("wheel", "other")) for name in ("plain", "distribution", "wheel", "other"))
+    monkeypatch.setattr(provider, "_system_paths", lambda: [plain, distribution])
+    with only(monkeypatch, _system="libucp.so.0", _nixl_wheel=wheel, _libucx_wheel=other):
+        assert provider.find_libucp(for_gpu=True) == wheel
+        assert provider.find_libucp() == "libucp.so.0"
+    with only(monkeypatch, _loaded="loaded", _nixl_wheel=wheel):
+        assert provider.find_libucp(for_gpu=True) == "loaded"
+    with only(monkeypatch, _system="libucp.so.0", _nixl_wheel=plain):
+        assert provider.find_libucp(for_gpu=True) == "libucp.so.0", "none has CUDA: the error comes when memory is registered"
+    monkeypatch.setattr(provider, "_system_paths", lambda: [plain, other])
+    with only(monkeypatch, _system="libucp.so.0", _nixl_wheel=wheel):
+        assert provider.find_libucp(for_gpu=True) == other
+
+
+def test_the_systems_libraries_are_found_without_loading_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libucp.so.0").touch()
+    program = tmp_path / "ldconfig"
+    listed = ("2 libs found", "\tlibucp.so.0 (libc6,x86-64) => /a/libucp.so.0", "\tlibucp.so (libc6) => /a/libucp.so")
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in listed))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path / 'lib'}:")
+    assert provider._system_paths() == [str(tmp_path / "lib" / "libucp.so.0"), "/a/libucp.so.0"]
+
+
 def test_no_ucx_at_all_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     with only(monkeypatch), pytest.raises(ClusterError, match=r"pip install diptych\[ucx\]"):
         provider.find_libucp()
