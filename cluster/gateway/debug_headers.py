@@ -18,10 +18,9 @@ def debug_headers(generation: Generation) -> Headers:
     if generation.route is None:
         return ()
     headers: Headers = (("x-diptych-route", _route_text(generation.route)),)
-    if (predicted := generation.prediction) is None:
+    if generation.prediction is None or (ttft_s := generation.predicted_ttft_s) is None:
         return headers
-    waited_s = generation.routed_at - generation.arrived_at
-    times = (("x-diptych-predicted-ttft-ms", waited_s + predicted.ttft_s), ("x-diptych-predicted-tpot-ms", predicted.tpot_s))
+    times = (("x-diptych-predicted-ttft-ms", ttft_s), ("x-diptych-predicted-tpot-ms", generation.prediction.tpot_s))
     return headers + tuple((name, f"{seconds * 1e3:.1f}") for name, seconds in times if math.isfinite(seconds))
 
 

@@ -104,6 +104,11 @@ class Generation:
     def ended(self) -> bool:
         return self.state in ENDS
 
+    @property
+    def predicted_ttft_s(self) -> float | None:
+        """As of the last attempt, from the HTTP request on, as clients count it."""
+        return None if self.prediction is None else self.routed_at - self.arrived_at + self.prediction.ttft_s
+
     def move(self, to: GenerationState) -> None:
         assert to in TRANSITIONS[self.state], f"{self.prompt.name}: {self.state} → {to}"
         self.state = to

@@ -17,6 +17,7 @@ NUM_RECENT = 1000
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60)
 TPOT_BUCKETS_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1)
 E2E_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+ERROR_BUCKETS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1, 2, 5)
 
 PAIR = ("prefill", "decode", "transport")
 
@@ -39,6 +40,8 @@ class Metrics:
         self._ttft = Distribution("diptych_ttft_seconds", "HTTP request read to first token", TTFT_BUCKETS_S, registry=registry)
         self._tpot = Distribution("diptych_tpot_seconds", "Mean time between a choice's tokens", TPOT_BUCKETS_S, registry=registry)
         self._e2e = Distribution("diptych_e2e_seconds", "HTTP request read to last token", E2E_BUCKETS_S, registry=registry)
+        off = "How far first tokens of first attempts were off: |came / predicted - 1|, from the HTTP request on"
+        self._ttft_error = Distribution("diptych_ttft_prediction_error", off, ERROR_BUCKETS, registry=registry)
         self._choices = Count("diptych_choices", "Choices by how they ended", ["outcome"], registry=registry)
         by_class = ["class", "outcome"]
         self._requests = Count("diptych_requests", "Choices by class and how they ended", by_class, registry=registry)
@@ -127,6 +130,8 @@ class Metrics:
             return
         self._ttft.observe(first - generation.arrived_at)
         self._recent_ttft.append(first - generation.arrived_at)
+        if generation.num_attempts == 1 and (predicted_s := generation.predicted_ttft_s) is not None and predicted_s > 0:
+            self._ttft_error.observe(abs((first - generation.arrived_at) / predicted_s - 1))
         if generation.state is GenerationState.FINISHED:
             self._finished(generation, first, last)
 

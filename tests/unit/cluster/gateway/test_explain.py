@@ -107,6 +107,15 @@ class TestDebugHeaders:
             assert float(headers["x-diptych-predicted-tpot-ms"]) > 0
 
     @in_loop
+    async def test_how_far_off_the_prediction_was_is_counted(self, tmp_path):
+        async with House(tmp_path, policy="goodput", objectives=SLO, debug_headers=True) as house:
+            headers = (await house.post("/v1/completions", ASK)).headers
+            lines = dict(line.rsplit(" ", 1) for line in house.core.render_metrics().decode().splitlines() if line[0] != "#")
+            predicted_s, came_s = float(headers["x-diptych-predicted-ttft-ms"]) / 1e3, float(lines["diptych_ttft_seconds_sum"])
+            assert lines["diptych_ttft_prediction_error_count"] == "1.0"
+            assert float(lines["diptych_ttft_prediction_error_sum"]) == pytest.approx(abs(came_s / predicted_s - 1), abs=0.05)
+
+    @in_loop
     async def test_other_policies_have_only_a_route(self, tmp_path):
         async with House(tmp_path, debug_headers=True) as house:
             headers = (await house.post("/v1/completions", ASK)).headers
