@@ -1,16 +1,16 @@
 """Chunks of few tokens against long contexts: the keys of a tile of prefill attention cut into shares, and those merged.
 
-    (KV head, item)      item = (sequence, share, tile of its query rows); what there are fewer of than programs returns at once
+    (KV head, item)      item: a sequence's share of the keys of one tile of its query rows
         │ tile of one share: writes the answer     │ more: partial answers and the logarithms of their softmax's sums
         ▼                                          ▼
       out [T, heads, head_dim]  ◄── merge ── partial [kv_heads, room, ROWS, head_dim], log_sums [kv_heads, room, ROWS], fp32
 
 As for decodes (Flash-Decoding, Dao et al. 2023) the merge is o = Σ 2^(l_i - m) o_i / Σ 2^(l_i - m), m = max l_i. `room` is how many items
-of a KV head a GPU computes at once, from shapes alone (`context_shares.py`), so that a CUDA graph can capture a launch. How long a share is,
-every program computes from the step's sequences: the keys of all tiles, spread over `room`, but no fewer than `fewest_keys`. A sequence's
-tiles are cut into as many shares as its context holds whole ones; so the shares of tiles that are cut are at most `room`, and a GPU runs
-them at once. Hence also the memory of `partial`: a tile's accumulator, ROWS · head_dim fp32, for each program that a GPU runs at once,
-whatever the step's tokens and contexts: 8.3 MiB for 132 SMs and head_dim 128.
+of a KV head a GPU computes at once, from shapes alone (`context_shares.py`), so that a CUDA graph can capture a launch. How long a share
+is, every program computes from the step's sequences: the keys of all tiles, spread over `room`, but no fewer than `fewest_keys`. A
+sequence's tiles are cut into as many shares as its context holds whole ones: so the shares of tiles that are cut are at most `room`, and
+a GPU runs them at once. Hence also the memory of `partial`: a tile's accumulator, ROWS · head_dim fp32, for each program that a GPU runs
+at once, whatever the step's tokens and contexts: 8.3 MiB for 132 SMs and head_dim 128. Programs beyond the last item return at once.
 
 A share is a whole number of steps of the tile's loop; the last one has the keys on the diagonal, too. Short sequences beside have one.
 """
