@@ -45,8 +45,8 @@ def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], flo
 
 def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
     """One of each kind of step that a GPU compiles something for, so that no request waits for a compiler: short and long prompts, several
-    prompts that fill a step, and decodes of few and many sequences, with short and long contexts, beside a prompt. The latter ask for
-    logprobs, which the host computes: otherwise a graph would take the step, and all its kernels are compiled already.
+    prompts that fill a step, the end of a long one, and decodes of few and many sequences, with short and long contexts, beside a prompt.
+    The latter ask for logprobs, which the host computes: otherwise a graph would take the step, and all its kernels are compiled already.
 
     Steps too large for a graph come in many sizes: a library picks its kernels by the number of rows, and CUDA loads each when it is first
     launched, once the device is idle. The host would wait for the step before (up to 0.2 s, seen on an H100)."""
@@ -58,6 +58,8 @@ def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
     pair = min(2, limits.max_sequences)
     for num_tokens in range(MOST_TOKENS + ROWS_APART, budget, ROWS_APART):
         runner.launch(_plan([_prompt(num_tokens // pair, limits)] * pair), None).wait()
+    for chunk in (_prompt(min(17, budget), limits), _chunk(longest, min(2, budget), limits)):
+        runner.launch(_plan([_with_logprobs(chunk)]), None).wait()
     beside, contexts, count = _with_logprobs(_prompt(min(17, budget), limits)), _contexts(longest), 1
     while count < min(limits.max_sequences, limits.max_step_tokens - 17):
         for context in contexts if count == 1 else (1, longest):
@@ -103,6 +105,13 @@ def _plan(chunks: list[Chunk]) -> StepPlan:
 
 def _prompt(num_tokens: int, limits: EngineLimits) -> Chunk:
     return Chunk(_sequence(num_tokens, limits), 0, num_tokens)
+
+
+def _chunk(end: int, num_tokens: int, limits: EngineLimits) -> Chunk:
+    """The last tokens of a prompt of `end` tokens: its context may be cut for attention, that of a short prompt is not."""
+    sequence = _sequence(end, limits)
+    sequence.num_computed = end - num_tokens
+    return Chunk(sequence, sequence.num_computed, num_tokens)
 
 
 def _decode(context: int, limits: EngineLimits) -> Chunk:

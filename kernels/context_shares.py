@@ -1,20 +1,37 @@
-"""Into how many shares decode attention cuts a step's contexts, so that its items, one for each sequence, KV head and share, fill a GPU.
+"""Into how many shares attention cuts a step's contexts, so that they fill a GPU.
+
+Decode attention's items are one for each sequence, KV head and share:
 
     on the host, each step:  contexts ──► share_tokens: about how long a share is ──► the device; each sequence is cut into even shares
     in a captured graph:     most_shares: how many there can be at most; num_programs: who computes them
 
 Measured on an H200 (docs/benchmarks.md): a program reads some 64 keys a microsecond, so none should have more than a multiprocessor's part
 of all keys; and each cut costs a part of the merge, so nothing shorter than that gains.
+
+Prefill attention's tiles are enough for a GPU in all but a step's chunks of few tokens. For these there is `chunk_cut`, from shapes alone;
+the lengths of shares follow on the device, from what the step's sequences are (`prefill_shares.py`).
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 RESIDENT = (3, 4)           # programs that a multiprocessor has at once, of the larger and of the smaller tile (decode_attention.py)
 SLACK = 1.1                 # over a multiprocessor's part: batches as long as each other should not be cut for a token
 CUT_COST = 0.15             # of a step's attention, for each share
 MOST_ITEMS = 4              # for each multiprocessor, with those where nothing is to be done, unless uncut contexts are more
 FEWEST_TOKENS = 128         # of a share of the longest context
+
+FEWEST_KEYS = 512           # of a share of a chunk's context: with fewer, beginning it and merging it take as long as it does
+MOST_CHUNK_SHARES = 32      # of one tile: the merge has all their sums in registers
+
+
+@dataclass(frozen=True)
+class ChunkCut:
+    """How a launch of prefill attention may cut contexts."""
+
+    room: int                           # shares for each KV head that the GPU computes at once; with fewer than two nothing is cut
+    fewest_keys: int = FEWEST_KEYS      # of a share
 
 
 def share_tokens(contexts: Sequence[int], kv_heads: int, num_sms: int) -> int:
@@ -31,6 +48,15 @@ def most_shares(num_sequences: int, kv_heads: int, max_context: int, num_sms: in
     pairs = max(1, num_sequences * kv_heads)
     most = min(math.ceil(num_sms / kv_heads), MOST_ITEMS * num_sms // pairs)
     return max(1, min(max(most, _whole_waves(pairs, num_sms)[1]), max_context // FEWEST_TOKENS))
+
+
+def chunk_cut(fewest_tiles: int, kv_heads: int, max_context: int, num_programs: int) -> ChunkCut:
+    """For a GPU that runs `num_programs` at once, and at least so many tiles of query rows for each KV head.
+
+    Nothing is cut where a tile can be but one share: two would take more programs than run at once, or leave too few keys for each.
+    """
+    room = num_programs // kv_heads
+    return ChunkCut(room if room >= 2 * fewest_tiles and max_context >= 2 * FEWEST_KEYS else 0)
 
 
 def num_programs(pairs: int, splits: int, num_sms: int) -> int:

@@ -3,8 +3,8 @@
     pages that every row sees, PAGES of them a step, without a mask   →   the pages on the diagonal, one a step, masked
 
 A page's place is read from the block table one step ahead: otherwise each copy would wait for that load. The maximum is taken of raw
-scores and the scale goes into one multiply-add before the exponential. No window: every row sees the first key, so that no row's
-maximum is ever -inf.
+scores and the scale goes into one multiply-add before the exponential. No window, and a page that every row sees comes first, if only
+the context's first key is seen by all: so no row's maximum is ever -inf.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -15,19 +15,19 @@ import triton.language as tl
 
 @triton.jit
 def attend_pages(
-    query, accumulator, row_max, row_sum, positions, end, context, table, pages, first_row, block_rows, value_rows, scale, first_position,
+    query, accumulator, row_max, row_sum, positions, start, diagonal, end, context, table, pages, first_row, block_rows, value_rows, scale,
     PAGE: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
-    """→ the accumulator and the sums of weights, after the keys 0 … end - 1.
+    """→ the accumulator, the rows' maxima and their sums of weights, after the keys start … end - 1.
 
+    Every row sees the keys before `diagonal`; `start` and `diagonal` are multiples of PAGE * PAGES, and equal only if both are 0.
     pages: the pool as rows; first_row: of the KV head's keys in block 0; block_rows: from a block to the next; value_rows: from keys
     to their values.
     """
-    diagonal = (first_position + 1) // (PAGE * PAGES) * (PAGE * PAGES)
     last = tl.maximum(end - 1, 0) // PAGE
-    block = tl.load(table)
+    block = tl.load(table + start // PAGE)
     if PAGES == 1:
-        for at in tl.range(0, diagonal, PAGE):
+        for at in tl.range(start, diagonal, PAGE):
             row = first_row + block * block_rows
             block = tl.load(table + tl.minimum(at // PAGE + 1, last))
             keys = pages.load([row, 0])
@@ -40,8 +40,8 @@ def attend_pages(
             row_sum = row_sum * decay + tl.sum(weights, 1)
             row_max = new_max
     else:
-        second = tl.load(table + tl.minimum(1, last))
-        for at in tl.range(0, diagonal, 2 * PAGE):
+        second = tl.load(table + tl.minimum(start // PAGE + 1, last))
+        for at in tl.range(start, diagonal, 2 * PAGE):
             row, second_row = first_row + block * block_rows, first_row + second * block_rows
             block = tl.load(table + tl.minimum(at // PAGE + 2, last))
             second = tl.load(table + tl.minimum(at // PAGE + 3, last))
@@ -70,4 +70,4 @@ def attend_pages(
         accumulator = tl.dot(weights.to(query.dtype), values, accumulator * decay[:, None])
         row_sum = row_sum * decay + tl.sum(weights, 1)
         row_max = new_max
-    return accumulator, row_sum
+    return accumulator, row_max, row_sum

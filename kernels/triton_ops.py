@@ -120,7 +120,7 @@ class TritonOps:
         if paging.has_single_rows:
             decode_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales, splits, num_sms=self._num_sms)
         if len(q) > num_sequences:      # some sequence has more than one row
-            prefill_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales)
+            prefill_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales, num_sms=self._num_sms)
         return out
 
     def _check(self, heads: Tensor, kv_pool: Tensor) -> None:

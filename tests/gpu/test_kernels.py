@@ -26,11 +26,14 @@ from harness.kernel_checks import (
     check_rope_write_kv,
     check_silu_mul,
     check_skinny_linear,
+    expected_attention,
 )
 from harness.kernel_model import logits_of_steps, random_weights
 from harness.sampling_checks import check_refusal, check_sampling
+from harness.share_checks import check_items
 
-from diptych.kernels.prefill_attention import PrefillTile
+from diptych.kernels.context_shares import ChunkCut
+from diptych.kernels.prefill_attention import PrefillTile, prefill_attention
 from diptych.kernels.selection import ops_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -171,6 +174,64 @@ PAGED_TILES = [
 def test_prefill_by_pages(tile: PrefillTile, heads: tuple[int, int], device: Device) -> None:
     case = AttentionCase(((700, 0), (129, 1000), (1, 70), (64, 64), (2, 0), (33, 5)), heads, 128, 64, dtype=BF16)
     check_attention(case, device, prefill_tile=tile)
+
+
+CHUNKS = ((16, 5000), (1, 300), (3, 0), (129, 3000), (2, 1100), (1, 4000), (40, 200))
+
+
+@pytest.mark.parametrize("room", [2, 33])
+@pytest.mark.parametrize("heads", [(32, 8), (28, 4), (8, 8)])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_chunks_against_long_contexts(head_dim: int, block_size: int, heads: tuple[int, int], room: int, device: Device) -> None:
+    check_attention(AttentionCase(CHUNKS, heads, head_dim, block_size, dtype=BF16), device, splits=3, cut=ChunkCut(room, 128))
+
+
+@pytest.mark.parametrize("window", [100, 2000])
+@pytest.mark.parametrize("kv_dtype", [None, FP8])
+def test_chunks_against_windows(kv_dtype: torch.dtype | None, window: int, device: Device) -> None:
+    check_attention(AttentionCase(CHUNKS, (32, 8), 128, 64, window, BF16, kv_dtype), device, splits=3, cut=ChunkCut(33, 128))
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_chunks_of_other_types(dtype: torch.dtype, device: Device) -> None:
+    check_attention(AttentionCase(CHUNKS, (8, 2), 128, 64, dtype=dtype, sharpness=10), device, splits=3, cut=ChunkCut(33, 128))
+
+
+@pytest.mark.parametrize("tile", PAGED_TILES)
+def test_chunks_by_pages(tile: PrefillTile, device: Device) -> None:
+    check_attention(AttentionCase(CHUNKS, (32, 8), 128, 64, dtype=BF16), device, prefill_tile=tile, cut=ChunkCut(33, 64))
+
+
+def test_chunks_are_cut_as_shapes_say(device: Device) -> None:
+    """Without a `cut`: a chunk of few tokens, whose context is in as many shares as fill the GPU, and one that fills it."""
+    for lengths in (((16, 12_000),), ((1, 9000), (100, 9000), (1, 30)), ((256, 5000),), ((700, 5000),)):
+        check_attention(AttentionCase(lengths, (32, 8), 128, 64, dtype=BF16), device)
+
+
+def test_items_of_chunks(device: Device) -> None:
+    assert check_items([(16, 12_000)], ChunkCut(33), 16, None, device) == [23]
+    assert check_items(list(CHUNKS), ChunkCut(33, 128), 16, None, device) == [4, 0, 1, 2, 1, 0, 1]
+    assert check_items([(1, 50)] * 130 + [(9, 4000)] + [(2, 30)] * 20 + [(40, 9000)], ChunkCut(33), 16, None, device)[-1] == 9
+
+
+def test_chunks_in_a_graph(device: Device) -> None:
+    """Captured for one context, replayed for others: from many shares to one, which is written without a merge."""
+    case = AttentionCase(((16, 8000), (20, 3000)), (32, 8), 128, 64, dtype=BF16)
+    inputs, graph = attention_inputs(case, device), torch.cuda.CUDAGraph()
+    out = torch.empty(inputs.q.shape, dtype=BF16, device=device.name)
+
+    def attend() -> None:
+        prefill_attention(out, inputs.q, inputs.kv_pool, inputs.layer, inputs.paging, case.scale, None, None)
+
+    attend()
+    with torch.cuda.graph(graph):
+        attend()
+    for contexts in ((8016, 3020), (700, 3020), (5000, 60), (16, 20)):
+        inputs.paging.context_lens.copy_(torch.tensor(contexts))
+        out.fill_(torch.nan)
+        graph.replay()
+        assert_close(out, expected_attention(case, inputs), 1e-2, device)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, FP8])

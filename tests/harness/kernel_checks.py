@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diptych.kernels import cudnn_attention, norms, rope_kv, silu_mul, skinny_linear
+from diptych.kernels.context_shares import ChunkCut
 from diptych.kernels.decode_attention import decode_attention
 from diptych.kernels.ops import HeadNorms, Paging
 from diptych.kernels.prefill_attention import PrefillTile, prefill_attention
@@ -153,6 +154,7 @@ def check_attention(
     blocks_before: int = 0,
     prefill_tile: PrefillTile | None = None,
     share_tokens: int | None = None,
+    cut: ChunkCut | None = None,
 ) -> None:
     """Both kernels on one batch: each writes its own sequences' rows, no other place, and leaves the pool as it was."""
     inputs = attention_inputs(case, device, blocks_before)
@@ -163,7 +165,7 @@ def check_attention(
     decoded, prefilled = Guarded(inputs.q.shape, case.dtype, device), Guarded(inputs.q.shape, case.dtype, device)
     arguments = (inputs.q, inputs.kv_pool, inputs.layer, inputs.paging, case.scale, case.window, inputs.kv_scales)
     decode_attention(decoded.tensor, *arguments, splits)
-    prefill_attention(prefilled.tensor, *arguments, prefill_tile)
+    prefill_attention(prefilled.tensor, *arguments, prefill_tile, cut)
     lengths = inputs.paging.query_starts.diff().long()
     is_decode = (lengths == 1).repeat_interleave(lengths)
     assert bool(decoded.tensor[~is_decode].isnan().all()), "the decode kernel wrote a chunk's row"

@@ -24,7 +24,9 @@ from harness.kernel_checks import (
 from harness.kernel_model import logits_of_steps, random_weights
 from harness.push_checks import check_push
 from harness.sampling_checks import check_refusal, check_sampling
+from harness.share_checks import check_items
 
+from diptych.kernels.context_shares import ChunkCut
 from diptych.kernels.page_push import PushShape
 from diptych.kernels.prefill_attention import PrefillTile
 from diptych.kernels.skinny_linear import LinearTile
@@ -91,6 +93,36 @@ def test_prefill_attention_beside_decodes(case: AttentionCase, device: Device) -
 def test_prefill_by_pages(pages: int, device: Device) -> None:
     case = AttentionCase(lengths=((1, 9), (3, 130), (20, 250), (3, 0)), heads=(8, 2), head_dim=128, block_size=64, dtype=BF16)
     check_attention(case, device, prefill_tile=PrefillTile(32, 64, 4, 2, pages))
+
+
+@pytest.mark.parametrize("room", [2, 11])
+@pytest.mark.parametrize(
+    "case",
+    [
+        AttentionCase(lengths=((1, 9), (3, 250), (20, 500), (3, 0), (2, 70)), heads=(8, 2), head_dim=128, block_size=64, dtype=BF16),
+        AttentionCase(lengths=((9, 340), (1, 700)), heads=(3, 3), head_dim=96, block_size=32),
+        AttentionCase(lengths=((13, 230), (5, 2), (40, 700)), heads=(7, 1), block_size=64, window=300),
+        AttentionCase(lengths=((20, 341),), heads=(2, 1), head_dim=128, block_size=64, dtype=BF16, kv_dtype=FP8),
+        AttentionCase(lengths=((2, 700),), heads=(2, 1), head_dim=256, dtype=torch.float16, sharpness=100),
+    ],
+)
+def test_chunks_against_long_contexts(case: AttentionCase, room: int, device: Device) -> None:
+    check_attention(case, device, cut=ChunkCut(room, fewest_keys=32))
+
+
+def test_chunks_in_shares_of_two_pages_a_step(device: Device) -> None:
+    case = AttentionCase(lengths=((1, 9), (3, 130), (20, 650), (3, 0)), heads=(8, 2), head_dim=128, block_size=64, dtype=BF16)
+    check_attention(case, device, prefill_tile=PrefillTile(32, 64, 4, 2, pages=2), cut=ChunkCut(9, fewest_keys=32))
+
+
+def test_items_of_chunks(device: Device) -> None:
+    """Long contexts in several shares, short ones beside in one, single rows in none; more sequences than are looked at in one step."""
+    assert check_items([(20, 500)], ChunkCut(11, 32), 16, None, device) == [5]
+    assert check_items([(1, 900), (2, 14_000), (3, 0), (30, 700), (1, 0)], ChunkCut(33, 512), 16, None, device) == [0, 27, 1, 1, 0]
+    assert check_items([(5, 9000), (17, 9000)], ChunkCut(40, 32), 16, 300, device) == [9, 9]
+    many = check_items([(1, 50)] * 130 + [(9, 4000)] + [(2, 30)] * 20 + [(40, 9000)], ChunkCut(33, 512), 16, None, device)
+    assert (many[130], many[131], many[-1]) == (4, 1, 9)
+    assert check_items([(1, 5)], ChunkCut(4), 16, None, device) == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])

@@ -1,5 +1,6 @@
 """The Triton kernels compile for sm_90, use its tensor cores and asynchronous copies, and keep everything in registers: no GPU needed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -76,19 +77,45 @@ def test_attention(
         assert at_once * decode.registers * threads <= REGISTERS_OF_AN_SM
         assert "cp.async.cg" in decode.ptx, "keys and values are not copied asynchronously"
         assert len(merge) == (splits > 1)
-    with captured(prefill_attention, "_prefill_kernel") as launches:
-        prefill_attention.prefill_attention(out, q, pool, 31, paging(4), 0.1, window, scales)
-    assert "wgmma.mma_async" in compiled(launches[0]).ptx, "products are not on Hopper's own matrix instructions"
+    with captured(prefill_attention, "_prefill_kernel", "_share_kernel", "merge_shares") as launches:
+        for room in (0, 16):
+            cut = context_shares.ChunkCut(room)
+            prefill_attention.prefill_attention(out, q, pool, 31, paging(4), 0.1, window, scales, cut=cut)
+    *attentions, merge = map(compiled, launches)
+    assert all("wgmma.mma_async" in found.ptx for found in attentions), "products are not on Hopper's own matrix instructions"
+    assert "ld.global.v4" in merge.ptx
 
 
 @pytest.mark.parametrize("tile", [prefill_attention.SHORT, prefill_attention.LONG])
 def test_prefill_by_pages(tile: prefill_attention.PrefillTile) -> None:
     q, pool = meta(64, 48, 128)[:, :32], meta(20_000, 32, 2, 8, 64, 128)
-    with captured(prefill_attention, "_prefill_kernel") as launches:
-        prefill_attention.prefill_attention(meta(64, 32, 128), q, pool, 31, paging(4), 0.1, None, None, tile)
-    found = compiled(launches[0])
-    assert "cp.async.bulk.tensor" in found.ptx, "pages are not copied by TMA"
-    assert "wgmma.mma_async" in found.ptx
+    with captured(prefill_attention, "_prefill_kernel", "_share_kernel", "merge_shares") as launches:
+        for room in (0, 33):
+            cut = context_shares.ChunkCut(room)
+            prefill_attention.prefill_attention(meta(64, 32, 128), q, pool, 31, paging(4), 0.1, None, None, tile, cut)
+    *attentions, merge = launches
+    assert "ld.global.v4" in compiled(merge).ptx
+    for found in map(compiled, attentions):
+        assert "cp.async.bulk.tensor" in found.ptx, "pages are not copied by TMA"
+        assert "wgmma.mma_async" in found.ptx
+        assert tile.resident * (found.shared_bytes + 1024) <= 228 << 10, "an SM has fewer programs at once than contexts are cut for"
+        assert tile.resident * found.registers * 32 * tile.num_warps <= REGISTERS_OF_AN_SM
+
+
+def test_chunks_are_cut_where_their_tiles_leave_multiprocessors_idle() -> None:
+    """Llama-3-8B's shapes; what is launched depends on no value."""
+
+    def kernels(tokens: int, sequences: int, **how: bool) -> list[str]:
+        q, pool = meta(tokens, 48, 128)[:, :32], meta(20_000, 32, 2, 8, 64, 128)
+        where = replace(paging(sequences), **how)
+        with captured(prefill_attention, "_prefill_kernel", "_share_kernel", "merge_shares") as launches:
+            prefill_attention.prefill_attention(meta(tokens, 32, 128), q, pool, 31, where, 0.1, None, None)
+        return [launch.kernel.__name__ for launch in launches]
+
+    cut, whole = ["_share_kernel", "merge_shares"], ["_prefill_kernel"]
+    assert kernels(64, 1) == kernels(256, 32, has_single_rows=False) == kernels(256, 64) == kernels(384, 255) == cut
+    assert kernels(320, 1) == kernels(320, 32, has_single_rows=False) == kernels(1024, 255) == kernels(4096, 1) == whole
+    assert kernels(256, 1, is_whole_prompt=True) == whole
 
 
 @pytest.mark.parametrize("m", [1, 32, 64, 128])

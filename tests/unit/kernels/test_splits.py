@@ -1,11 +1,11 @@
-"""How contexts are cut for decode attention, for the multiprocessors of an H200."""
+"""How contexts are cut for decode attention, and when for chunks, for the multiprocessors of an H200."""
 
 import math
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.kernels.context_shares import FEWEST_TOKENS, most_shares, num_programs, resident, share_tokens
+from diptych.kernels.context_shares import FEWEST_KEYS, FEWEST_TOKENS, chunk_cut, most_shares, num_programs, resident, share_tokens
 
 SMS = 132
 CONTEXTS = st.lists(st.integers(1, 131_072), min_size=1, max_size=256)
@@ -61,3 +61,16 @@ def test_programs_are_all_resident_or_one_for_each_item(num_sequences: int, kv_h
 
 def test_no_decodes() -> None:
     assert share_tokens([], 8, SMS) == 1
+
+
+@given(tiles=st.integers(1, 200), kv_heads=st.integers(1, 64), max_context=st.integers(1, 131_072), programs=st.integers(1, 264))
+def test_chunks_are_cut_where_two_shares_of_each_tile_run_at_once(tiles: int, kv_heads: int, max_context: int, programs: int) -> None:
+    room = chunk_cut(tiles, kv_heads, max_context, programs).room
+    assert room * kv_heads <= programs
+    assert (room > 0) == (2 * tiles <= programs // kv_heads and max_context >= 2 * FEWEST_KEYS)
+
+
+def test_chunks_of_llama_8b() -> None:
+    """8 KV heads, 16 tokens a tile, two programs on a multiprocessor: up to 256 tokens."""
+    assert [chunk_cut(tokens // 16, 8, 16_384, 2 * SMS).room for tokens in (16, 128, 256, 272, 1024)] == [33, 33, 33, 0, 0]
+    assert [chunk_cut(1, 8, context, 2 * SMS).room for context in (16, 1023, 1024)] == [0, 0, 33]
