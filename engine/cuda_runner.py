@@ -79,6 +79,10 @@ class CudaRunner:
         except torch.OutOfMemoryError as error:
             raise PoolTooSmall(f"no room for CUDA graphs beside weights and KV; give gpu_memory a smaller share: {error}") from None
 
+    @property
+    def padded_rows(self) -> Sequence[int]:
+        return self._prompt_graphs.padded_rows
+
     def needs_tokens(self, sequence: Seq) -> bool:
         sampling = sequence.request.sampling
         return (

@@ -45,6 +45,11 @@ class ModelRunner(Protocol):
         """Whether a step may be launched while the one before it is under way, some of its tokens PENDING."""
         ...
 
+    @property
+    def padded_rows(self) -> Seq[int]:
+        """Ascending: the rows that steps with prompts beside decodes are padded to. None beyond the last, or at all."""
+        ...
+
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
         """`on_layer(i)` is called once layer i's KV of this step is in the pool (on a GPU: queued to be, on the current stream)."""
         ...
@@ -69,6 +74,7 @@ class SyncRunner(ABC):
     """A runner whose launch returns when everything has been computed."""
 
     runs_ahead = False
+    padded_rows = ()
 
     @abstractmethod
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> list[ChunkOutput]: ...

@@ -12,8 +12,10 @@ promise that cannot be kept must not stop others. (The budget is the largest who
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from ..messages.steps import StepModel, attended_pairs
@@ -37,20 +39,38 @@ class StepRoom:
     floor: int = 0                            # tokens that are given whatever they take
     model: StepModel | None = None            # None: time does not count
     rows: int = 0                             # that the step holds already
+    padded: Seq[int] = ()                     # ascending: rows that steps with prompts are padded to; none beyond the last
+    free: int = 0                             # tokens that take no time: the step is padded to as many rows in any case
 
     @property
     def is_empty(self) -> bool:
-        return self.tokens == 0 or (self.floor == 0 and self._affordable(0, 1) == 0)
+        return self.tokens == 0 or (self.floor == self.free == 0 and self._affordable(0, 1) == 0)
 
     def take(self, start: int, wanted: int) -> int:
         """Of `wanted` tokens that follow on `start`, how many go into the step; at least one, if it is not empty."""
-        count = min(wanted, self.tokens, max(1, self.floor, self._affordable(start, self.tokens)))
+        most = min(wanted, self.tokens)
+        count = min(most, max(1, self.floor, self._affordable(start, self.tokens)))
+        if count < most:
+            count = min(most, self._without_padding(count))
         self.tokens -= count
         self.floor = max(0, self.floor - count)
         if self.model is not None:
             self.seconds -= self.model.prefill_s(count, attended_pairs(start, count), self.rows)
         self.rows += count
+        self.free = self._padded_to(self.rows) - self.rows
         return count
+
+    def _without_padding(self, count: int) -> int:
+        """To the nearest number of rows that steps are padded to: the next one more costs nothing or, on average, is made up for by the
+        next one less."""
+        rows = self.rows + count
+        above, index = self._padded_to(rows), bisect_right(self.padded, rows)
+        below = self.padded[index - 1] if index else 0
+        return (below if below > self.rows and rows - below < above - rows else above) - self.rows
+
+    def _padded_to(self, rows: int) -> int:
+        index = bisect_left(self.padded, rows)
+        return self.padded[index] if index < len(self.padded) else rows
 
     def _affordable(self, start: int, most: int) -> int:
         return most if self.model is None else affordable_tokens(self.model, start, self.seconds, most, self.rows)
@@ -75,12 +95,17 @@ def beside_s(decode_s: float, tpot_s: float) -> float:
 
 class Pacer:
     def __init__(
-        self, clock: Callable[[], float], model: Callable[[], StepModel], busy_s: Callable[[float], float] = lambda now: 0.0
+        self,
+        clock: Callable[[], float],
+        model: Callable[[], StepModel],
+        busy_s: Callable[[float], float] = lambda now: 0.0,
+        padded: Seq[int] = (),
     ) -> None:
-        """`busy_s(now)`: until the steps under way have ended."""
+        """`busy_s(now)`: until the steps under way have ended. `padded`: rows of the graphs that steps with prompts beside decodes take."""
         self._clock = clock
         self._model = model
         self._busy_s = busy_s
+        self._padded = padded
         self._lengths = deque[int](maxlen=MEMORY)
         self._are_short = False
 
@@ -99,7 +124,7 @@ class Pacer:
         if math.isinf(slack_s):
             return StepRoom(max_tokens)
         decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
-        return StepRoom(max_tokens, max(slack_s - decode_s, decode_s / MIN_SHARE), 1, model, len(decodes))
+        return StepRoom(max_tokens, max(slack_s - decode_s, decode_s / MIN_SHARE), 1, model, len(decodes), self._padded)
 
     def is_lost(self, sequence: Sequence) -> bool:
         """Its first token, still to come, is later than promised even if nothing but its prompt is computed from now on."""

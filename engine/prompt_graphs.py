@@ -20,7 +20,7 @@ from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from .engine import EngineLimits
 from .graph_choice import replay_s, undominated
-from .prompt_steps import PromptStep, StepInputs, StepShape, fill, inputs_within, shape_for, step_shapes
+from .prompt_steps import PromptStep, StepInputs, StepShape, fill, inputs_within, padded_rows, shape_for, step_shapes
 from .staging import Staging
 
 
@@ -59,6 +59,11 @@ class PromptGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         self.shapes = undominated({shape: self._captured[shape].seconds for shape in self.shapes}, StepShape.holds)
         self._captured = {shape: self._captured[shape] for shape in self.shapes}
+
+    @property
+    def padded_rows(self) -> list[int]:
+        """Of steps with single rows, ascending, whatever the number of sequences."""
+        return padded_rows(self.shapes)
 
     def shape_of(self, step: PromptStep) -> StepShape | None:
         return shape_for(self.shapes, len(step.packed.token_ids), len(step.packed.context_lens), step.has_single_rows)

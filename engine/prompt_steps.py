@@ -5,7 +5,7 @@ padding: tokens that are stored nowhere, sequences without rows. Products come i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -51,6 +51,13 @@ def step_shapes(max_step_tokens: int, max_sequences: int) -> list[StepShape]:
 def shape_for(shapes: Sequence[StepShape], tokens: int, sequences: int, single_rows: bool) -> StepShape | None:
     """The smallest that takes the step; None: it is too large for all."""
     return next((shape for shape in shapes if shape.takes(tokens, sequences, single_rows)), None)
+
+
+def padded_rows(shapes: Iterable[StepShape]) -> list[int]:
+    """To what steps with single rows are padded, ascending: as those with the most sequences are, which take any."""
+    mixed = [shape for shape in shapes if shape.has_single_rows]
+    most = max((shape.sequences for shape in mixed), default=0)
+    return sorted({shape.tokens for shape in mixed if shape.sequences == min(most, shape.tokens - 1)})
 
 
 @dataclass(frozen=True)

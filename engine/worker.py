@@ -79,7 +79,9 @@ class Worker(RoleSide):
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._steps = StepWatch(self.replica.step_model)
         self._descriptors = self.replica.transport.register(self.replica.pool)
-        self.engine.scheduler.pacer = Pacer(clock, lambda: self._steps.model, self._steps.busy_s)
+        self.engine.scheduler.pacer = Pacer(
+            clock, lambda: self._steps.model, self._steps.busy_s, self.engine.runner.padded_rows
+        )
         self.setup()
         self._status = self._snapshot()
 

@@ -73,7 +73,9 @@ class Simulation:
         plant = self._plant
         budget = plant.prefill_step_tokens if role is Role.PREFILL else plant.decode_step_tokens
         limits = EngineLimits(plant.block_size, plant.max_model_len, budget, plant.max_sequences)
-        worker = SimWorker(name, role, self.timeline, plant.cost, plant.jitter, plant.num_blocks, limits)
+        worker = SimWorker(
+            name, role, self.timeline, plant.cost, plant.jitter, plant.num_blocks, limits, plant.padded_rows
+        )
         worker.on_steps = lambda steps: self._stepped(worker, steps)
         if role is Role.PREFILL:
             worker.on_admitted = lambda sequence: self._offer(worker, sequence)

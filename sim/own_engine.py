@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 from msgspec import Struct
 
+from ..engine import prompt_steps
 from ..engine.prompt_steps import StepShape, shape_for, step_shapes
 from ..messages.steps import StepFeatures, attended_pairs
 
@@ -50,6 +51,11 @@ def rows_of(features: StepFeatures) -> int:
         return rows
     shape = shape_for(_shapes(), rows, features.num_decoding + 1, single_rows=features.num_decoding > 0)
     return rows if shape is None else shape.tokens
+
+
+def padded_rows() -> tuple[int, ...]:
+    """Of steps with prompts beside decodes, ascending."""
+    return tuple(prompt_steps.padded_rows(_shapes()))
 
 
 @cache

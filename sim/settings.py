@@ -25,6 +25,7 @@ class Plant:
     max_model_len: int = 131_072
     prefill_step_tokens: int = 2048
     decode_step_tokens: int = 2048
+    padded_rows: tuple[int, ...] = ()         # ascending: of steps with prompts beside decodes; none: they are not padded
     max_sequences: int = 256
     token_bytes: int = h200.KV_TOKEN_BYTES
     link_bytes_per_s: float = h200.LINK_BYTES_PER_S
@@ -41,7 +42,8 @@ class Plant:
 
 
 def _own_engine(measured: own_engine.Measured, num_blocks: int) -> dict[str, Any]:
-    return {"cost": own_engine.served(measured), "num_blocks": num_blocks, "hop_s": own_engine.HOP_S}
+    cost, padded_rows = own_engine.served(measured), own_engine.padded_rows()
+    return {"cost": cost, "padded_rows": padded_rows, "num_blocks": num_blocks, "hop_s": own_engine.HOP_S}
 
 
 MACHINES: dict[str, Callable[[], dict[str, Any]]] = {

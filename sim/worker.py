@@ -42,6 +42,7 @@ class KnownAnswers:
     """A runner to whom every next token is 0, and whose own clock shows what its steps cost so far."""
 
     runs_ahead = True
+    padded_rows = ()
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
@@ -74,7 +75,15 @@ def known_at_start(cost: StepCost, limits: EngineLimits) -> StepModel:
 
 class SimWorker:
     def __init__(
-        self, name: str, role: Role, timeline: Timeline, cost: StepCost, jitter: float, num_blocks: int, limits: EngineLimits
+        self,
+        name: str,
+        role: Role,
+        timeline: Timeline,
+        cost: StepCost,
+        jitter: float,
+        num_blocks: int,
+        limits: EngineLimits,
+        padded_rows: tuple[int, ...] = (),
     ) -> None:
         self.ref = WorkerRef(WorkerId(name), Epoch(1), Address(f"sim://{name}"))
         self.role = role
@@ -87,7 +96,9 @@ class SimWorker:
         self._jitter = jitter
         self._random = random.Random(name)
         self._steps = StepWatch(known_at_start(cost, limits))
-        self.engine.scheduler.pacer = Pacer(lambda: timeline.now, lambda: self._steps.model, self._steps.busy_s)
+        self.engine.scheduler.pacer = Pacer(
+            lambda: timeline.now, lambda: self._steps.model, self._steps.busy_s, padded_rows
+        )
         self._free_at = 0.0                   # when all steps that were launched have ended
         self._offered: list[Reservation] = []                    # oldest first; without blocks
         self._reserved: list[Reservation] = []

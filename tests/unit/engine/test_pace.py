@@ -55,6 +55,42 @@ def test_prompts_share_one_room(prompts, left_s, budget, floor):
     assert taken <= floor + 1 or cost_s <= left_s + one_s
 
 
+boundaries = st.lists(st.integers(1, 600), unique=True, max_size=6).map(sorted)
+
+
+parts = st.lists(st.tuples(tokens, st.integers(1, 800)), min_size=1, max_size=6)
+
+
+@given(parts, seconds, st.integers(1, 900), st.integers(0, 300), boundaries)
+def test_a_prompt_that_is_cut_leaves_no_row_to_padding(prompts, left_s, budget, rows, padded):
+    """A step goes up to a number of rows that it would be padded to anyway, or down to the last one before, whichever is nearer."""
+    room, taken = StepRoom(budget, left_s, 1, MODEL, rows, padded), 0
+    for start, wanted in prompts:
+        if room.is_empty:
+            break
+        before, most = room.rows, min(wanted, room.tokens)
+        plain = min(most, max(1, room.floor, affordable_tokens(MODEL, start, room.seconds, room.tokens, before)))
+        count = room.take(start, wanted)
+        taken += count
+        assert 1 <= count <= most
+        assert room.rows == rows + taken
+        assert room.free == min((each for each in padded if each >= room.rows), default=room.rows) - room.rows
+        if count not in (most, plain):
+            assert room.free == 0
+        if plain < most and padded and padded[-1] >= before + plain:
+            assert room.rows in padded or count == most
+            assert abs(count - plain) <= min(abs(each - before - plain) for each in padded if each > before)
+    assert taken <= budget
+
+
+def test_what_a_step_is_padded_to_is_given_to_the_next_prompt():
+    room = StepRoom(2048, MODEL.prefill_s(70, attended_pairs(0, 70), 100), 0, MODEL, 100, [128, 256, 384])
+    assert room.take(0, 70) == 70
+    assert (room.free, room.is_empty) == (86, False)
+    assert room.take(4000, 500) == 86
+    assert room.is_empty
+
+
 @given(st.lists(st.sampled_from([0.012, 0.02, 0.05, None]), min_size=1, max_size=60), st.integers(1, 4096))
 def test_a_step_that_has_room_ends_before_the_tightest_decode_is_due(tpots, budget):
     decodes = [decode(tpot) for tpot in tpots]

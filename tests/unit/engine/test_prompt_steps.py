@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.engine.packing import PackedBatch
-from diptych.engine.prompt_steps import MOST_TOKENS, PromptStep, StepInputs, fill, inputs_within, shape_for, step_shapes
+from diptych.engine.prompt_steps import MOST_TOKENS, PromptStep, StepInputs, fill, inputs_within, padded_rows, shape_for, step_shapes
 
 LIMITS = {"max_step_tokens": st.integers(1, 9000), "max_sequences": st.integers(1, 300)}
 
@@ -35,6 +35,18 @@ def test_no_shape_is_larger_than_a_step_can_need(max_step_tokens: int, max_seque
     assert all(shape.sequences <= max_sequences for shape in shapes)
     assert shapes[-1].tokens < max_step_tokens + 64
     assert len(shapes) <= 32 + 3 * 18
+
+
+@given(**LIMITS, rows=st.integers(2, MOST_TOKENS))
+def test_a_step_beside_as_many_decodes_as_there_may_be_is_padded_to_one_of_the_padded_rows(
+    max_step_tokens: int, max_sequences: int, rows: int
+) -> None:
+    shapes = step_shapes(max_step_tokens, max_sequences)
+    padded, rows = padded_rows(shapes), min(rows, shapes[-1].tokens)
+    shape = shape_for(shapes, rows, min(max_sequences, max(1, rows - 1)), True)
+    assert padded == sorted(set(padded))
+    assert shape is not None
+    assert shape.tokens == min(each for each in padded if each >= rows)
 
 
 def packed(lengths: list[int]) -> PackedBatch:
