@@ -8,7 +8,6 @@ A batch takes the next larger graph; the rows over are padding, which reads and 
 logits of a replay stand until the next one.
 """
 
-import operator
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -24,7 +23,6 @@ from ..kernels.sampling import Draws, sample
 from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
-from .graph_choice import replay_s, undominated
 from .staging import Staging
 
 SMALL_BATCHES = (1, 2, 4, 8)
@@ -75,7 +73,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """All graphs, the largest first: the others fit into its memory. What a larger one outruns is dropped again."""
+        """All graphs, the largest first: the others fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._sizes):
             stream = torch.cuda.Stream()                        # type: ignore[no-untyped-call]
@@ -88,8 +86,6 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=pool):
                 logits = self._step(size)
             self._graphs[size] = graph, logits
-        self._sizes = undominated({size: replay_s([self._graphs[size][0]]) for size in self._sizes}, operator.ge)
-        self._graphs = {size: self._graphs[size] for size in self._sizes}
 
     def replay(self, rows: list[DecodeRow]) -> Tensor:
         """Queues the step → logits [len(rows), vocab] fp32, until the next replay; tokens are in `sampled`."""

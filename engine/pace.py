@@ -23,6 +23,7 @@ from .sequence import Sequence
 
 AIM = 0.9
 MIN_SHARE = 8
+SPARE_SHARE = 8                               # of what prompts get: for attention of tokens whose rows would be padding
 SHORT_SHARE = 5
 MEMORY = 100                                  # answers
 
@@ -40,7 +41,8 @@ class StepRoom:
     model: StepModel | None = None            # None: time does not count
     rows: int = 0                             # that the step holds already
     padded: Seq[int] = ()                     # ascending: rows that steps with prompts are padded to; none beyond the last
-    free: int = 0                             # tokens that take no time: the step is padded to as many rows in any case
+    free: int = 0                             # tokens more whose rows cost nothing: the step is padded to them in any case
+    spare_s: float = math.inf                 # for what such tokens attend to, which does cost
 
     @property
     def is_empty(self) -> bool:
@@ -51,7 +53,7 @@ class StepRoom:
         most = min(wanted, self.tokens)
         count = min(most, max(1, self.floor, self._affordable(start, self.tokens)))
         if count < most:
-            count = min(most, self._without_padding(count))
+            count = min(most, self._without_padding(start, count))
         self.tokens -= count
         self.floor = max(0, self.floor - count)
         if self.model is not None:
@@ -60,13 +62,19 @@ class StepRoom:
         self.free = self._padded_to(self.rows) - self.rows
         return count
 
-    def _without_padding(self, count: int) -> int:
-        """To the nearest number of rows that steps are padded to: the next one more costs nothing or, on average, is made up for by the
-        next one less."""
+    def _without_padding(self, start: int, count: int) -> int:
+        """To the nearest number of rows that steps are padded to: what one step has more, the next has less. The one above is paid for in
+        any case, but for attention: as far as there is time to spare for that."""
         rows = self.rows + count
         above, index = self._padded_to(rows), bisect_right(self.padded, rows)
         below = self.padded[index - 1] if index else 0
-        return (below if below > self.rows and rows - below < above - rows else above) - self.rows
+        if below > self.rows and rows - below < above - rows:
+            return below - self.rows
+        assert self.model is not None, "without a model nothing is cut"
+        token_s = self.model.prefill_pair_s * (start + count + above - rows)          # of the last one: it attends to most
+        more = above - rows if token_s == 0 else int(min(above - rows, self.spare_s / token_s))
+        self.spare_s -= more * token_s
+        return count + more
 
     def _padded_to(self, rows: int) -> int:
         index = bisect_left(self.padded, rows)
@@ -124,7 +132,8 @@ class Pacer:
         if math.isinf(slack_s):
             return StepRoom(max_tokens)
         decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
-        return StepRoom(max_tokens, max(slack_s - decode_s, decode_s / MIN_SHARE), 1, model, len(decodes), self._padded)
+        room_s = max(slack_s - decode_s, decode_s / MIN_SHARE)
+        return StepRoom(max_tokens, room_s, 1, model, len(decodes), self._padded, spare_s=room_s / SPARE_SHARE)
 
     def is_lost(self, sequence: Sequence) -> bool:
         """Its first token, still to come, is later than promised even if nothing but its prompt is computed from now on."""

@@ -19,8 +19,8 @@ from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from .engine import EngineLimits
-from .graph_choice import replay_s, undominated
-from .prompt_steps import PromptStep, StepInputs, StepShape, fill, inputs_within, padded_rows, shape_for, step_shapes
+from .graph_choice import replay_s
+from .prompt_steps import PromptStep, StepInputs, StepShape, fast_shapes, fill, inputs_within, padded_rows, shape_for, step_shapes
 from .staging import Staging
 
 
@@ -49,7 +49,7 @@ class PromptGraphs:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """All shapes, the largest first: the others fit into its memory. What a larger one outruns is dropped again."""
+        """All shapes, the largest first: the others fit into its memory. What larger ones outrun is dropped again."""
         memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()                        # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -57,7 +57,7 @@ class PromptGraphs:
             for shape in reversed(self.shapes):
                 self._captured[shape] = self._capture(shape, memory)
         torch.cuda.current_stream().wait_stream(stream)
-        self.shapes = undominated({shape: self._captured[shape].seconds for shape in self.shapes}, StepShape.holds)
+        self.shapes = fast_shapes({shape: self._captured[shape].seconds for shape in self.shapes})
         self._captured = {shape: self._captured[shape] for shape in self.shapes}
 
     @property

@@ -5,7 +5,7 @@ padding: tokens that are stored nowhere, sequences without rows. Products come i
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +15,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .graph_choice import not_outrun
 from .packing import PackedBatch
 from .staging import ALIGNMENT
 
@@ -34,10 +35,6 @@ class StepShape(Struct, frozen=True, order=True):
     def takes(self, tokens: int, sequences: int, single_rows: bool) -> bool:
         return tokens <= self.tokens and sequences <= self.sequences and (self.has_single_rows or not single_rows)
 
-    def holds(self, other: "StepShape") -> bool:
-        """It takes whatever `other` takes, and is cut as that is."""
-        return self.has_single_rows == other.has_single_rows and self.tokens >= other.tokens and self.sequences >= other.sequences
-
 
 def step_shapes(max_step_tokens: int, max_sequences: int) -> list[StepShape]:
     """In order: prompts alone in steps of 64 tokens; with few and with many single rows beside in steps of 64, from 256 on of 128."""
@@ -53,11 +50,20 @@ def shape_for(shapes: Sequence[StepShape], tokens: int, sequences: int, single_r
     return next((shape for shape in shapes if shape.takes(tokens, sequences, single_rows)), None)
 
 
+def fast_shapes(seconds: Mapping[StepShape, float]) -> list[StepShape]:
+    """Those whose number of tokens is worth a graph, by the times of the shapes with the most sequences, in order: a number goes for all
+    numbers of sequences at once, or a step could be padded to more where it has fewer of them."""
+    kept = set[tuple[bool, int]]()
+    for single_rows in (False, True):
+        ascending = sorted(shape for shape in seconds if shape.has_single_rows == single_rows)
+        by_tokens = {shape.tokens: seconds[shape] for shape in ascending}             # of several the last: with the most sequences
+        kept |= {(single_rows, tokens) for tokens in not_outrun(by_tokens)}
+    return sorted(shape for shape in seconds if (shape.has_single_rows, shape.tokens) in kept)
+
+
 def padded_rows(shapes: Iterable[StepShape]) -> list[int]:
-    """To what steps with single rows are padded, ascending: as those with the most sequences are, which take any."""
-    mixed = [shape for shape in shapes if shape.has_single_rows]
-    most = max((shape.sequences for shape in mixed), default=0)
-    return sorted({shape.tokens for shape in mixed if shape.sequences == min(most, shape.tokens - 1)})
+    """To what steps with single rows are padded, ascending."""
+    return sorted({shape.tokens for shape in shapes if shape.has_single_rows})
 
 
 @dataclass(frozen=True)

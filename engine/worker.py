@@ -194,8 +194,9 @@ class Worker(RoleSide):
         if not plan.chunks:
             return False
         self.before_step(plan)
-        self._steps.launched(features_of(plan), self.clock())
+        features, began_at = features_of(plan), self.clock()
         self.engine.launch(plan, self._each_layer(plan))
+        self._steps.launched(features, began_at)         # until now its tokens counted as waiting, in reports too
         self._num_tokens += sum(chunk.count for chunk in plan.chunks)
         return True
 

@@ -130,7 +130,7 @@ class Metrics:
             return
         self._ttft.observe(first - generation.arrived_at)
         self._recent_ttft.append(first - generation.arrived_at)
-        if generation.num_attempts == 1 and (predicted_s := generation.predicted_ttft_s) is not None and predicted_s > 0:
+        if generation.num_attempts == 1 and (predicted_s := generation.predicted_ttft_s) is not None and 0 < predicted_s < math.inf:
             self._ttft_error.observe(abs((first - generation.arrived_at) / predicted_s - 1))
         if generation.state is GenerationState.FINISHED:
             self._finished(generation, first, last)

@@ -35,7 +35,7 @@ from .pages import Slot, Slots, check_pages, runs_of
 POLL_S = 2e-5
 UNMAP_TIMEOUT_S = 30.0
 HIGH_PRIORITY = -1
-"""Of the side stream: its few programs get the next SM that is free, where at the engine's own priority they would queue behind all
+"""Of the side stream: its programs get the next SM that is free, where at the engine's own priority they would queue behind all
 programs of the kernel that is running, and pages would leave only between kernels."""
 
 Key = tuple[bytes, Imm]

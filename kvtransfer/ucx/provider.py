@@ -58,7 +58,12 @@ def _loaded() -> str | None:
 def _with_cuda() -> str | None:
     """Nothing is loaded to find out: it would stay."""
     found = (*_system_paths(), _nixl_wheel(), _libucx_wheel())
-    return next((path for path in found if path is not None and any(Path(path).parent.glob("ucx/libuct_cuda.so*"))), None)
+    return next((path for path in found if path is not None and _has_cuda(Path(path))), None)
+
+
+def _has_cuda(library: Path) -> bool:
+    """Its modules are beside it, or beside what it is a link to."""
+    return any(any(path.parent.glob("ucx/libuct_cuda.so*")) for path in (library, library.resolve()))
 
 
 def _system() -> str | None:

@@ -182,7 +182,7 @@ def test_more_memory_than_there_is_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_programs", [1, 4, 32])
+@pytest.mark.parametrize("num_programs", [1, 4, 132])
 @pytest.mark.parametrize(("page_words", "num_pages"), [(256, 999), (512, 4096), (12_288, 70), (8192, 600), (32_768, 129), (64, 0)])
 def test_page_push(page_words: int, num_pages: int, num_programs: int) -> None:
     check_push(page_words, num_pages, PushShape(num_programs), torch.device("cuda"))

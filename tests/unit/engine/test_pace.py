@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.engine.pace import AIM, CAUGHT_UP, MEMORY, MIN_SHARE, SHORT_SHARE, Pacer, StepRoom, affordable_tokens, beside_s
+from diptych.engine.pace import AIM, CAUGHT_UP, MEMORY, MIN_SHARE, SHORT_SHARE, SPARE_SHARE, Pacer, StepRoom, affordable_tokens, beside_s
 from diptych.engine.sequence import Sequence
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
@@ -81,6 +81,21 @@ def test_a_prompt_that_is_cut_leaves_no_row_to_padding(prompts, left_s, budget, 
             assert room.rows in padded or count == most
             assert abs(count - plain) <= min(abs(each - before - plain) for each in padded if each > before)
     assert taken <= budget
+
+
+@given(st.integers(0, 200_000), st.floats(1e-3, 2e-2), st.integers(1, 300), boundaries, st.integers(1, 3))
+def test_tokens_that_fill_a_step_cost_little_more_attention(start, room_s, rows, padded, prompts):
+    """Their rows are free. What they attend to is not: far into a long prompt they would break promises step by step."""
+    room, spent_s = StepRoom(4096, room_s, 1, MODEL, rows, padded, spare_s=room_s / SPARE_SHARE), 0.0
+    for _ in range(prompts):
+        if room.is_empty:
+            break
+        plain = max(1, affordable_tokens(MODEL, start, room.seconds, room.tokens, room.rows))
+        count = room.take(start, 4096)
+        extra = attended_pairs(start, max(count, plain)) - attended_pairs(start, plain)
+        spent_s += MODEL.prefill_pair_s * extra
+    assert spent_s <= room_s / SPARE_SHARE + 1e-9
+    assert room.spare_s >= -1e-12
 
 
 def test_what_a_step_is_padded_to_is_given_to_the_next_prompt():

@@ -386,7 +386,9 @@ def test_tokens_do_not_wait_for_the_next_step_to_be_launched(cluster: FakeCluste
         turn(cluster, worker)
     (tokens,) = [message for message in seen if isinstance(message, StepTokens)]
     assert [delta.request_id for delta in tokens.deltas] == ["a"]
-    assert worker.load().busy_s > 0, "the step of b is under way"
+    assert (tokens.load.busy_s, tokens.load.work.prefill_tokens) == (0.0, 8), "the step of b, which is being launched, counts once"
+    assert worker.load().busy_s > 0
+    assert worker.load().work.prefill_tokens == 0
 
 
 def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:

@@ -50,9 +50,11 @@ def test_gpu_memory_gets_the_first_with_cuda(monkeypatch: pytest.MonkeyPatch, tm
         assert provider.find_libucp(for_gpu=True) == "loaded"
     with only(monkeypatch, _system="libucp.so.0", _nixl_wheel=plain):
         assert provider.find_libucp(for_gpu=True) == "libucp.so.0", "none has CUDA: the error comes when memory is registered"
-    monkeypatch.setattr(provider, "_system_paths", lambda: [plain, other])
+    link = tmp_path / "libucp.so.0"
+    link.symlink_to(other)
+    monkeypatch.setattr(provider, "_system_paths", lambda: [plain, str(link)])
     with only(monkeypatch, _system="libucp.so.0", _nixl_wheel=wheel):
-        assert provider.find_libucp(for_gpu=True) == other
+        assert provider.find_libucp(for_gpu=True) == str(link)
 
 
 def test_the_systems_libraries_are_found_without_loading_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
