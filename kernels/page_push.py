@@ -36,8 +36,8 @@ class PushShape:
     kernels beside it wait for their last multiprocessor (docs/benchmarks.md)."""
 
     num_programs: int = 132
-    num_warps: int = 8
-    tile_bytes: int = 16 << 10         # in registers twice: 2 × 64 bytes of a thread
+    num_warps: int = 4
+    tile_bytes: int = 8 << 10          # in registers twice: 2 × 64 bytes of a thread
 
     def rows_and_words(self, page_words: int) -> tuple[int, int]:
         """Pages of a tile, and words of each: powers of 2."""

@@ -47,10 +47,14 @@ class Location(Struct, frozen=True, array_like=True):
         return location
 
 
-def check_descriptor(descriptor: MemoryDescriptor, page_bytes: int) -> Location:
-    """Raises PeerGone (another host, nothing of ours), LayoutMismatch (pages of another size)."""
+def check_page_bytes(descriptor: MemoryDescriptor, page_bytes: int) -> None:
+    """Raises LayoutMismatch."""
     if descriptor.page_bytes != page_bytes:
         raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {page_bytes} here")
+
+
+def location_here(descriptor: MemoryDescriptor) -> Location:
+    """Raises PeerGone: another host, nothing of ours."""
     if descriptor.host != host_identity():
         raise PeerGone(f"GPU memory of {descriptor.host}, this is {host_identity()}")
     return Location.unpack(descriptor.location)

@@ -29,7 +29,7 @@ from ..shm import host_identity, sweep_orphans
 from ..transport import NUM_IMMS, KVPool, PageIds, Peer, TransferStats
 from . import cudart
 from .counters import OwnCounters
-from .memory import THIS_PROCESS, VERSION, DeviceMemory, Location, PeerMemory, check_descriptor
+from .memory import THIS_PROCESS, VERSION, DeviceMemory, Location, PeerMemory, check_page_bytes, location_here
 from .pages import Slot, Slots, check_pages, runs_of
 
 POLL_S = 2e-5
@@ -145,8 +145,9 @@ class NvlinkTransport:
     # the writer's side
 
     def connect(self, descriptor: MemoryDescriptor) -> Peer:
+        check_page_bytes(descriptor, self._page_bytes)
         if descriptor.location not in self._targets:        # or each handoff would look at the file system for the host's name
-            location = check_descriptor(descriptor, self._page_bytes)
+            location = location_here(descriptor)
             assert self._device.index is not None
             with torch.cuda.device(self._device):
                 memory = PeerMemory(location, descriptor.num_blocks * self._block_bytes, self._device.index)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -16,9 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.kvtransfer.nvlink import cudart
+from diptych.kvtransfer.nvlink import cudart, memory
 from diptych.kvtransfer.nvlink.counters import OwnCounters, PeerCounters
-from diptych.kvtransfer.nvlink.memory import THIS_PROCESS, VERSION, Location, PeerMemory, check_descriptor
+from diptych.kvtransfer.nvlink.memory import THIS_PROCESS, VERSION, Location, PeerMemory, check_page_bytes, location_here
 from diptych.kvtransfer.nvlink.pages import SMALLEST, Slots, check_pages, runs_of
 from diptych.kvtransfer.shm import SHM, host_identity, sweep_orphans
 from diptych.kvtransfer.transport import NUM_IMMS
@@ -40,7 +41,7 @@ def counters() -> Iterator[OwnCounters]:
 
 def test_a_location_survives_the_wire() -> None:
     assert Location.unpack(LOCATION.pack()) == LOCATION
-    assert check_descriptor(DESCRIPTOR, 4096) == LOCATION
+    assert location_here(DESCRIPTOR) == LOCATION
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,26 @@ def test_a_location_that_is_none_is_refused(packed: bytes) -> None:
 
 def test_another_host_is_refused() -> None:
     with pytest.raises(PeerGone, match="GPU memory of elsewhere"):
-        check_descriptor(msgspec.structs.replace(DESCRIPTOR, host="elsewhere"), 4096)
+        location_here(msgspec.structs.replace(DESCRIPTOR, host="elsewhere"))
 
 
 def test_another_page_size_is_refused() -> None:
     with pytest.raises(LayoutMismatch, match="pages of 4096 bytes there, 8192 here"):
-        check_descriptor(DESCRIPTOR, 8192)
+        check_page_bytes(DESCRIPTOR, 8192)
+
+
+def test_a_known_peer_costs_no_look_at_the_host_and_is_still_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each handoff connects. On a virtual machine the look took as long as a message."""
+    pytest.importorskip("triton")
+    from diptych.kvtransfer.nvlink.transport import NvlinkTransport, _Target
+
+    transport = NvlinkTransport("c", WorkerId("w"), Epoch(1), torch.device("cuda", 0))
+    transport._page_bytes = DESCRIPTOR.page_bytes
+    transport._targets[DESCRIPTOR.location] = _Target(SimpleNamespace(), DESCRIPTOR.num_blocks)
+    monkeypatch.setattr(memory, "host_identity", lambda: pytest.fail("it looked"))
+    assert transport.connect(DESCRIPTOR).descriptor == DESCRIPTOR
+    with pytest.raises(LayoutMismatch, match="pages of 8192 bytes there, 4096 here"):
+        transport.connect(msgspec.structs.replace(DESCRIPTOR, page_bytes=8192))
 
 
 @pytest.mark.parametrize("pool_bytes", [0, (1 << 30) + 1])
