@@ -35,7 +35,8 @@ from .scheduler import StepPlan
 from .step_watch import StepWatch
 
 EXPIRY_PERIOD_S = 0.01         # between looks at who has run out of time
-LOOK_PERIOD_S = 0.001          # between looks, while a step is being launched, whether the one before has been computed
+LOOK_AFTER_S = 0.003           # that a step has been being launched: then looks whether the one before has been computed
+LOOK_PERIOD_S = 0.001          # between these
 ATTENTION_S = 0.0005
 """So long after a question the loop looks for the answer without sleeping: to be woken takes as long as the answer does."""
 
@@ -75,7 +76,8 @@ class Worker(RoleSide):
         self._stopping = threading.Event()
         self._draining = False
         self._backlog: list[Message] = []                        # came while a step was being launched
-        self._next_beat = self._next_expiry = self._next_look = clock()
+        self._next_beat = self._next_expiry = clock()
+        self._next_look = 0.0
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._steps = StepWatch(self.replica.step_model)
         self._descriptors = self.replica.transport.register(self.replica.pool)
@@ -215,8 +217,9 @@ class Worker(RoleSide):
 
     def _each_layer(self, plan: StepPlan) -> Callable[[int], None]:
         """A step may last longer than gateways bear silence, and pages can leave from the layer on at which they were accepted. Launched
-        kernel by kernel, it takes the host up to 40 ms: the tokens of the step before would come so much later."""
-        role_hook = self.on_layer(plan)
+        kernel by kernel, it takes the host up to 40 ms: the tokens of the step before would come so much later. What is launched sooner
+        comes first, for the device may have nothing else to do."""
+        role_hook, self._next_look = self.on_layer(plan), self.clock() + LOOK_AFTER_S
 
         def finished(layer: int) -> None:
             if role_hook is not None:

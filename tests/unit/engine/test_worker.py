@@ -13,7 +13,7 @@ from diptych.engine.fake_runner import next_token
 from diptych.engine.model_runner import ChunkOutput, StepOutputs
 from diptych.engine.scheduler import StepPlan
 from diptych.engine.step_watch import STEP_LIMIT_S
-from diptych.engine.worker import LOOK_PERIOD_S, Worker
+from diptych.engine.worker import LOOK_AFTER_S, Worker
 from diptych.messages.codec import Message
 from diptych.messages.errors import StepStuck
 from diptych.messages.handoff import KVAccept, KVLanded
@@ -372,7 +372,9 @@ def test_tokens_do_not_wait_for_the_next_step_to_be_launched(cluster: FakeCluste
         def finished(layer: int) -> None:
             if steps:
                 steps[0].has_ended = True
-            cluster.now += 2 * LOOK_PERIOD_S
+            on_layer(layer)
+            assert not [each for each in answers(cluster) if isinstance(each, StepTokens)], "a launch as quick as that is not held up"
+            cluster.now += 2 * LOOK_AFTER_S
             on_layer(layer)
             seen.extend(answers(cluster))
 
