@@ -1,4 +1,7 @@
-"""The prefill role: computes prompts, gives the first token to the gateway and the KV to a decode worker."""
+"""The prefill role: computes prompts, gives the first token to the gateway and the KV to a decode worker.
+
+It also serves whole requests by itself, where the router finds that decode workers have no room: they are decoded beside its prompts.
+"""
 
 from collections.abc import Callable
 
@@ -42,7 +45,7 @@ class PrefillWorker(Worker):
         )
 
     def hands_off(self, request: GenerateRequest) -> bool:
-        return True
+        return request.route.prefill is not None
 
     def check_route(self, request: GenerateRequest) -> None:
         if _needs_handoff(request):
@@ -102,5 +105,5 @@ class PrefillWorker(Worker):
 
 
 def _needs_handoff(request: GenerateRequest) -> bool:
-    """The first token is not the last one."""
-    return request.sampling.max_tokens - request.num_prior_outputs > 1
+    """It is decoded elsewhere, and the first token is not the last one."""
+    return request.route.prefill is not None and request.sampling.max_tokens - request.num_prior_outputs > 1

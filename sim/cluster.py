@@ -122,7 +122,7 @@ class Simulation:
     # a handoff
 
     def _offer(self, prefill: SimWorker, sequence: Sequence) -> None:
-        if sequence.id in self._handoffs or sequence.request.sampling.max_tokens == 1:
+        if sequence.id in self._handoffs or not sequence.hands_off or sequence.request.sampling.max_tokens == 1:
             return
         decode = self.workers[sequence.request.route.decode]
         handoff = _Handoff(Reservation(sequence, lambda _: self._reserved(handoff)), decode, prefill)

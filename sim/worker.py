@@ -113,7 +113,7 @@ class SimWorker:
         return load_report(self.ref, self.engine, handoffs, self._steps, self._timeline.now)
 
     def accept(self, request: GenerateRequest) -> None:
-        self.engine.add(request, self._timeline.now, hands_off=self.role is Role.PREFILL)
+        self.engine.add(request, self._timeline.now, hands_off=request.route.prefill is not None)
         self._go_on()
 
     def release(self, sequence: Sequence) -> None:

@@ -1,6 +1,6 @@
 """Sends a request where both its promises are predicted to be kept, at the least cost to the cluster.
 
-    every (P, D) pair and every local path of a sample of the pools
+    every (P, D) pair and every local path of a sample of the pools; if none keeps both promises, a P by itself
         │ estimate.py: TTFT, KV arrival, TPOT, memory
         ▼
     some keep both promises ──► Route: of those, the one that uses least capacity
@@ -75,7 +75,7 @@ class Goodput:
         explanation = self._explain(request, view, now, hashes)
         decision = explanation.decision
         if isinstance(decision, Route):
-            self._flows["decode" if decision.prefill is None else "prefill"].add(len(request.token_ids), now)
+            self._flows[_pool_of(decision, view)].add(len(request.token_ids), now)
             self._index.insert(hashes, *([decision.decode] if decision.prefill is None else [decision.prefill, decision.decode]))
         return explanation
 
@@ -102,7 +102,8 @@ class Goodput:
             return _source(request, work, worker, estimate_prefill(worker, work, num_cached, now, inflow))
 
         there, here = self._inflow("prefill", prefill, view, now), self._inflow("decode", view.decode, view, now)
-        senders = [prefilled(worker, there) for worker in self._sample(request, prefill, held)]
+        sampled = self._sample(request, prefill, held)
+        senders = [prefilled(worker, there) for worker in sampled]
         predictions = []
         for decode in self._sample(request, view.decode, held):
             target = _target(request, work, decode, here)
@@ -112,6 +113,10 @@ class Goodput:
             for source in senders:
                 moved_s = view.links.get((source.ref, decode.ref), 0.0) * work.num_tokens
                 predictions.append(_predict(work, target, source, max(source.estimate.ttft_s, moved_s)))
+        if request.path is None and not any(each.keeps_both for each in predictions):
+            targets = [_target(request, work, worker, NOTHING, num_joining=0) for worker in sampled]
+            alone = [_predict(work, *ends, ends[1].estimate.ttft_s) for ends in zip(targets, senders, strict=True)]
+            predictions += [each for each in alone if each.keeps_both]
         predictions.sort(key=lambda each: (not each.keeps_both, each.cost))
         return predictions
 
@@ -201,12 +206,13 @@ def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: P
     return _Source(worker.ref, estimate, cost, keeps_ttft)
 
 
-def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow) -> _Target:
+def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow, num_joining: int | None = None) -> _Target:
+    """`num_joining`: of its requests that do not decode yet, those that will; None: all."""
     promised_s, needed = request.objectives.tpot_s, blocks_at_end(worker, work)
     held, memory = worker.used_share, (worker.num_blocks - worker.num_free_blocks + needed) / worker.num_blocks
     return _Target(
         ref=worker.ref,
-        side=decode_side(worker, work, inflow),
+        side=decode_side(worker, work, inflow, num_joining),
         memory=memory,
         cost=_rise(held, memory),
         fits=needed + worker.num_decoding <= worker.num_free_blocks,
@@ -231,6 +237,11 @@ def _predict(work: Work, target: _Target, source: _Source, kv_arrival_s: float) 
         keeps_ttft=source.keeps_ttft,
         keeps_tpot=tpot_s <= target.most_s and target.fits,
     )
+
+
+def _pool_of(route: Route, view: ClusterView) -> str:
+    """Whose worker computes the prompt. A route's ends are the view's own."""
+    return "prefill" if route.prefill is not None or any(route.decode is worker.ref for worker in view.prefill) else "decode"
 
 
 def _room_in_s(request: RoutingRequest, work: Work, best_s: float) -> float:

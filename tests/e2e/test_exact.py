@@ -10,7 +10,7 @@ from harness.families import CASES, save_random_model
 from harness.shm_cluster import ShmCluster, shm_cluster
 
 from diptych.engine.config import EngineConfig
-from diptych.messages.requests import FinishReason, SamplingParams
+from diptych.messages.requests import FinishReason, Route, SamplingParams
 
 NUM_OUTPUTS = 12
 GREEDY = SamplingParams(max_tokens=NUM_OUTPUTS, seed=0, temperature=0.0)
@@ -77,6 +77,20 @@ def test_greedy_under_forced_preemption(model: Model, split: bool) -> None:
         assert [r.token_ids for r in results] == [model.greedy(p) for p in prompts]
         if not split:
             assert cluster.decode.num_preempted > 0
+
+
+@pytest.mark.parametrize("num_blocks", [128, 18])
+def test_a_prefill_worker_serves_some_by_itself_beside_those_that_it_hands_over(model: Model, num_blocks: int) -> None:
+    """In a pool that is too small for all, too: who is decoded there makes room, and whose pages are being read never does."""
+    prefill = config(model, num_blocks=num_blocks, max_model_len=60, prefix_cache=False, max_step_tokens=16)
+    with shm_cluster(model.folder, prefill, config(model, max_model_len=60)) as cluster:
+        alone, split = Route(cluster.prefill.ref), Route(cluster.decode.ref, cluster.prefill.ref)
+        prompts = [p[:20] for p in model.prompts[:3]] * 3
+        results = cluster.generate_by([alone, split, alone] * 3, prompts, GREEDY)
+        assert [r.token_ids for r in results] == [model.greedy(p) for p in prompts]
+        assert len(cluster.spans) == 3
+        assert cluster.decode.num_preempted == 0
+        assert (cluster.prefill.num_preempted > 0) == (num_blocks == 18)
 
 
 @pytest.mark.parametrize(

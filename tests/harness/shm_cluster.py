@@ -48,9 +48,12 @@ class ShmCluster:
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, split: bool) -> list[Result]:
         """All at once; by prefill worker and decode worker, or by the decode worker alone."""
-        route = Route(self.decode.ref, self.prefill.ref if split else None)
+        return self.generate_by([Route(self.decode.ref, self.prefill.ref if split else None)] * len(prompts), prompts, sampling)
+
+    def generate_by(self, routes: list[Route], prompts: list[list[int]], sampling: SamplingParams) -> list[Result]:
+        """All at once, each by its route."""
         results: dict[RequestId, Result] = {}
-        for prompt in prompts:
+        for route, prompt in zip(routes, prompts, strict=True):
             self._num_requests += 1
             request_id = RequestId(f"r{self._num_requests}")
             results[request_id] = Result()

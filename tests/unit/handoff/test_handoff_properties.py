@@ -67,8 +67,9 @@ class History:
     def submit(self) -> None:
         if sum(not a.ended for a in self.cluster.answers.values()) < 8:
             shared, own = self.random.choice([0, 5, 8, 16]), [self.random.randrange(900) for _ in range(self.random.randint(1, 12))]
-            prefill = self.random.choice(["prefill-0", "prefill-1", "prefill-0", None])
-            decode = self.random.choice(["decode-0", "decode-1"])
+            prefill = self.random.choice(["prefill-0", "prefill-1", "prefill-0", None, None])
+            by_itself = ["prefill-0"] if prefill is None else []
+            decode = self.random.choice(["decode-0", "decode-1", *by_itself])
             self.cluster.submit(PREFIX[:shared] + own, self.random.randint(1, 6), prefill, decode)
 
     def turn(self) -> None:

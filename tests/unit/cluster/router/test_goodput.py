@@ -163,7 +163,7 @@ class TestChoice:
         assert 0.5 < decision.retry_after_s < 3.0
 
     def test_what_could_still_be_in_time_waits_for_a_place(self):
-        full = view([load("p0")], [load("d0", decoding=300)])
+        full = view([load("p0", free=0)], [load("d0", decoding=300)])
         assert isinstance(policy().choose(REQUEST, full, 0.0), Queue)
         late = msgspec.structs.replace(REQUEST, arrived_at=0.0)
         assert isinstance(policy().choose(late, full, 0.39), Refuse)
@@ -176,6 +176,38 @@ class TestChoice:
             request = msgspec.structs.replace(REQUEST, objectives=Objectives())
         decision = policy(serves_late=lenient == "serves_late").choose(request, cluster, 0.0)
         assert decision == Route(decode=ref("d0"), prefill=ref("p1"))
+
+    def test_a_prefill_worker_decodes_what_decode_workers_have_no_room_for(self):
+        full, alone = [load("d0", decoding=300)], Route(decode=ref("p0"))
+        assert policy().choose(REQUEST, view([load("p0")], full), 0.0) == alone
+        assert policy().choose(REQUEST, view([load("p0", decoding=50)], full), 0.0) == alone, "beside others"
+        assert policy().choose(REQUEST, view([load("p0", waiting=4000)], full), 0.0) == alone, "beside prompts, which are handed over"
+        with_room = policy().choose(REQUEST, view([load("p0")], [load("d0", decoding=20)]), 0.0)
+        assert with_room.decode == ref("d0")
+
+    @given(sequences, waiting_tokens, blocks, sequences, st.integers(0, 99))
+    def test_a_prefill_worker_decodes_only_where_both_promises_are_kept_and_nobody_else_keeps_them(
+        self, decoding, waiting, free, elsewhere, seed
+    ):
+        cluster = view([load("p0", decoding=decoding, waiting=waiting, free=free)], [load("d0", decoding=elsewhere)])
+        explanation = policy(seed=seed).decide(REQUEST, cluster, 0.0)
+        by_itself = [each for each in explanation.predictions if each.route.decode == ref("p0")]
+        if by_itself:
+            assert explanation.decision == Route(decode=ref("p0"))
+            assert by_itself[0].keeps_both
+            assert free >= 19 + decoding
+        assert not (by_itself and any(each.keeps_both for each in explanation.predictions if each not in by_itself))
+
+    @pytest.mark.parametrize(("options", "path"), [({}, Path.LOCAL), ({}, Path.SPLIT), ({"local_only": True}, None)])
+    def test_a_prefill_worker_does_not_decode_where_another_way_is_asked_for(self, options, path):
+        asked = msgspec.structs.replace(REQUEST, path=path)
+        decision = policy(**options).choose(asked, view([load("p0")], [load("d0", decoding=300)]), 0.0)
+        assert isinstance(decision, Queue)
+
+    def test_prompts_that_a_prefill_worker_keeps_count_as_sent_there(self):
+        router, cluster = policy(), view([load("p0")], [load("d0", decoding=300)])
+        assert router.choose(REQUEST, cluster, 0.0) == Route(decode=ref("p0"))
+        assert (router._flows["prefill"].tokens_each, router._flows["decode"].tokens_each) == (1000.0, 0.0)
 
     def test_no_decode_worker_no_route(self):
         assert isinstance(policy().choose(REQUEST, view([load("p0")], []), 0.0), Queue)
@@ -225,7 +257,7 @@ class TestChoice:
     def test_memory_counts_to_the_expected_end(self):
         """1000 tokens and 200 more are 19 blocks, beside one for each that decodes."""
         for free, fits in ((19, True), (18, False)):
-            decision = policy().choose(REQUEST, view([load("p0")], [load("d0", free=free)]), 0.0)
+            decision = policy().choose(REQUEST, view([load("p0", free=0)], [load("d0", free=free)]), 0.0)
             assert isinstance(decision, Route) is fits
 
 
@@ -398,7 +430,7 @@ class TestEstimates:
 class TestPatience:
     """Decode workers that are full by TPOT, prefill workers that are idle."""
 
-    full = view([load("p0")], [load("d0", decoding=300, free=900)])
+    full = view([load("p0", free=0)], [load("d0", decoding=300, free=900)])
 
     @given(waited_s=st.floats(0, 1), ttft_s=st.floats(0.01, 10), decoding=st.integers(0, 300), waiting=st.integers(0, 20_000))
     def test_nobody_waits_longer_than_that_to_be_refused(self, waited_s, ttft_s, decoding, waiting):
