@@ -1,6 +1,6 @@
 """What a gateway asks of workers, and what they answer.
 
-    gateway ── GenerateRequest ──► prefill worker (or, on the local path, the decode worker)
+    gateway ── GenerateRequest ──► prefill worker (or, on the local path, whoever decodes)
             ◄── StepTokens ─────── one message per step and gateway: token 0 from prefill, later ones from decode
             ◄── RequestFailed ──── this attempt ended without an answer; `retryable` says whether another may succeed
             ── Abort ────────────► both workers of the route; never answered
@@ -58,7 +58,7 @@ class WorkerRef(Struct, frozen=True, cache_hash=True):
 
 
 class Route(Struct, frozen=True):
-    """Where a request goes: prefill then decode, or (prefill is None) the local path on the decode worker."""
+    """Where a request goes: prefill then decode, or (prefill is None) the local path on one worker, of either role, that does both."""
 
     decode: WorkerRef
     prefill: WorkerRef | None = None

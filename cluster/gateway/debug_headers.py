@@ -25,7 +25,7 @@ def debug_headers(generation: Generation) -> Headers:
 
 
 def _route_text(route: Route) -> str:
-    """`prefill-0>decode-1`, or the decode worker alone that did both."""
+    """`prefill-0>decode-1`, or the worker alone that did both."""
     return route.decode.worker_id if route.prefill is None else f"{route.prefill.worker_id}>{route.decode.worker_id}"
 
 

@@ -32,7 +32,7 @@ NO_OBJECTIVES = Objectives()
 
 class Path(StrEnum):
     SPLIT = "split"                           # a prefill worker computes the prompt
-    LOCAL = "local"                           # the decode worker does
+    LOCAL = "local"                           # whoever decodes does
 
 
 class RoutingRequest(Struct, frozen=True):
