@@ -135,15 +135,14 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     return PrefillEstimate(backlog_s, steps.one_s(uncached) - steps.shared_s, ttft_s, spare_s)
 
 
-def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING, num_joining: int | None = None) -> DecodeSide:
-    """`num_joining`: of its requests that do not decode yet, those that will; None: all, as on a decode worker."""
+def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> DecodeSide:
     model, count = model_of(worker), worker.num_decoding
     own_context = work.num_tokens + work.num_outputs / 2
     return DecodeSide(
         model=model,
         num_decoding=count,
         life_s=work.num_outputs * model.decode_s(count, worker.decode_context),
-        num_joining=max(worker.num_requests - count, inflow.num_joining) if num_joining is None else num_joining,
+        num_joining=max(worker.num_requests - count, inflow.num_joining),
         context_each=worker.decode_context / count if count else own_context,
         own_context=own_context,
         prefill_share=worker.prefill_share,

@@ -114,7 +114,7 @@ class Goodput:
                 moved_s = view.links.get((source.ref, decode.ref), 0.0) * work.num_tokens
                 predictions.append(_predict(work, target, source, max(source.estimate.ttft_s, moved_s)))
         if request.path is None and not any(each.keeps_both for each in predictions):
-            targets = [_target(request, work, worker, NOTHING, num_joining=0) for worker in sampled]
+            targets = [_target(request, work, worker, NOTHING) for worker in sampled]        # as though all that is there stayed
             alone = [_predict(work, *ends, ends[1].estimate.ttft_s) for ends in zip(targets, senders, strict=True)]
             predictions += [each for each in alone if each.keeps_both]
         predictions.sort(key=lambda each: (not each.keeps_both, each.cost))
@@ -206,13 +206,12 @@ def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: P
     return _Source(worker.ref, estimate, cost, keeps_ttft)
 
 
-def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow, num_joining: int | None = None) -> _Target:
-    """`num_joining`: of its requests that do not decode yet, those that will; None: all."""
+def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow) -> _Target:
     promised_s, needed = request.objectives.tpot_s, blocks_at_end(worker, work)
     held, memory = worker.used_share, (worker.num_blocks - worker.num_free_blocks + needed) / worker.num_blocks
     return _Target(
         ref=worker.ref,
-        side=decode_side(worker, work, inflow, num_joining),
+        side=decode_side(worker, work, inflow),
         memory=memory,
         cost=_rise(held, memory),
         fits=needed + worker.num_decoding <= worker.num_free_blocks,
