@@ -36,7 +36,10 @@ class PrefillShare:
         return self._share * math.exp(-max(0.0, now - self._at) / SHARE_HORIZON_S)
 
 
-def load_report(worker: WorkerRef, engine: "Engine", num_reserved: int, steps: "StepWatch", now: float) -> LoadReport:
+def load_report(
+    worker: WorkerRef, engine: "Engine", num_reserved: int, steps: "StepWatch", now: float, num_leaving: int = 0
+) -> LoadReport:
+    """`num_leaving`: of the handoffs `num_reserved`, those to another worker."""
     scheduler, pool, limits = engine.scheduler, engine.pool, engine.limits
     decoding, unfinished = list[Sequence](), scheduler.waiting[:]
     for sequence in scheduler.running:
@@ -63,6 +66,7 @@ def load_report(worker: WorkerRef, engine: "Engine", num_reserved: int, steps: "
         step_model=steps.model,
         busy_s=steps.busy_s(now),
         plans_in_s=0.0 if engine.may_plan else steps.oldest_s(now),
+        num_passing=num_leaving + sum(s.hands_off for s in scheduler.waiting) + sum(s.hands_off for s in scheduler.running),
         last_read=tuple((request_id, now - added_at) for request_id, added_at in engine.last_added),
     )
 

@@ -4,7 +4,7 @@
 
 Recursive least squares in information form: A ← λA + x·xᵀ + (1 − λ)A₀, B ← λB + x·y + (1 − λ)A₀θ₀, with x = regressors / seconds and
 y = 1, so that relative errors are what is squared (of a step that was clipped: relative to the longer of both times). The standing term
-(A₀, θ₀) is what the fit falls back to where no step has gone for long (a prefill worker never decodes): plain forgetting would let those
+(A₀, θ₀) is what the fit falls back to where no step has gone for long (a prefill worker seldom decodes): plain forgetting would let those
 coefficients run away.
 """
 

@@ -167,6 +167,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         num_new, prefix = self._missing(sequence)
+        if sequence.hands_off and not self._pool.can_take(num_new + self._num_growing, prefix):
+            return False                       # it could not make room again for who decodes here
         blocks = self._pool.take(num_new, prefix)
         if blocks is None:
             return False
@@ -179,6 +181,10 @@ class Scheduler:
         self.waiting.remove(sequence)
         self._start(sequence)
         return True
+
+    @property
+    def _num_growing(self) -> int:
+        return sum(not sequence.hands_off for sequence in self.running)
 
     def _missing(self, sequence: Sequence) -> tuple[int, list[BlockId]]:
         """Blocks to take so that it can run, and those that are here already."""

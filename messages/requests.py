@@ -128,6 +128,7 @@ class LoadReport(Struct, frozen=True):
     busy_s: float = 0.0                       # until the steps under way have ended; their prompt tokens are no longer in `work`
     plans_in_s: float = 0.0                   # until the next step can be planned: with what has come by then
     last_read: tuple[tuple[RequestId, float], ...] = ()        # each gateway's newest that the worker had read, and how long ago, s
+    num_passing: int = 0                      # of num_waiting + num_running + num_reserved, what is decoded elsewhere
 
 
 class StepTokens(Struct, frozen=True, tag=True):

@@ -109,8 +109,9 @@ class SimWorker:
         return Member(self.ref, self.role, "sim", limits.block_size, self.engine.pool.num_blocks, limits.max_model_len)
 
     def report(self) -> LoadReport:
-        handoffs = len(self._offered) + len(self._reserved)
-        return load_report(self.ref, self.engine, handoffs, self._steps, self._timeline.now)
+        leaving = sum(sequence.hands_off and sequence.was_admitted for sequence in self.engine.sequences)
+        handoffs = leaving + len(self._offered) + len(self._reserved)
+        return load_report(self.ref, self.engine, handoffs, self._steps, self._timeline.now, leaving)
 
     def accept(self, request: GenerateRequest) -> None:
         self.engine.add(request, self._timeline.now, hands_off=request.route.prefill is not None)

@@ -142,7 +142,7 @@ def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> Dec
         model=model,
         num_decoding=count,
         life_s=work.num_outputs * model.decode_s(count, worker.decode_context),
-        num_joining=max(worker.num_requests - count, inflow.num_joining),
+        num_joining=max(worker.num_requests - worker.num_passing - count, inflow.num_joining),
         context_each=worker.decode_context / count if count else own_context,
         own_context=own_context,
         prefill_share=worker.prefill_share,
@@ -170,7 +170,7 @@ def _steps(worker: WorkerLoad, model: StepModel, work: Work, pairs_each: float, 
     token_s = model.prefill_token_s + model.prefill_pair_s * pairs_each
     if not worker.num_decoding:
         return Steps(model, most if most > 1 else 1.0, model.base_s, token_s, FIRST_BEND, SECOND_BEND)
-    count = worker.num_requests               # of those that decode and those that are known to come
+    count = worker.num_requests - worker.num_passing               # of those that decode and those that are known to come
     shared_s = model.decode_s(count, worker.decode_context * count / worker.num_decoding)
     most = max(1.0, min(most, model.tokens_within(beside_s(shared_s, work.tpot_s), pairs_each, count)))
     return Steps(model, most, shared_s, token_s, max(0, FIRST_BEND - count), max(0, SECOND_BEND - count))

@@ -20,7 +20,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ...engine.pace import AIM
 from ...messages.requests import Route, WorkerRef
@@ -113,8 +113,8 @@ class Goodput:
             for source in senders:
                 moved_s = view.links.get((source.ref, decode.ref), 0.0) * work.num_tokens
                 predictions.append(_predict(work, target, source, max(source.estimate.ttft_s, moved_s)))
-        if request.path is None and not any(each.keeps_both for each in predictions):
-            targets = [_target(request, work, worker, NOTHING) for worker in sampled]        # as though all that is there stayed
+        if _may_stay(request) and not any(each.keeps_both for each in predictions):
+            targets = [_target(request, work, _beside_its_prompts(worker), NOTHING) for worker in sampled]
             alone = [_predict(work, *ends, ends[1].estimate.ttft_s) for ends in zip(targets, senders, strict=True)]
             predictions += [each for each in alone if each.keeps_both]
         predictions.sort(key=lambda each: (not each.keeps_both, each.cost))
@@ -236,6 +236,17 @@ def _predict(work: Work, target: _Target, source: _Source, kv_arrival_s: float) 
         keeps_ttft=source.keeps_ttft,
         keeps_tpot=tpot_s <= target.most_s and target.fits,
     )
+
+
+def _may_stay(request: RoutingRequest) -> bool:
+    """At the prefill worker. Without a promise a token its decodes would hold back the prompts there without end, and it can wait."""
+    return request.path is None and request.objectives.tpot_s is not None and not request.may_be_late
+
+
+def _beside_its_prompts(worker: WorkerLoad) -> WorkerLoad:
+    """Prompts that wait there take all their blocks when they are admitted, and give none back before they have left."""
+    waiting = worker.num_waiting_tokens - worker.num_sent_tokens
+    return structs.replace(worker, num_free_blocks=worker.num_free_blocks - math.ceil(waiting / worker.block_size))
 
 
 def _pool_of(route: Route, view: ClusterView) -> str:

@@ -38,10 +38,11 @@ class _Sent(Struct, frozen=True):
     num_tokens: int
     num_blocks: int
     num_pairs: int
+    is_passing: bool
 
 
-def _sent(now: float, num_tokens: int, block_size: int) -> _Sent:
-    return _Sent(now, num_tokens, -(-num_tokens // block_size), attended_pairs(0, num_tokens))
+def _sent(now: float, num_tokens: int, block_size: int, is_passing: bool = False) -> _Sent:
+    return _Sent(now, num_tokens, -(-num_tokens // block_size), attended_pairs(0, num_tokens), is_passing)
 
 
 class _Outstanding:
@@ -49,7 +50,7 @@ class _Outstanding:
 
     def __init__(self) -> None:
         self._each: dict[RequestId, _Sent] = {}
-        self.num_tokens = self.num_blocks = self.num_pairs = 0
+        self.num_tokens = self.num_blocks = self.num_pairs = self.num_passing = 0
 
     def __len__(self) -> int:
         return len(self._each)
@@ -86,6 +87,7 @@ class _Outstanding:
         self.num_tokens += sign * sent.num_tokens
         self.num_blocks += sign * sent.num_blocks
         self.num_pairs += sign * sent.num_pairs
+        self.num_passing += sign * sent.is_passing
 
 
 @dataclass
@@ -132,6 +134,7 @@ class _Worker:
             max_step_tokens=report.max_step_tokens if report else 0,
             num_sent_tokens=sent.num_tokens,
             num_expected=len(expected),
+            num_passing=(report.num_passing if report else 0) + sent.num_passing,
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,
             busy_s=report.busy_s if report else 0.0,
@@ -186,7 +189,7 @@ class LoadView:
     def sent(self, request_id: RequestId, route: Route, num_tokens: int, now: float) -> None:
         """A request with `num_tokens` to prefill has left for `route`."""
         if first := self._workers.get(route.first):
-            first.sent.add(request_id, _sent(now, num_tokens, first.member.block_size))
+            first.sent.add(request_id, _sent(now, num_tokens, first.member.block_size, is_passing=route.prefill is not None))
             first.changed()
         decode = self._workers.get(route.decode)
         if route.prefill is not None and decode is not None:

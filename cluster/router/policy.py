@@ -61,6 +61,7 @@ class WorkerLoad(Struct, frozen=True):
     max_step_tokens: int = 0                  # 0: not told
     num_sent_tokens: int = 0                  # of num_waiting_tokens, what this gateway sent and no report shows
     num_expected: int = 0                     # of num_requests, what this gateway sent and others prefill
+    num_passing: int = 0                      # of num_requests, what is decoded elsewhere
     prefill_share: float = 0.0                # of this worker's time, lately
     step_model: StepModel | None = None
     busy_s: float = 0.0                       # as of the report, until the steps under way have ended

@@ -427,3 +427,17 @@ def test_a_batch_prompt_under_way_lets_others_pass() -> None:
     assert spans(plan) == [("r1", 0, 4)]
     run.compute(plan)
     assert spans(run.scheduler.schedule()) == [("r0", 4, 4)]
+
+
+def test_a_prompt_that_is_handed_over_leaves_each_decode_a_block_to_grow_into():
+    """Its pages may be being read, so it could not make room again."""
+    def sequence(number: int, num_tokens: int, hands_off: bool) -> Sequence:
+        sampling = SamplingParams(max_tokens=9, seed=0)
+        request = GenerateRequest(RequestId(f"r{number}"), Address("fake://g"), (number,) * num_tokens, sampling, HERE, timeout_s=1.0)
+        return Sequence(request, number, deadline=1.0, ttft_deadline=float("inf"), hands_off=hands_off, max_len=1 << 20)
+
+    for hands_off, num_admitted in ((True, 1), (False, 2)):
+        scheduler = Scheduler(BlockPool(4, False), BLOCK_SIZE, 64, 8)
+        scheduler.add(sequence(0, 2 * BLOCK_SIZE, hands_off=False))
+        scheduler.add(sequence(1, 2 * BLOCK_SIZE, hands_off))
+        assert len(scheduler.schedule().admitted) == num_admitted

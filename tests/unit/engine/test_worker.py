@@ -393,6 +393,16 @@ def test_tokens_do_not_wait_for_the_next_step_to_be_launched(cluster: FakeCluste
     assert worker.load().work.prefill_tokens == 0
 
 
+def test_a_prefill_worker_tells_what_it_will_hand_over_from_what_it_serves_by_itself(cluster: FakeCluster) -> None:
+    prefill = cluster.workers[ROLES[0]]
+    ask(cluster, route_to(cluster, prefill), "handed over")
+    ask(cluster, Route(prefill.ref), "by itself")
+    cluster.network.deliver_all()
+    prefill.turn(0.0)
+    load = prefill.load()
+    assert (load.num_waiting + load.num_running, load.num_reserved, load.num_passing) == (2, 1, 2), "one runs and is offered"
+
+
 def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:
     decode = cluster.workers[ROLES[1]]
     for i in range(6):

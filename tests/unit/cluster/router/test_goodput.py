@@ -38,11 +38,13 @@ def load(
     share: float = 0.0,
     queue: tuple = (),
     sent: int = 0,
+    passing: int = 0,
     model: StepModel = MODEL,
 ) -> WorkerLoad:
     return WorkerLoad(
         ref=ref(name),
-        num_requests=decoding + -(-waiting // 1000),
+        num_requests=decoding + -(-waiting // 1000) + passing,
+        num_passing=passing,
         num_waiting_tokens=waiting,
         num_blocks=1000,
         num_free_blocks=free,
@@ -203,6 +205,29 @@ class TestChoice:
         asked = msgspec.structs.replace(REQUEST, path=path)
         decision = policy(**options).choose(asked, view([load("p0")], [load("d0", decoding=300)]), 0.0)
         assert isinstance(decision, Queue)
+
+    def test_what_a_prefill_worker_hands_over_is_no_decode_of_its_own(self):
+        """Parked for a decode worker that is full: just then it is to serve by itself."""
+        full = [load("d0", decoding=300)]
+        busy = view([load("p0", decoding=3, passing=60)], full)
+        assert policy().choose(REQUEST, busy, 0.0) == Route(decode=ref("p0"))
+        alone, beside = (
+            estimate_prefill(load("p0", decoding=3, passing=each), Work(1000, 200.0, 0.4, 0.02), 0, 0.0).ttft_s for each in (0, 60)
+        )
+        assert alone == beside
+
+    @pytest.mark.parametrize("changes", [{"objectives": Objectives()}, {"objectives": Objectives(ttft_s=0.4)}, {"may_be_late": True}])
+    def test_what_was_promised_no_pace_or_is_late_waits_for_a_decode_worker(self, changes):
+        """Its decodes would hold back prompts without end."""
+        cluster = view([load("p0")], [load("d0", decoding=300, free=0)])
+        explanation = policy().decide(msgspec.structs.replace(REQUEST, **changes), cluster, 0.0)
+        assert all(each.route.decode == ref("d0") for each in explanation.predictions)
+
+    def test_prompts_that_wait_at_a_prefill_worker_will_take_their_blocks(self):
+        full = [load("d0", decoding=300)]
+        for free, fits in ((19 + 63, True), (19 + 62, False)):              # 4000 tokens are 63 blocks
+            decision = policy().choose(REQUEST, view([load("p0", waiting=4000, passing=4, free=free)], full), 0.0)
+            assert (decision == Route(decode=ref("p0"))) is fits
 
     def test_prompts_that_a_prefill_worker_keeps_count_as_sent_there(self):
         router, cluster = policy(), view([load("p0")], [load("d0", decoding=300)])

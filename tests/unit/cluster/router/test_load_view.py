@@ -51,6 +51,18 @@ def test_what_was_sent_counts_at_once_on_both_workers():
     assert (decode.num_requests, decode.num_waiting_tokens, decode.num_free_blocks) == (1, 0, 97)
 
 
+def test_what_passes_a_prefill_worker_on_is_told_from_what_stays():
+    view = loads(P0, D0)
+    view.heard(P0, msgspec.structs.replace(report(P0, waiting=3, running=2, reserved=4), num_passing=7), 0.9)
+    view.sent(R, SPLIT, num_tokens=33, now=1.0)
+    view.sent(RequestId("s"), Route(decode=P0), num_tokens=33, now=1.0)
+    [prefill], [decode] = view.view(1.0).prefill, view.view(1.0).decode
+    assert (prefill.num_requests, prefill.num_passing) == (11, 8)
+    assert (decode.num_requests, decode.num_passing) == (1, 0)
+    view.ended(R, SPLIT)
+    assert view.view(1.0).prefill[0].num_passing == 7
+
+
 def test_on_the_local_path_it_counts_once():
     view = loads(D0)
     view.sent(R, LOCAL, num_tokens=33, now=1.0)
