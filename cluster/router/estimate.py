@@ -81,6 +81,7 @@ class DecodeEstimate(Struct, frozen=True):
     before_s: float                           # per token, without the request: what prompts take counted as lately
     after_s: float                            # with it
     tpot_s: float                             # with it, as the worker paces itself: prompts get no more than the promise leaves
+    alone_s: float                            # a step of decodes alone, with it
 
 
 class DecodeSide(Struct, frozen=True):
@@ -162,7 +163,8 @@ def estimate_decode(side: DecodeSide, joins_in_s: float, local_prefill_s: float)
         share += model.prefill_s(side.waiting_tokens, side.waiting_pairs, count) / SHARE_HORIZON_S
     before_s, alone_s = model.decode_s(count, context), model.decode_s(count + 1, context + side.own_context)
     after_s = alone_s / (1 - min(share + local_prefill_s / SHARE_HORIZON_S, MAX_PREFILL_SHARE))
-    return DecodeEstimate(before_s / (1 - min(share, MAX_PREFILL_SHARE)), after_s, min(after_s, alone_s + beside_s(alone_s, side.tpot_s)))
+    paced_s = min(after_s, alone_s + beside_s(alone_s, side.tpot_s))
+    return DecodeEstimate(before_s / (1 - min(share, MAX_PREFILL_SHARE)), after_s, paced_s, alone_s)
 
 
 def _steps(worker: WorkerLoad, model: StepModel, work: Work, pairs_each: float, num_tokens: float) -> Steps:

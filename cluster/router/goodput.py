@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct, structs
 
-from ...engine.pace import AIM
+from ...engine.pace import AIM, beside_s
 from ...messages.requests import Route, WorkerRef
 from .estimate import NOTHING, DecodeSide, Inflow, PrefillEstimate, Work, blocks_at_end, decode_side, estimate_decode, estimate_prefill
 from .flow import Flow
@@ -197,6 +197,7 @@ class _Target(Struct, frozen=True):
     fits: bool
     scale_s: float                            # what a token's time is measured against
     most_s: float                             # a token's time that keeps the promise, were steps as long as the model is wrong
+    error: float                              # of the step model
 
 
 def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: PrefillEstimate) -> _Source:
@@ -217,6 +218,7 @@ def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inf
         fits=needed + worker.num_decoding <= worker.num_free_blocks,
         scale_s=promised_s or NO_TPOT_SCALE_S,
         most_s=math.inf if promised_s is None or work.num_outputs <= 1 else promised_s / (1 + _error(worker)),
+        error=_error(worker),
     )
 
 
@@ -234,8 +236,14 @@ def _predict(work: Work, target: _Target, source: _Source, kv_arrival_s: float) 
         memory=target.memory,
         cost=source.cost + step_cost + target.cost,
         keeps_ttft=source.keeps_ttft,
-        keeps_tpot=tpot_s <= target.most_s and target.fits,
+        keeps_tpot=target.fits and (tpot_s <= target.most_s or _keeps_pace(target, estimate.alone_s, joining_s)),
     )
+
+
+def _keeps_pace(target: _Target, alone_s: float, joining_s: float) -> bool:
+    """Whatever prompts take more than predicted, the pace takes from the next ones: only decodes alone can break the promise."""
+    alone_s *= 1 + target.error
+    return alone_s + beside_s(alone_s, target.side.tpot_s) + joining_s <= target.side.tpot_s
 
 
 def _may_stay(request: RoutingRequest) -> bool:

@@ -223,6 +223,13 @@ class TestChoice:
         explanation = policy().decide(msgspec.structs.replace(REQUEST, **changes), cluster, 0.0)
         assert all(each.route.decode == ref("d0") for each in explanation.predictions)
 
+    @pytest.mark.parametrize(("decoding", "keeps"), [(50, True), (240, False)])
+    def test_a_step_model_that_is_off_closes_no_worker_whose_pace_holds(self, decoding, keeps):
+        """Beside prompts a token takes nine tenths of its promise, however long those take. 240 decodes alone: 19 ms, or 20 % more."""
+        wrong = msgspec.structs.replace(MODEL, error=0.2)
+        busy = load("d0", decoding=decoding, share=0.9, free=1000, model=wrong)
+        assert isinstance(policy().choose(REQUEST, view([], [busy]), 0.0), Route) is keeps
+
     def test_prompts_that_wait_at_a_prefill_worker_will_take_their_blocks(self):
         full = [load("d0", decoding=300)]
         for free, fits in ((19 + 63, True), (19 + 62, False)):              # 4000 tokens are 63 blocks
