@@ -77,7 +77,6 @@ class Worker(RoleSide):
         self._draining = False
         self._backlog: list[Message] = []                        # came while a step was being launched
         self._next_beat = self._next_expiry = clock()
-        self._next_look = 0.0
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._steps = StepWatch(self.replica.step_model)
         self._descriptors = self.replica.transport.register(self.replica.pool)
@@ -221,15 +220,16 @@ class Worker(RoleSide):
         """A step may last longer than gateways bear silence, and pages can leave from the layer on at which they were accepted. Launched
         kernel by kernel, it takes the host up to 40 ms: the tokens of the step before would come so much later. What is launched sooner
         comes first, for the device may have nothing else to do."""
-        role_hook, self._next_look = self.on_layer(plan), self.clock() + LOOK_AFTER_S
+        role_hook, next_look = self.on_layer(plan), self.clock() + LOOK_AFTER_S
 
         def finished(layer: int) -> None:
+            nonlocal next_look
             if role_hook is not None:
                 self._receive_handoffs()
                 role_hook(layer)
             now = self.clock()
-            if now >= self._next_look:
-                self._next_look = now + LOOK_PERIOD_S
+            if now >= next_look:
+                next_look = now + LOOK_PERIOD_S
                 if self.engine.is_ready:
                     self._collect()
             self._beat(now)

@@ -19,6 +19,7 @@ from ...messages.errors import ClusterError
 
 PATH_VARIABLE = "DIPTYCH_LIBUCP"
 LIBUCP = "libucp.so.0"
+LISTING_S = 10.0                # at most, for the dynamic loader's list of libraries
 
 SETTINGS = {
     "MM_ERROR_HANDLING": "y",               # or endpoints that report errors silently lose shared memory, and fall to TCP
@@ -76,14 +77,17 @@ def _system() -> str | None:
 
 
 def _system_paths() -> list[str]:
-    """Where the dynamic loader would look for it."""
+    """Where the dynamic loader would look for it. Raises ClusterError."""
     folders = [Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
     found = [str(folder / LIBUCP) for folder in folders if (folder / LIBUCP).is_file()]
     program = shutil.which("ldconfig", path=f"{os.environ.get('PATH', '')}:/sbin:/usr/sbin")
     if program is None:
         return found
-    listed = subprocess.run([program, "-p"], capture_output=True, text=True, check=False).stdout.splitlines()
-    return found + [line.split(" => ")[1] for line in listed if line.strip().startswith(f"{LIBUCP} ") and " => " in line]
+    try:
+        listed = subprocess.run([program, "-p"], capture_output=True, text=True, check=False, timeout=LISTING_S).stdout
+    except subprocess.TimeoutExpired as slow:
+        raise ClusterError(f"{program} -p has listed nothing for {LISTING_S:g} s; {PATH_VARIABLE} can name UCX's library") from slow
+    return found + [line.split(" => ")[1] for line in listed.splitlines() if line.strip().startswith(f"{LIBUCP} ") and " => " in line]
 
 
 def _nixl_wheel() -> str | None:

@@ -69,6 +69,16 @@ def test_the_systems_libraries_are_found_without_loading_them(monkeypatch: pytes
     assert provider._system_paths() == [str(tmp_path / "lib" / "libucp.so.0"), "/a/libucp.so.0"]
 
 
+def test_a_list_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "ldconfig"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(provider, "LISTING_S", 0.1)
+    with pytest.raises(ClusterError, match=rf"ldconfig -p has listed nothing for 0.1 s; {provider.PATH_VARIABLE}"):
+        provider._system_paths()
+
+
 def test_no_ucx_at_all_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     with only(monkeypatch), pytest.raises(ClusterError, match=r"pip install diptych\[ucx\]"):
         provider.find_libucp()
