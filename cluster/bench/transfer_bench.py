@@ -23,6 +23,7 @@ from rich.console import Console
 
 from ...kvtransfer.selection import KINDS
 from ...kvtransfer.transport import IdArray
+from ...kvtransfer.ucx import provider
 from ...messages.errors import ClusterError
 from . import transfer_nixl
 from .decode_load import decode_rows
@@ -40,6 +41,7 @@ LOAD_CASE = (64 << 10, 2048)
 LOAD_ROUNDS = 5
 PREFILL_LAYERS, DECODE_STEPS = 64, 60
 PART_NAMES = ("pages", "handoff", "decode")
+MOVES_GPU_MEMORY: dict[str, Callable[[], bool]] = {"ucx": provider.moves_gpu_memory, "nixl": lambda: True}      # beside a host's
 FLOODING_WRITES = 5             # of LOAD_CASE, which last longer than one piece of work beside them
 
 
@@ -113,8 +115,8 @@ def _paths_of(name: str, bench: TransferBench, num_gpus: int) -> Iterator[Path]:
             yield Path("nvlink, copy engines", name, "cuda", copy_engines=True)
     else:
         yield Path(name, name, "cpu")
-        if name == "nixl" and (num_gpus >= 2 or (bench.one_gpu and num_gpus)):
-            yield Path("nixl, GPU memory", name, "cuda")
+        if name in MOVES_GPU_MEMORY and num_gpus >= (1 if bench.one_gpu else 2) and MOVES_GPU_MEMORY[name]():
+            yield Path(f"{name}, GPU memory", name, "cuda")
 
 
 def _why_not(name: str, num_gpus: int, one_gpu: bool) -> str | None:
@@ -124,10 +126,8 @@ def _why_not(name: str, num_gpus: int, one_gpu: bool) -> str | None:
     if name == "nixl":
         return None if transfer_nixl.is_installed() else "not installed (nixl-cu13 or nixl-cu12)"
     if name == "ucx":
-        from ...kvtransfer.ucx.provider import find_libucp
-
         try:
-            find_libucp()
+            provider.find_libucp()
         except ClusterError as error:
             return str(error)
     return None

@@ -51,6 +51,12 @@ def find_libucp(for_gpu: bool = False) -> str:
     return found
 
 
+def moves_gpu_memory() -> bool:
+    """Whether a process that has loaded no UCX yet would find one with CUDA. Loads none. Raises ClusterError, as `find_libucp`."""
+    explicit = os.environ.get(PATH_VARIABLE)
+    return _has_cuda(Path(explicit)) if explicit is not None else _with_cuda() is not None
+
+
 def _loaded() -> str | None:
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libucp" in line}
     return min(paths, default=None)

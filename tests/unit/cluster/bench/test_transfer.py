@@ -12,6 +12,7 @@ from diptych.cluster.bench.errors import TransferBenchError
 from diptych.cluster.bench.transfer_bench import TransferBench, choose_paths
 from diptych.cluster.bench.transfer_peer import Path as PagePath
 from diptych.cluster.bench.transfer_peer import remote
+from diptych.kvtransfer.ucx import provider
 from diptych.messages.errors import LayoutMismatch
 from diptych.messages.membership import MemoryDescriptor
 
@@ -98,6 +99,22 @@ def test_variants_of_nvlink_are_paths_of_their_own() -> None:
 def test_nixl_moves_host_memory_and_where_there_are_gpus_theirs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer_bench.transfer_nixl, "is_installed", lambda: True)
     assert [[path.device for path in choose_paths(bench("nixl"), num_gpus)[0]] for num_gpus in (0, 2)] == [["cpu"], ["cpu", "cuda"]]
+
+
+@pytest.mark.parametrize(("has_cuda", "devices"), [(False, ["cpu"]), (True, ["cpu", "cuda"])])
+def test_ucx_moves_gpu_memory_where_one_with_cuda_is_found(
+    has_cuda: bool, devices: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = tmp_path / "libucp.so.0"
+    library.touch()
+    if has_cuda:
+        (tmp_path / "ucx").mkdir()
+        (tmp_path / "ucx" / "libuct_cuda.so.0").touch()
+    monkeypatch.setenv(provider.PATH_VARIABLE, str(library))
+    for one_gpu, num_gpus in ((False, 2), (True, 1)):
+        paths, _ = choose_paths(bench("ucx", one_gpu=one_gpu), num_gpus)
+        assert [path.device for path in paths] == devices
+    assert [path.device for path in choose_paths(bench("ucx"), num_gpus=1)[0]] == ["cpu"]
 
 
 @pytest.mark.parametrize("programs", ["8,x", "0", "-4"])
