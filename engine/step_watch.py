@@ -1,6 +1,6 @@
 """The steps that a worker has under way, and what their ends teach: pure, told what time it is.
 
-    launched(features) ─► … ─► collected ──► seconds of that step alone ──► StepPredictor, PrefillShare
+    launched(features) ─► … ─► collected ──► seconds of that step alone ──► learn: StepPredictor, PrefillShare
                           └─ never ──► require_progress raises
 """
 
@@ -22,6 +22,7 @@ class StepWatch:
         self._predictor = StepPredictor(model)
         self._under_way: deque[tuple[StepFeatures, float]] = deque()      # and when it was launched
         self._collected_at = 0.0
+        self._unlearned: list[tuple[StepFeatures, float]] = []            # and the seconds that it took
 
     @property
     def model(self) -> StepModel:
@@ -33,9 +34,16 @@ class StepWatch:
     def collected(self, now: float) -> None:
         """The oldest has ended. One that was launched ahead began when the one before it ended."""
         features, launched_at = self._under_way.popleft()
-        self._predictor.observe(features, now - max(launched_at, self._collected_at))
+        self._unlearned.append((features, now - max(launched_at, self._collected_at)))
         self._collected_at = now
-        self.prefill_share.add(self.model.prefill_s(features.prefill_tokens, features.prefill_pairs, features.num_decoding), now)
+
+    def learn(self) -> None:
+        """From what has been collected; apart, for it takes longer than all else that stands between a step's end and its tokens' way."""
+        for features, seconds in self._unlearned:
+            self._predictor.observe(features, seconds)
+            prefill_s = self.model.prefill_s(features.prefill_tokens, features.prefill_pairs, features.num_decoding)
+            self.prefill_share.add(prefill_s, self._collected_at)
+        self._unlearned.clear()
 
     def busy_s(self, now: float) -> float:
         """Until all that are under way have ended, as far as can be foretold."""

@@ -212,6 +212,7 @@ class Worker(RoleSide):
                 self._outbox.add(step.sequence.request.gateway, step.delta)
         self._outbox.flush(self.load())
         self.after_step(steps)
+        self._steps.learn()
         for step in [step for step in steps if step.broke_down]:
             self.abort(step.sequence.id)
             self.fail(step.sequence.request, FailureKind.INTERNAL, "the model's logits are not finite", retryable=False)

@@ -1,7 +1,7 @@
 """Copies scattered pages of one KV pool into another pool, which may be a peer GPU's, and then counts them in the receiver's host memory.
 
     tiles 0 … n     ─► program 0 ─┐ each: its page ids; its stores; barrier; release on `arrived`
-    tiles n + 1 …   ─► program 1 ─┼─► the last one to arrive: count += number of pages
+    tiles n + 1 …   ─► program 1 ─┼─► the last one to arrive: count += number of pages; the time, which says that it has ended
     …                             ┘
 
 P programs share all tiles, so P bounds how many SMs the copy occupies. A tile is a part of one page, or several whole pages where
@@ -10,19 +10,23 @@ before the last one is stored. The page ids may be in host memory: each program 
 memory beside it, so that no copy of them has to come before the kernel.
 
 The count never runs ahead: the arrivals are acquire-release at system scope, and a barrier before each makes it stand for all of its
-program's stores. Programs of one launch share `arrived`: launches that share it must follow each other.
+program's stores. Programs of one launch share `arrived`: launches that share it must follow each other. Those that do not may run at the
+same time, and one moves pages while the other begins or ends; since a count is a load and a store (not every host lets a GPU add in its
+memory), `lock` is held for the two.
 
 A launch through Triton looks its kernel up by the arguments: most of the host's time for one page. `PagePush` has done that once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import globaltimer
 
 WORD_BYTES = 8
 VECTOR_BYTES = 16              # of a thread's load or store
@@ -62,6 +66,8 @@ class Counting:
     index: int                         # which of them
     count: int                         # to add: of pages
     arrived: Tensor                    # [1] int32, 0 between launches
+    lock: Tensor                       # [1] int32, 0 when nobody counts
+    times: Tensor                      # [2] int64, reachable from the device: its nanoseconds when the launch began and when all was over
 
 
 def push_pages(
@@ -70,9 +76,15 @@ def push_pages(
     """source, target: pools as int64 words. On the current stream. → the compiled kernel."""
     rows, words = shape.rows_and_words(page_words)
     return _push_kernel[(_num_programs(shape, num_pages, page_words, rows, words),)](
-        source, target, page_ids.ids, page_ids.scratch, num_pages, counting.counters, counting.index, counting.count, counting.arrived,
-        PAGE_WORDS=page_words, ROWS=rows, WORDS=words, IDS=IDS_AT_ONCE, num_warps=shape.num_warps,
+        source, target, page_ids.ids, page_ids.scratch, num_pages,
+        counting.counters, counting.index, counting.count, counting.arrived, counting.lock, counting.times,
+        PAGE_WORDS=page_words, ROWS=rows, WORDS=words, IDS=IDS_AT_ONCE, HAS_CLOCK=_has_clock(), num_warps=shape.num_warps,
     )  # fmt: skip
+
+
+def _has_clock() -> bool:
+    """Triton's interpreter has none: times are 1 there."""
+    return os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def _num_programs(shape: PushShape, num_pages: int, page_words: int, rows: int, words: int) -> int:
@@ -83,29 +95,33 @@ def _num_programs(shape: PushShape, num_pages: int, page_words: int, rows: int, 
 class PagePush:
     """Launches what `push_pages` has compiled, for one pool, page size and device. Addresses instead of tensors, all multiples of 16."""
 
-    def __init__(self, compiled: Any, source: Tensor, page_words: int, arrived: Tensor, shape: PushShape) -> None:
+    def __init__(self, compiled: Any, source: Tensor, page_words: int, arrived: Tensor, lock: Tensor, shape: PushShape) -> None:
         self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
-        self._source, self._arrived = source.data_ptr(), arrived.data_ptr()
+        self._source, self._arrived, self._lock = source.data_ptr(), arrived.data_ptr(), lock.data_ptr()
         self._shape, self._page_words = shape, page_words
         self._rows, self._words = shape.rows_and_words(page_words)
-        assert self._source % ALIGNMENT == self._arrived % ALIGNMENT == 0
+        assert (self._source | self._arrived | self._lock) % ALIGNMENT == 0
 
-    def __call__(self, target: int, ids: int, scratch: int, num_pages: int, counters: int, index: int, count: int, stream: int) -> None:
+    def __call__(
+        self, target: int, ids: int, scratch: int, num_pages: int, counters: int, index: int, count: int, times: int, stream: int
+    ) -> None:
         """On `stream`, a cudaStream_t, with its device current."""
-        assert (target | ids | scratch | counters) % ALIGNMENT == 0, "the kernel was compiled for aligned addresses"
+        assert (target | ids | scratch | counters | times) % ALIGNMENT == 0, "the kernel was compiled for aligned addresses"
         self._run(
             _num_programs(self._shape, num_pages, self._page_words, self._rows, self._words), 1, 1, stream,
             self._function, self._metadata, None, None, None,
-            self._source, target, ids, scratch, num_pages, counters, index, count, self._arrived,
-            self._page_words, self._rows, self._words, IDS_AT_ONCE,
+            self._source, target, ids, scratch, num_pages, counters, index, count, self._arrived, self._lock, times,
+            self._page_words, self._rows, self._words, IDS_AT_ONCE, _has_clock(),
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_pages", "index", "count"])
 def _push_kernel(
-    source, target, ids, scratch, num_pages, counters, index, count, arrived,
-    PAGE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, IDS: tl.constexpr,
+    source, target, ids, scratch, num_pages, counters, index, count, arrived, lock, times,
+    PAGE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, IDS: tl.constexpr, HAS_CLOCK: tl.constexpr,
 ):  # fmt: skip
+    if tl.program_id(0) == 0:
+        tl.store(times, _now(HAS_CLOCK))
     parts: tl.constexpr = (PAGE_WORDS + WORDS - 1) // WORDS
     num_tiles = tl.cdiv(num_pages, ROWS) * parts
     share = tl.cdiv(num_tiles, tl.num_programs(0))
@@ -126,8 +142,19 @@ def _push_kernel(
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
         tl.store(arrived, 0)
+        while tl.atomic_cas(lock, 0, 1, sem="acq_rel", scope="gpu") != 0:
+            pass
         counter = counters + index
         tl.store(counter, tl.load(counter, volatile=True) + count, cache_modifier=".wt")
+        tl.atomic_xchg(lock, 0, sem="acq_rel", scope="sys")
+        tl.store(times + 1, _now(HAS_CLOCK), cache_modifier=".wt")
+
+
+@triton.jit
+def _now(HAS_CLOCK: tl.constexpr):
+    if HAS_CLOCK:
+        return globaltimer()
+    return tl.full((), 1, tl.int64)
 
 
 @triton.jit

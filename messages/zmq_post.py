@@ -1,12 +1,19 @@
 """Post over ZeroMQ: the one place that knows it.
 
+    send ─► a peer of this host: a Unix socket (host_wire) ─┐
+         └► any other: a DEALER of its own ─► its ROUTER ───┴─► receive
+
 A ROUTER socket is bound for all that comes in; a DEALER per peer carries what goes out. Both ends authenticate with CURVE: the
 cluster has one key pair, made and handed out by the controller. A socket that does not hold the secret key can neither connect nor
 be connected to.
 """
 
 import logging
+import select
+import time
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
 from typing import Final
 
 import msgspec
@@ -14,7 +21,8 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from .codec import MAX_FRAME_BYTES, Message, decode, encode
-from .errors import ClusterError, Malformed, WireError
+from .errors import ClusterError, WireError
+from .host_wire import HostWires
 from .ids import Address
 from .post import Leavers
 
@@ -56,23 +64,36 @@ class ZmqPost:
 
     def __init__(self, keyring: Keyring, host: str = "127.0.0.1", port: int = 0) -> None:
         self._keyring = keyring
-        self._context = zmq.Context()
-        self._authenticator = ThreadAuthenticator(self._context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(domain="*", credentials_provider=_OnlyOurs(keyring.public))
-        self._inbox = self._socket(zmq.ROUTER)
-        self._inbox.curve_server = True
-        self._inbox.maxmsgsize = MAX_RAW_BYTES
         self._outboxes: dict[Address, zmq.Socket[bytes]] = {}
         self._leavers = Leavers()
         self._num_dropped = 0
+        with ExitStack() as opened:
+            self._context = zmq.Context()
+            opened.callback(self._context.term)
+            self._inbox = self._bound(opened, host, port)
+            endpoint = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+            self._address = Address(f"tcp://{host}:{endpoint.rsplit(':', 1)[1]}")
+            self._wires = HostWires(self._address, keyring.public, keyring.secret, MAX_RAW_BYTES, MAX_QUEUED_MESSAGES)
+            opened.callback(self._wires.close, LINGER_MS / 1e3)
+            self._sources = opened.enter_context(select.epoll())
+            for source in (int(self._inbox.fd), self._wires.fileno()):
+                self._sources.register(source, select.EPOLLIN)
+            self._opened = opened.pop_all()
+
+    def _bound(self, opened: ExitStack, host: str, port: int) -> "zmq.Socket[bytes]":
+        authenticator = ThreadAuthenticator(self._context)
+        authenticator.start()
+        opened.callback(authenticator.stop)
+        authenticator.configure_curve_callback(domain="*", credentials_provider=_OnlyOurs(self._keyring.public))
+        inbox = self._socket(zmq.ROUTER)
+        opened.callback(inbox.close, linger=0)
+        inbox.curve_server = True
+        inbox.maxmsgsize = MAX_RAW_BYTES
         try:
-            self._inbox.bind(f"tcp://{host}:{port or '*'}")
+            inbox.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError as error:
-            self.close()
             raise ClusterError(f"cannot listen on {host}:{port}: {error}") from None
-        endpoint = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._address = Address(f"tcp://{host}:{endpoint.rsplit(':', 1)[1]}")
+        return inbox
 
     @property
     def address(self) -> Address:
@@ -80,38 +101,45 @@ class ZmqPost:
 
     @property
     def num_dropped(self) -> int:
-        return self._num_dropped
+        return self._num_dropped + self._wires.num_dropped
 
     def fileno(self) -> int:
-        """Becomes readable, edge-triggered, when messages may be here: then call `receive(0)`."""
-        return int(self._inbox.fd)
+        """Readable while messages may be here: then call `receive(0)`."""
+        return self._sources.fileno()
 
     def send(self, to: Address, message: Message) -> None:
         frame = encode(message)
         if to in self._leavers:                        # or a late word would open a socket again that nobody closes
             return
         try:
-            self._outbox(to).send(frame, zmq.NOBLOCK)
+            if not self._wires.reaches(to):
+                self._outbox(to).send(frame, zmq.NOBLOCK)
+            elif not self._wires.send(to, frame):
+                raise zmq.Again
         except zmq.Again:
             self._drop(f"{type(message).__name__} to {to}: {MAX_QUEUED_MESSAGES} messages are queued already")
         except zmq.ZMQError as error:                  # an address that a peer sent us need not be one
             self._drop(f"{type(message).__name__} to {to!r}: {error}")
 
     def receive(self, timeout_s: float) -> list[Message]:
+        give_up_at = time.monotonic() + timeout_s
+        received = self._take(timeout_s)
+        while not received and (left_s := give_up_at - time.monotonic()) > 0:       # what woke us was no message: a handshake
+            received = self._take(left_s)
+        return received
+
+    def _take(self, timeout_s: float) -> list[Message]:
         received: list[Message] = []
-        if timeout_s > 0 and not self._inbox.poll(round(timeout_s * 1000)):
-            return received
-        while True:
-            try:
-                frames = self._inbox.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return received
-            try:
-                received.append(decode(_only_frame(frames)))
-            except WireError as error:
-                self._drop(str(error))
+        for source, _ in self._sources.poll(round(timeout_s, 3)):                   # or a fraction of a millisecond would be a whole one
+            for frame in self._wires.receive() if source == self._wires.fileno() else self._arrived():
+                try:
+                    received.append(decode(frame))
+                except WireError as error:
+                    self._drop(str(error))
+        return received
 
     def forget(self, peer: Address) -> None:
+        self._wires.forget(peer)
         outbox = self._outboxes.pop(peer, None)
         if outbox is not None:
             outbox.close(linger=0)
@@ -123,9 +151,19 @@ class ZmqPost:
     def close(self) -> None:
         for peer in list(self._outboxes):
             self._outboxes.pop(peer).close(linger=LINGER_MS)
-        self._inbox.close(linger=0)
-        self._authenticator.stop()
-        self._context.term()
+        self._opened.close()
+
+    def _arrived(self) -> Iterator[bytes]:
+        """All that ZeroMQ has: its descriptor tells of news, not of what was left."""
+        while True:
+            try:
+                frames = self._inbox.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) == 2:                       # ROUTER puts the sender's routing id in front of the one that a message has
+                yield frames[1]
+            else:
+                self._drop(f"message of {len(frames) - 1} frames")
 
     def _outbox(self, peer: Address) -> "zmq.Socket[bytes]":
         if peer not in self._outboxes:
@@ -153,10 +191,3 @@ class ZmqPost:
         self._num_dropped += 1
         if self._num_dropped & (self._num_dropped - 1) == 0:
             logger.warning("dropped %s (%d so far)", why, self._num_dropped)
-
-
-def _only_frame(frames: list[bytes]) -> bytes:
-    """ROUTER puts the sender's routing id in front of the one frame that a message has."""
-    if len(frames) != 2:
-        raise Malformed(f"message of {len(frames) - 1} frames")
-    return frames[1]

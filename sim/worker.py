@@ -175,6 +175,7 @@ class SimWorker:
     def _collect(self) -> None:
         steps = self.engine.collect()
         self._steps.collected(self._timeline.now)
+        self._steps.learn()
         self.on_steps(steps)
         self._reserve()
         self._go_on()

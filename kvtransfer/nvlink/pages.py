@@ -1,7 +1,7 @@
 """Page ids: what is wrong with them, which of them are neighbours, and their way to the GPU.
 
-They travel in pinned buffers, which the kernel itself reads and stores in a twin on the device; both are used again once the write that
-read them has ended.
+They travel in pinned buffers, which the kernel itself reads and stores in a twin on the device, and in which it says when it has ended;
+then both are used again.
 """
 
 
@@ -13,27 +13,44 @@ from ..transport import IdArray, PageIds
 
 SMALLEST = 512                 # pages
 NUM_READY = 32                 # slots of that size made in advance: pinning takes long
+NUM_TIMES = 4                  # when the kernel began and ended; the same of a first one, in front of copies by copy engines
+FIRST_TIMES = 16               # bytes from the one pair to the other
 
 
 class Slot:
     def __init__(self, capacity: int, device: torch.device) -> None:
         """capacity: pages."""
         self.capacity = capacity
-        self._pinned = torch.empty(2 * capacity, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._pinned = torch.zeros(2 * capacity + NUM_TIMES, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._on_device = torch.empty(2 * capacity, dtype=torch.int64, device=device)
-        self.ids: IdArray = self._pinned.numpy()           # of the last write: all here, then all there
+        self._values: IdArray = self._pinned.numpy()
+        self.ids = self._values[: 2 * capacity]            # of the last write: all here, then all there
+        self._times = self._values[2 * capacity :]
         self.ids_address, self.scratch_address = self._pinned.data_ptr(), self._on_device.data_ptr()
+        self.times_address = self.ids_address + 2 * capacity * self._values.itemsize
 
     @property
-    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pinned and on the device: [2 × capacity] int64 each."""
-        return self._pinned, self._on_device
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, pinned, and their twin on the device: [2 × capacity] int64 each; times, pinned: [2] int64."""
+        return self._pinned[: 2 * self.capacity], self._on_device, self._pinned[2 * self.capacity :][:2]
+
+    @property
+    def has_ended(self) -> bool:
+        """The GPU will not touch this slot, nor pages for it, any more."""
+        return bool(self._times[1])
+
+    @property
+    def times_s(self) -> tuple[float, float]:
+        """By the GPU's clock: when it began, when it ended."""
+        began, ended, copies_began, _ = self._times.tolist()
+        return 1e-9 * (copies_began or began), 1e-9 * ended
 
     def fill(self, src_pages: PageIds, dst_pages: PageIds) -> tuple[IdArray, IdArray]:
         """Ids here, then ids there; views of both."""
         count = len(src_pages)
         here, there = self.ids[:count], self.ids[count : 2 * count]
         here[:], there[:] = as_array(src_pages), as_array(dst_pages)
+        self._times[:] = 0
         return here, there
 
 

@@ -1,12 +1,15 @@
 """Transport for GPUs of one host: the writer's GPU stores pages right into the receiver's pool, which is mapped by CUDA IPC.
 
-    engine's stream   … layer group ──●── next layers …
-                                      │ event
-    side stream                       └─► pages ═══ NVLink ═══► pool;  then the count ─── PCIe ──► receiver's host memory
+    engine's stream    … layer group ──●── next layers …
+                                       │ event
+    one of two lanes                   └─► pages ═══ NVLink ═══► pool;  then the count ─── PCIe ──► receiver's host memory
 
 The receiver's GPU and CPU do nothing; it reads its counters, which are host memory. A count is raised by a load and a store of the
 writer's GPU: a counter has one writer at a time, and it stays right whenever the receiver resets it. What has been launched cannot be
 called back, so `stop` waits for it; no call here waits for the GPU otherwise, except those that unmap.
+
+Writes take the lanes in turn, two streams, so that one moves pages while the next begins or the last ends. That a write has ended, and
+how long it took, it says itself, in memory of this host.
 
 Deaths. A dead writer's GPU context ends with its process: nothing of it writes once the process is gone. A dead receiver's memory stays
 valid for as long as a writer maps it: late writes land where nobody reads. A new life has a new handle and new counters.
@@ -15,7 +18,8 @@ valid for as long as a writer maps it: late writes land where nobody reads. A ne
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,25 +34,30 @@ from ..transport import NUM_IMMS, KVPool, PageIds, Peer, TransferStats
 from . import cudart
 from .counters import OwnCounters
 from .memory import THIS_PROCESS, VERSION, DeviceMemory, Location, PeerMemory, check_page_bytes, location_here
-from .pages import Slot, Slots, check_pages, runs_of
+from .pages import FIRST_TIMES, Slot, Slots, check_pages, runs_of
 
 POLL_S = 2e-5
 UNMAP_TIMEOUT_S = 30.0
+NUM_LANES = 2
 HIGH_PRIORITY = -1
-"""Of the side stream: its programs get the next SM that is free, where at the engine's own priority they would queue behind all
+"""Of the lanes: their programs get the next SM that is free, where at the engine's own priority they would queue behind all
 programs of the kernel that is running, and pages would leave only between kernels."""
 
 Key = tuple[bytes, Imm]
 
 
 class _Write(NamedTuple):
-    """On the side stream; ended when its second event has happened."""
-
     key: Key
     num_pages: int
     slot: Slot
-    started: torch.cuda.Event
-    ended: torch.cuda.Event
+
+
+@dataclass(frozen=True)
+class _Lane:
+    stream: torch.cuda.Stream
+    push: PagePush
+    arrived: torch.Tensor                 # of which `push` has the address alone
+    writes: deque[_Write] = field(default_factory=deque)            # in the order of their start, in which they end
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,11 @@ class NvlinkTransport:
         self._own: DeviceMemory | None = None
         self._counters: OwnCounters | None = None
         self._targets: dict[bytes, _Target] = {}
-        self._writes: deque[_Write] = deque()
+        self._lanes: list[_Lane] = []
         self._num_pending: dict[Key, int] = {}
         self._busy_s: dict[Key, float] = {}
+        self._busy_until_s = 0.0          # by the GPU's clock: what two lanes do at the same time is counted once
         self._stats = TransferStats()
-        self._free_events: list[torch.cuda.Event] = []
 
     # the receiver's side
 
@@ -96,20 +105,25 @@ class NvlinkTransport:
         return KVPool(layout, memory.view(layout.dtype).view(layout.shape(num_blocks)))
 
     def _prepare_writing(self) -> None:
-        """All that takes long the first time: stream, pinned memory, the kernel's compilation."""
-        self._stream = torch.cuda.Stream(self._device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):           # whose allocations nobody else has used before
-            self._slots = Slots(self._device)
+        """All that takes long the first time: streams, pinned memory, the kernel's compilation."""
+        page_words = self._page_bytes // WORD_BYTES
+        self._slots = Slots(self._device)
+        self._lock = torch.zeros(1, dtype=torch.int32, device=self._device)
+        nowhere = torch.zeros(1, dtype=torch.int64, device=self._device)
+        torch.cuda.synchronize(self._device)            # what lanes use is there
+        for _ in range(NUM_LANES):
+            stream = torch.cuda.Stream(self._device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
             arrived = torch.zeros(1, dtype=torch.int32, device=self._device)
-            nowhere = Counting(torch.zeros(1, dtype=torch.int64, device=self._device), 0, 0, arrived)
-            slot, page_words = self._slots.take(0), self._page_bytes // WORD_BYTES
-            compiled = push_pages(self._words, self._words, IdBuffers(*slot.buffers), 0, page_words, nowhere, self._shape)
-            self._push = PagePush(compiled, self._words, page_words, arrived, self._shape)
+            slot = self._slots.take(0)
+            ids, scratch, times = slot.buffers
+            counting = Counting(nowhere, 0, 0, arrived, self._lock, times)
+            compiled = push_pages(self._words, self._words, IdBuffers(ids, scratch), 0, page_words, counting, self._shape)
+            torch.cuda.synchronize(self._device)
             self._slots.give_back(slot)
-        self._arrived = arrived                         # the pusher has its address alone
+            self._lanes.append(_Lane(stream, PagePush(compiled, self._words, page_words, arrived, self._lock, self._shape), arrived))
+        self._next_lane = cycle(self._lanes)
         self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._current = torch.cuda.device(self._device)
-        torch.cuda.synchronize(self._device)
 
     def adopt(self, pool: KVPool) -> None:
         raise ClusterError("transport nvlink needs a pool of its own: only whole allocations have an IPC handle")
@@ -164,6 +178,8 @@ class NvlinkTransport:
         if not self._poll_until(lambda: all(key[0] != location for key in self._num_pending), UNMAP_TIMEOUT_S):
             raise RuntimeError(f"writes to a peer have not ended in {UNMAP_TIMEOUT_S} s")
         target = self._targets.pop(location)
+        for lane in self._lanes:
+            lane.stream.synchronize()                   # their last words have been said; that they are over is for the driver to say
         self._busy_s = {key: busy_s for key, busy_s in self._busy_s.items() if key[0] != location}
         with torch.cuda.device(self._device):
             target.memory.close()
@@ -221,48 +237,46 @@ class NvlinkTransport:
             del self._words
             self._own = None
 
-    # the side stream
+    # the lanes
 
     def _start(self, target: _Target, slot: Slot, num_pages: int, key: Key) -> None:
         """The host's part of a page's latency: nothing that can be done before or after is done here."""
-        started, ended = self._event(), self._event()
+        lane = next(self._next_lane)
+        stream, counters = lane.stream.cuda_stream, target.memory.counters
+        addresses = target.memory.pool, slot.ids_address, slot.scratch_address
         with self._current:
             self._ready.record()
-            self._stream.wait_event(self._ready)
-            started.record(self._stream)
+            lane.stream.wait_event(self._ready)
             by_kernel = num_pages
             if self._engine == "copy":
-                self._copy(target.memory.pool, slot, num_pages)
+                lane.push(*addresses, 0, counters, key[1], 0, slot.times_address + FIRST_TIMES, stream)
+                self._copy(target.memory.pool, slot, num_pages, stream)
                 by_kernel = 0
-            addresses = target.memory.pool, slot.ids_address, slot.scratch_address
-            self._push(*addresses, by_kernel, target.memory.counters, key[1], num_pages, self._stream.cuda_stream)
-            ended.record(self._stream)
-        self._writes.append(_Write(key, num_pages, slot, started, ended))
+            lane.push(*addresses, by_kernel, counters, key[1], num_pages, slot.times_address, stream)
+        lane.writes.append(_Write(key, num_pages, slot))
         self._num_pending[key] = self._num_pending.get(key, 0) + 1
 
-    def _copy(self, target: int, slot: Slot, num_pages: int) -> None:
+    def _copy(self, target: int, slot: Slot, num_pages: int, stream: int) -> None:
         lengths, here, there = runs_of(slot.ids[:num_pages], slot.ids[num_pages : 2 * num_pages])
         sources = (self._words.data_ptr() + here * self._page_bytes).tolist()
         targets = (target + there * self._page_bytes).tolist()
-        cudart.copy_all(targets, sources, (lengths * self._page_bytes).tolist(), self._stream.cuda_stream)
-
-    def _event(self) -> torch.cuda.Event:
-        if self._free_events:
-            return self._free_events.pop()
-        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        cudart.copy_all(targets, sources, (lengths * self._page_bytes).tolist(), stream)
 
     def _settle(self) -> None:
-        """Accounts for what has ended; writes end in the order of their start. Raises torch's error if the GPU reports one."""
-        while self._writes and self._writes[0].ended.query():  # type: ignore[no-untyped-call]
-            write = self._writes.popleft()
-            seconds = write.started.elapsed_time(write.ended) / 1e3
-            self._busy_s[write.key] = self._busy_s.get(write.key, 0.0) + seconds
-            self._stats = self._stats.plus(write.num_pages, write.num_pages * self._page_bytes, seconds)
-            self._num_pending[write.key] -= 1
-            if not self._num_pending[write.key]:
-                del self._num_pending[write.key]
-            self._slots.give_back(write.slot)
-            self._free_events += [write.started, write.ended]
+        """Accounts for what has ended, what began first first."""
+        while ended := [lane.writes for lane in self._lanes if lane.writes and lane.writes[0].slot.has_ended]:
+            self._account(min(ended, key=lambda writes: writes[0].slot.times_s).popleft())
+
+    def _account(self, write: _Write) -> None:
+        began_s, ended_s = write.slot.times_s
+        seconds = max(0.0, ended_s - max(began_s, self._busy_until_s))
+        self._busy_until_s = max(self._busy_until_s, ended_s)
+        self._busy_s[write.key] = self._busy_s.get(write.key, 0.0) + seconds
+        self._stats = self._stats.plus(write.num_pages, write.num_pages * self._page_bytes, seconds)
+        self._num_pending[write.key] -= 1
+        if not self._num_pending[write.key]:
+            del self._num_pending[write.key]
+        self._slots.give_back(write.slot)
 
     def _poll_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         give_up_at = time.monotonic() + timeout_s

@@ -26,6 +26,7 @@ from triton.runtime import driver
 
 from diptych.kvtransfer.layout import KVLayout
 from diptych.kvtransfer.nvlink import transport as nvlink
+from diptych.kvtransfer.nvlink.pages import Slot
 from diptych.kvtransfer.transport import Peer
 from diptych.messages.ids import Epoch, Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
@@ -53,13 +54,7 @@ class Nothing:
     def __exit__(self, *_: object) -> None:
         return None
 
-    record = wait_event = __call__
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, _: object) -> float:
-        return 0.1
+    record = wait_event = synchronize = __call__
 
 
 class Memory:
@@ -87,6 +82,7 @@ def transport() -> Iterator[nvlink.NvlinkTransport]:
         for name in ("synchronize", "empty_cache"):
             fakes.enter_context(patch.object(torch.cuda, name, Nothing()))
         fakes.enter_context(patch.object(nvlink, "DeviceMemory", Memory))
+        fakes.enter_context(patch.object(Slot, "has_ended", True))
         made = nvlink.NvlinkTransport(f"bench{uuid4().hex[:8]}", WorkerId("writer"), Epoch(1), torch.device("cuda", 0))
         made._device = torch.device("cpu")
         made.allocate(KVLayout("bytes", torch.uint8, 1, 1, PAGE_BYTES // 32, 16), NUM_PAGES)

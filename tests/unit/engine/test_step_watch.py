@@ -21,6 +21,7 @@ def test_a_step_counts_from_the_end_of_the_one_before(seconds: float, ahead: boo
             watch.launched(DECODES, now)              # while the one before runs
         now += seconds
         watch.collected(now)
+        watch.learn()
         if not ahead:
             watch.launched(DECODES, now)
     assert watch.model.step_s(DECODES) == pytest.approx(seconds, rel=0.1)
@@ -42,6 +43,7 @@ def test_prompts_are_a_share_of_the_time() -> None:
     watch = StepWatch(PRIOR)
     watch.launched(StepFeatures(prefill_tokens=1000, prefill_pairs=500_000, num_decoding=0, decode_context=0), 1.0)
     watch.collected(1.03)
+    watch.learn()
     assert watch.prefill_share.at(1.03) > 0
     assert watch.prefill_share.at(30.0) < 1e-3
 

@@ -207,7 +207,8 @@ def test_sampling() -> None:
 @pytest.mark.parametrize("num_warps", [8, 16, 32])
 def test_page_push(page_bytes: int, num_warps: int) -> None:
     int64 = torch.int64
-    counting = page_push.Counting(meta(4096, dtype=int64), 7, 99, meta(1, dtype=torch.int32))
+    flags = (meta(1, dtype=torch.int32), meta(1, dtype=torch.int32), meta(2, dtype=int64))
+    counting = page_push.Counting(meta(4096, dtype=int64), 7, 99, *flags)
     shape = page_push.PushShape(num_programs=24, num_warps=num_warps, tile_bytes=min(num_warps, 16) << 11)
     with captured(page_push, "_push_kernel") as launches:
         pool = meta(1 << 20, dtype=int64)
@@ -222,14 +223,15 @@ def test_page_push(page_bytes: int, num_warps: int) -> None:
 
 def test_a_direct_launch_passes_what_a_launch_through_triton_passes() -> None:
     int64 = torch.int64
-    source, target, ids, scratch, counters, arrived = (torch.zeros(64, dtype=dtype) for dtype in [int64] * 5 + [torch.int32])
+    source, target, ids, scratch, counters, times = (torch.zeros(64, dtype=int64) for _ in range(6))
+    arrived, lock = (torch.zeros(64, dtype=torch.int32) for _ in range(2))
     shape, launched = page_push.PushShape(num_programs=5), []
     with captured(page_push, "_push_kernel") as launches:
-        counting = page_push.Counting(counters, 3, 40, arrived)
+        counting = page_push.Counting(counters, 3, 40, arrived, lock, times)
         page_push.push_pages(source, target, page_push.IdBuffers(ids, scratch), 32, 8192, counting, shape)
     compiled = SimpleNamespace(run=lambda *arguments: launched.append(arguments), function="function", packed_metadata="metadata")
-    push = page_push.PagePush(compiled, source, 8192, arrived, shape)
-    push(*(tensor.data_ptr() for tensor in (target, ids, scratch)), 32, counters.data_ptr(), 3, 40, 77)
+    push = page_push.PagePush(compiled, source, 8192, arrived, lock, shape)
+    push(*(tensor.data_ptr() for tensor in (target, ids, scratch)), 32, counters.data_ptr(), 3, 40, times.data_ptr(), 77)
     expected = [at.data_ptr() if isinstance(at, torch.Tensor) else at for at in launches[0].arguments.values()]
     assert launched == [(5, 1, 1, 77, "function", "metadata", None, None, None, *expected)]
     assert list(launches[0].arguments) == page_push._push_kernel.arg_names
