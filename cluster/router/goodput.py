@@ -142,8 +142,7 @@ class Goodput:
             if len(usable) <= ALL_UP_TO:
                 return usable
             drawn = self._two(usable)
-        depths = [held.depth(worker.ref) for worker in drawn]
-        if held.most in depths:
+        if not held.most or held.most in (depths := [held.depth(worker.ref) for worker in drawn]):
             return drawn
         holder = held.deepest(self._usable(request, pool))
         return drawn if holder is None or held.depth(holder.ref) in depths else [*drawn, holder]

@@ -51,7 +51,7 @@ class Held:
 
     def depth(self, worker: WorkerRef) -> int:
         """Leading chunks."""
-        return self._depth(self._bits.get(worker, 0))
+        return self._depth(self._bits.get(worker, 0)) if self._levels else 0
 
     def deepest(self, workers: Sequence[WorkerLoad]) -> WorkerLoad | None:
         """Of those that were sent most of it the first; None: they were sent nothing."""
