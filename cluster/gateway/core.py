@@ -54,7 +54,7 @@ class Core:
         if not members:
             return "no workers are known yet"
         if not self._loads.view(self.clock()).decode:
-            return f"none of {len(members)} known workers is a live decode worker that takes requests"
+            return f"none of {len(members)} known workers is alive and takes requests"
         return None
 
     def render_metrics(self) -> bytes:

@@ -227,10 +227,14 @@ class LoadView:
         return worker is not None and worker.report is not None and worker.report.num_waiting_tokens > 0
 
     def view(self, now: float) -> ClusterView:
-        """The workers that live and are not draining, in Membership's order."""
+        """The workers that live and are not draining, in Membership's order. With no decode worker among them those of the prefill pool
+        stand in: they serve whole requests by themselves."""
+        prefill, decode = self._loads(Role.PREFILL, now), self._loads(Role.DECODE, now)
+        if not decode:
+            prefill, decode = decode, prefill
         return ClusterView(
-            prefill=self._loads(Role.PREFILL, now),
-            decode=self._loads(Role.DECODE, now),
+            prefill=prefill,
+            decode=decode,
             links=self._links,
             num_gateways=self._num_gateways,
             mean_outputs=self._mean_outputs,

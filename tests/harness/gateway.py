@@ -116,7 +116,7 @@ class FakeWorker:
         if self.frozen or (on_request is not None and on_request(self, request)):
             return
         index = request.num_prior_outputs
-        if self.role is Role.DECODE:
+        if request.route.prefill is None:
             self.decoding[request.request_id] = (request, index)
             return
         self.say(request, index, prefill=True)

@@ -84,7 +84,7 @@ def an_explanation() -> RequestExplanation:
         Candidate(None, "decode-1", None, None, 0.05, 0.25, 9.0, keeps_ttft=False, keeps_tpot=False, chosen=False),
     )
     first = AttemptExplanation(0.01, DecisionKind.ROUTE, "prefill-0", "decode-1", "", 2, candidates, 128.0, 0.39, "decode-1: [lost]")
-    second = AttemptExplanation(0.5, DecisionKind.QUEUE, None, None, "no decode worker is alive", 7, (), None, None)
+    second = AttemptExplanation(0.5, DecisionKind.QUEUE, None, None, "no worker is alive", 7, (), None, None)
     choice = ChoiceExplanation(0, "default", 5, 0.4, 0.02, (first, second), GenerationState.QUEUED, "split", 0.2, None, 1, None, "")
     return RequestExplanation("cmpl-a", "mine", (choice,))
 
@@ -98,7 +98,7 @@ class TestExplain:
         shown = capsys.readouterr().out
         for text in (
             "cmpl-a", "mine", "►", "prefill-0 → decode-1", "decode-1 alone", "123.4 ms", "25%", "TTFT and TPOT", "neither",
-            "200.0 ms / 400.0 ms", "given up: decode-1: [lost]", "queue: no decode worker is alive", "found no route 7 times before",
+            "200.0 ms / 400.0 ms", "given up: decode-1: [lost]", "queue: no worker is alive", "found no route 7 times before",
         ):  # fmt: skip
             assert text in shown, text
 

@@ -6,6 +6,7 @@ from harness.gateway import EOS, FakeWorker, House, in_loop, tokens_of
 
 from diptych.cluster.gateway import responder
 from diptych.cluster.gateway.config import Limits
+from diptych.cluster.router.registry import POLICIES
 from diptych.messages.membership import Role
 from diptych.messages.requests import FailureKind, GenerateRequest
 
@@ -67,6 +68,7 @@ class TestDeath:
             stream = house.open("POST", "/v1/completions", {"model": "tiny"} | STREAM)
             await house.until(lambda: any(index == 5 for worker in house.workers for _, index in worker.decoding.values()))
             house.kill("decode-0")
+            house.kill("prefill-0")
             house.tell_membership()
             await house.until(lambda: house.core.dispatcher.num_queued == 1)
             assert (await house.get("/ready")).status == 503
@@ -74,6 +76,28 @@ class TestDeath:
             house.add("decode-0", Role.DECODE, epoch=2)
             house.tell_membership()
             assert (await stream.reply()).text == TEXT
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    @in_loop
+    async def test_of_all_that_decode_leaves_it_to_those_that_prefill(self, tmp_path, policy):
+        async with House(tmp_path, prefill=2, policy=policy) as house:
+            house.says, house.pause_at = [*tokens_of(TEXT), EOS], 5
+            stream = house.open("POST", "/v1/completions", {"model": "tiny"} | STREAM)
+            await house.until(lambda: any(index == 5 for worker in house.workers for _, index in worker.decoding.values()))
+            house.kill("decode-0")
+            house.tell_membership()
+            await house.until(lambda: any(request.route.prefill is None for worker in house.workers for request in worker.received))
+            again = next(request for worker in house.workers for request in worker.received if request.route.prefill is None)
+            assert again.num_prior_outputs == 5
+            house.add("decode-0", Role.DECODE, epoch=2)            # that it is back moves nobody
+            house.pause_at = 1 << 30
+            house.tell_membership()
+            assert (await stream.reply()).text == TEXT
+            assert house.core.metrics.num_retries == 1
+            for worker in house.workers:
+                worker.received.clear()
+            await house.post("/v1/completions", ASK)
+            assert {request.route.decode.worker_id for worker in house.workers for request in worker.received} == {"decode-0"}
 
     @in_loop
     async def test_that_nobody_announces(self, tmp_path):

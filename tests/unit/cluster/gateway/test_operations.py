@@ -72,8 +72,11 @@ async def test_ready_says_why_not(tmp_path):
         assert (await house.get("/ready")).json == {"status": "ready"}
         house.kill("decode-0")
         house.tell_membership()
+        assert (await house.get("/ready")).status == 200           # the prefill worker stands in
+        house.worker("prefill-0").frozen = True
+        house.now += 5.0
         reply = await house.get("/ready")
-        assert (reply.status, reply.json["reason"]) == (503, "none of 1 known workers is a live decode worker that takes requests")
+        assert (reply.status, reply.json["reason"]) == (503, "none of 1 known workers is alive and takes requests")
         assert (await house.get("/health")).status == 200
     async with House(tmp_path, prefill=0, decode=0) as house:
         assert (await house.get("/ready")).json["reason"] == "no workers are known yet"

@@ -139,7 +139,8 @@ class TestChoice:
 
     def test_a_request_that_asks_for_a_prefill_worker_waits_for_one(self):
         asked = msgspec.structs.replace(REQUEST, path=Path.SPLIT)
-        assert policy().choose(asked, view([], [load("d0")]), 0.0) == Queue("no prefill worker is alive, and the request asks for one")
+        decision = policy().choose(asked, view([], [load("d0")]), 0.0)
+        assert decision == Queue("no prefill worker is alive beside a decode worker, and the request asks for one")
 
     def test_a_decision_is_remembered_whichever_way_it_is_asked_for(self):
         request = msgspec.structs.replace(REQUEST, token_ids=tuple(range(6000)))

@@ -102,10 +102,12 @@ def test_messages_take_half_of_the_shortest_way_there_and_back():
         view.sent(RequestId(name), SPLIT, 10, sent_at)
         view.heard(P0, reading(P0, (name, ago_s)), heard_at)
         view.heard(P0, reading(P0, (name, ago_s)), heard_at + 1)             # told again, as of an older way
+        view.heard(D0, None, heard_at)
     assert view.view(3.2).prefill[0].message_s == pytest.approx(0.001)
     for number in range(200):
         view.sent(RequestId(str(number)), SPLIT, 10, 10.0 + number)
         view.heard(P0, reading(P0, (str(number), 0.0)), 10.02 + number)
+        view.heard(D0, None, 10.02 + number)
     assert view.view(209.1).prefill[0].message_s == pytest.approx(0.01), "ways change"
 
 
@@ -132,6 +134,17 @@ def test_silence_is_death_until_it_speaks():
     assert not view.lives(D1, 3.5)
     view.heard(D1, None, 4.5)
     assert [w.ref for w in view.view(4.5).decode] == [D1]
+
+
+def test_prefill_workers_stand_in_while_nobody_decodes():
+    view = loads(P0, D0)
+    view.sent(R, LOCAL, num_tokens=33, now=0.0)
+    view.heard(P0, None, 3.5)
+    [alone] = view.view(3.5).decode
+    assert (alone.ref, alone.num_requests, view.view(3.5).prefill) == (P0, 0, ())
+    view.heard(D0, None, 3.6)
+    assert [[w.ref for w in pool] for pool in (view.view(3.6).prefill, view.view(3.6).decode)] == [[P0], [D0]]
+    assert view.view(9.0).decode == view.view(9.0).prefill == ()
 
 
 def test_a_draining_worker_lives_and_gets_nothing_new():

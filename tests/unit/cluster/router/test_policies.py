@@ -51,7 +51,7 @@ class TestEveryPolicyPerPool:
     def test_waits_for_a_prefill_worker_if_a_request_asks_for_one(self, name):
         asked = msgspec.structs.replace(REQUEST, path=Path.SPLIT)
         decision = make_policy(name, PolicyOptions()).choose(asked, ClusterView((), pool("decode", 2)), 0.0)
-        assert decision == Queue("no prefill worker is alive, and the request asks for one")
+        assert decision == Queue("no prefill worker is alive beside a decode worker, and the request asks for one")
 
     def test_says_at_least_its_choice(self, name):
         view = ClusterView(pool("prefill", 2), pool("decode", 2))
