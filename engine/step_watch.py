@@ -22,7 +22,7 @@ class StepWatch:
         self._predictor = StepPredictor(model)
         self._under_way: deque[tuple[StepFeatures, float]] = deque()      # and when it was launched
         self._collected_at = 0.0
-        self._unlearned: list[tuple[StepFeatures, float]] = []            # and the seconds that it took
+        self._unlearned: list[tuple[StepFeatures, float, float]] = []     # the seconds that it took, and when it ended
 
     @property
     def model(self) -> StepModel:
@@ -34,15 +34,15 @@ class StepWatch:
     def collected(self, now: float) -> None:
         """The oldest has ended. One that was launched ahead began when the one before it ended."""
         features, launched_at = self._under_way.popleft()
-        self._unlearned.append((features, now - max(launched_at, self._collected_at)))
+        self._unlearned.append((features, now - max(launched_at, self._collected_at), now))
         self._collected_at = now
 
     def learn(self) -> None:
         """From what has been collected; apart, for it takes longer than all else that stands between a step's end and its tokens' way."""
-        for features, seconds in self._unlearned:
+        for features, seconds, ended_at in self._unlearned:
             self._predictor.observe(features, seconds)
             prefill_s = self.model.prefill_s(features.prefill_tokens, features.prefill_pairs, features.num_decoding)
-            self.prefill_share.add(prefill_s, self._collected_at)
+            self.prefill_share.add(prefill_s, ended_at)
         self._unlearned.clear()
 
     def busy_s(self, now: float) -> float:

@@ -98,7 +98,7 @@ class PagePush:
     def __init__(self, compiled: Any, source: Tensor, page_words: int, arrived: Tensor, lock: Tensor, shape: PushShape) -> None:
         self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
         self._source, self._arrived, self._lock = source.data_ptr(), arrived.data_ptr(), lock.data_ptr()
-        self._shape, self._page_words = shape, page_words
+        self._shape, self._page_words, self._has_clock = shape, page_words, _has_clock()
         self._rows, self._words = shape.rows_and_words(page_words)
         assert (self._source | self._arrived | self._lock) % ALIGNMENT == 0
 
@@ -111,7 +111,7 @@ class PagePush:
             _num_programs(self._shape, num_pages, self._page_words, self._rows, self._words), 1, 1, stream,
             self._function, self._metadata, None, None, None,
             self._source, target, ids, scratch, num_pages, counters, index, count, self._arrived, self._lock, times,
-            self._page_words, self._rows, self._words, IDS_AT_ONCE, _has_clock(),
+            self._page_words, self._rows, self._words, IDS_AT_ONCE, self._has_clock,
         )  # fmt: skip
 
 

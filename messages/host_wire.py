@@ -1,18 +1,22 @@
 """Frames between members of one host, over Unix sockets: the sender's own system call wakes the receiver's thread.
 
-    listen, named after one's address ─► accept ─► the right proof ─► frames
-    send ─► connect, once a peer ─► refused: it is of another host, or gone
-                                 └► into the kernel's buffer ─► full: queued here, sent on when there is room
+    listen, named after one's address ─► accept ─────────── hears a nonce, answers with its own and a proof ─► hears a proof ─► frames
+    send ─► connect, once a peer ─► says a nonce ─► hears and says a proof ─► into the kernel's buffer ─► full: queued here
+                │                      └─ until then all is queued here
+                └► refused: it is of another host, or gone
 
 ZeroMQ gives a frame to a thread of its own, which gives it to one of the receiver's, which wakes the receiver: two wakings more, and
-a waking takes as long as all else that happens to a small message. Names live in the network namespace and end with their process,
-so nothing is left behind. Both ends must belong to one user, by the kernel's word, and who connects shows that he holds the
-cluster's secret.
+a waking takes as long as all else that happens to a small message.
+
+Names live in the network namespace and end with their process, so nothing is left behind. Anybody there can read them, connect, and
+take the name of one who has died. So both ends must belong to one user, by the kernel's word, and each shows that it holds the
+cluster's secret, for this connection and this name, before a frame leaves the other. Frames themselves pass through the kernel alone.
 """
 
 import hmac
 import logging
 import os
+import secrets
 import select
 import socket
 import struct
@@ -30,28 +34,37 @@ logger = logging.getLogger(__name__)
 PROTOCOL: Final = b"1"                        # in the name: members of two versions do not meet here
 SIZE: Final = struct.Struct("<I")             # in front of a frame: its bytes
 CREDENTIALS: Final = struct.Struct("3i")      # SO_PEERCRED: pid, uid, gid
+NONCE_BYTES, PROOF_BYTES = 16, 32
 BACKLOG: Final = 1024
+BUFFER_BYTES: Final = 4 << 20                 # of the kernel's, asked for; it gives what it allows
 CHUNK_BYTES: Final = 256 << 10
 MAX_CHUNKS: Final = 16                        # of one peer at a time; the others' turn is next
+MAX_ACCEPTED: Final = 16                      # at a time, and so for connections
+MAX_UNPROVEN: Final = 64                      # connections; the oldest gives way
+FULL_S: Final = 0.1                           # so long no connection is taken once there are no files left
 
 
 @dataclass
 class _Outgoing:
     peer: Address
     socket: socket.socket
+    nonce: bytes
     queued: deque[memoryview] = field(default_factory=deque)
+    unread: bytearray = field(default_factory=bytearray)
+    is_proven: bool = False
     awaits_room: bool = False
 
 
 @dataclass
 class _Incoming:
     socket: socket.socket
-    proven: bool = False
+    nonces: bytes = b""                       # the caller's and ours; empty: nothing was heard yet
     unread: bytearray = field(default_factory=bytearray)
+    is_proven: bool = False
 
 
 class HostWires:
-    """Not for several threads. Raises ClusterError if another process has this address's name."""
+    """For one thread. If the name is taken it says so and only calls others. Raises ClusterError: the process has no files left."""
 
     def __init__(self, address: Address, public: str, secret: str, max_frame_bytes: int, max_queued: int) -> None:
         self._public, self._secret = public.encode(), secret.encode()
@@ -59,21 +72,24 @@ class HostWires:
         self._outgoing: dict[Address, _Outgoing] = {}
         self._far: set[Address] = set()       # once refused, so that a peer's frames stay in one order
         self._ends: dict[int, _Outgoing | _Incoming] = {}
-        self._num_dropped = 0
-        self._epoll = select.epoll()
-        self._listener = _unix_socket()
+        self._unproven: deque[_Incoming] = deque()
+        self._num_dropped = self._num_refused = 0
+        self._deaf_until: float | None = None
+        try:
+            self._epoll = select.epoll()
+            self._listener = _unix_socket()
+        except OSError as error:
+            raise ClusterError(f"cannot talk to members of this host: {error}") from None
         try:
             self._listener.bind(self._name(address))
+            self._listener.listen(BACKLOG)
+            self._epoll.register(self._listener, select.EPOLLIN)
         except OSError as error:
-            self._listener.close()
-            self._epoll.close()
-            raise ClusterError(f"cannot listen for peers of this host as {address}: {error}") from None
-        self._listener.listen(BACKLOG)
-        self._epoll.register(self._listener, select.EPOLLIN | select.EPOLLET)         # or a process out of files would spin
+            logger.warning("members of this host reach %s over ZeroMQ only: %s", address, error)
 
     @property
     def num_dropped(self) -> int:
-        """Frames that were too large and connections without the right proof."""
+        """Frames of members that were too large."""
         return self._num_dropped
 
     def fileno(self) -> int:
@@ -84,40 +100,39 @@ class HostWires:
         """Connects at the first call for a peer; then the answer holds until it is forgotten or has gone."""
         if peer in self._outgoing:
             return True
-        if peer in self._far:
+        if peer in self._far or self._epoll.closed:
             return False
         wire = self._connect(peer)
         if wire is None:
             self._far.add(peer)
             return False
         self._outgoing[peer] = self._ends[wire.socket.fileno()] = wire
-        self._epoll.register(wire.socket, 0)                                          # its end is told all the same
-        self.send(peer, self._proof(peer))
-        return peer in self._outgoing
+        return True
 
     def send(self, peer: Address, frame: bytes) -> bool:
         """To a peer that it reaches. False: its queue is full. One that has gone swallows the frame."""
         wire = self._outgoing[peer]
         if len(wire.queued) >= self._max_queued:
             return False
-        wire.queued.append(memoryview(SIZE.pack(len(frame)) + frame))
-        if len(wire.queued) == 1:
+        wire.queued.append(_framed(frame))
+        if wire.is_proven and len(wire.queued) == 1:
             self._flush(wire)
         return True
 
     def receive(self) -> list[bytes]:
         """All frames that are here; sends on what is queued."""
+        if self._deaf_until is not None and time.monotonic() >= self._deaf_until:
+            self._deaf_until = None
+            self._epoll.modify(self._listener, select.EPOLLIN)
         frames: list[bytes] = []
         for fd, events in self._epoll.poll(0):
             end = self._ends.get(fd)
             if isinstance(end, _Incoming):
-                frames += self._read(end)
-            elif end is None:
+                frames += self._hear(end)
+            elif isinstance(end, _Outgoing):
+                self._go_on(end, events)
+            elif fd == self._listener.fileno():
                 frames += self._accept()
-            elif events & (select.EPOLLHUP | select.EPOLLERR):
-                self._lose(end)
-            else:
-                self._flush(end)
         return frames
 
     def forget(self, peer: Address) -> None:
@@ -126,93 +141,63 @@ class HostWires:
             self._close(self._outgoing.pop(peer))
 
     def close(self, linger_s: float) -> None:
-        """Waits at most `linger_s` for room for what is queued."""
+        """Waits at most `linger_s` for room for what is queued. Reaches nobody from now on."""
         give_up_at = time.monotonic() + linger_s
         while any(wire.queued for wire in self._outgoing.values()) and (left_s := give_up_at - time.monotonic()) > 0:
             self._epoll.poll(left_s)
             self.receive()
         for end in list(self._ends.values()):
             self._close(end)
+        self._outgoing.clear()
         self._listener.close()
         self._epoll.close()
 
     def _name(self, address: Address) -> bytes:
         return b"\0diptych/" + blake2b(b"/".join((PROTOCOL, self._public, address.encode())), digest_size=16).hexdigest().encode()
 
-    def _proof(self, listener: Address) -> bytes:
-        return blake2b(listener.encode(), key=self._secret, digest_size=32).digest()
+    def _proof(self, who: bytes, nonces: bytes, listener: Address) -> bytes:
+        """That `who`, "listener" or "caller", holds the secret, for one connection."""
+        return blake2b(b"/".join((who, nonces, listener.encode())), key=self._secret, digest_size=PROOF_BYTES).digest()
+
+    # to others
 
     def _connect(self, peer: Address) -> _Outgoing | None:
-        made = _unix_socket()
+        try:
+            made = _unix_socket()
+        except OSError:
+            return None
+        nonce = secrets.token_bytes(NONCE_BYTES)
         try:
             made.connect(self._name(peer))
-        except OSError:
-            made.close()
-            return None
-        if not _is_ours(made):
-            made.close()
-            return None
-        return _Outgoing(peer, made)
-
-    def _accept(self) -> list[bytes]:
-        """What those that come have said already."""
-        frames: list[bytes] = []
-        while True:
-            try:
-                made, _ = self._listener.accept()
-            except BlockingIOError:
-                return frames
-            except OSError as error:
-                logger.warning("cannot accept a peer of this host: %s", error)
-                return frames
             if not _is_ours(made):
-                self._refuse(made, "of another user")
-                continue
-            made.setblocking(False)
-            self._ends[made.fileno()] = end = _Incoming(made)
+                raise ConnectionRefusedError
+            made.sendall(_framed(nonce))                             # a new connection's buffer has room for it
             self._epoll.register(made, select.EPOLLIN)
-            frames += self._read(end)
-
-    def _read(self, end: _Incoming) -> list[bytes]:
-        has_ended = False
-        try:
-            for _ in range(MAX_CHUNKS):
-                chunk = end.socket.recv(CHUNK_BYTES)
-                end.unread += chunk
-                has_ended = not chunk
-                if len(chunk) < CHUNK_BYTES:
-                    break
-        except BlockingIOError:
-            pass
         except OSError:
-            has_ended = True
-        frames = self._frames(end)
-        if has_ended:
-            self._close(end)
-        return frames
+            made.close()
+            return None
+        return _Outgoing(peer, made, nonce)
 
-    def _frames(self, end: _Incoming) -> list[bytes]:
-        """The whole ones, taken out of `end.unread`; who sends no frames of ours is hung up on."""
-        frames: list[bytes] = []
-        start, stop = 0, len(end.unread)
-        while stop - start >= SIZE.size:
-            (num_bytes,) = SIZE.unpack_from(end.unread, start)
-            if num_bytes > self._max_frame_bytes:
-                self._refuse(end, f"with a frame of {num_bytes} bytes; the limit is {self._max_frame_bytes}")
-                return frames
-            first = start + SIZE.size
-            if stop - first < num_bytes:
-                break
-            frame, start = bytes(end.unread[first : first + num_bytes]), first + num_bytes
-            if end.proven:
-                frames.append(frame)
-            elif hmac.compare_digest(frame, self._proof(self._address)):
-                end.proven = True
-            else:
-                self._refuse(end, "without the cluster's proof")
-                return frames
-        del end.unread[:start]
-        return frames
+    def _go_on(self, wire: _Outgoing, events: int) -> None:
+        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not self._is_answered(wire):
+            self._lose(wire)
+        elif wire.is_proven:
+            self._flush(wire)
+
+    def _is_answered(self, wire: _Outgoing) -> bool:
+        """By the listener's proof, and by no more than that."""
+        has_ended = _read(wire)
+        try:
+            answers = _whole(wire.unread, NONCE_BYTES + PROOF_BYTES)
+        except ValueError:
+            return False
+        for answer in answers:
+            nonces, proof = wire.nonce + answer[:NONCE_BYTES], answer[NONCE_BYTES:]
+            if wire.is_proven or not hmac.compare_digest(proof, self._proof(b"listener", nonces, wire.peer)):
+                return False
+            wire.is_proven = True
+            wire.queued.appendleft(_framed(self._proof(b"caller", nonces, wire.peer)))
+        return not has_ended
 
     def _flush(self, wire: _Outgoing) -> None:
         try:
@@ -229,31 +214,137 @@ class HostWires:
             return
         if wire.awaits_room != bool(wire.queued):
             wire.awaits_room = bool(wire.queued)
-            self._epoll.modify(wire.socket, select.EPOLLOUT if wire.awaits_room else 0)
+            self._epoll.modify(wire.socket, select.EPOLLIN | (select.EPOLLOUT if wire.awaits_room else 0))
 
     def _lose(self, wire: _Outgoing) -> None:
-        """The peer has gone; what is said to it from now on is ZeroMQ's to swallow."""
+        """The peer has gone, or is another; what is said to it from now on is ZeroMQ's to swallow."""
         self._close(self._outgoing.pop(wire.peer))
         self._far.add(wire.peer)
 
-    def _refuse(self, end: _Incoming | socket.socket, why: str) -> None:
-        self._num_dropped += 1
-        logger.warning("hung up on a connection of this host %s (%d dropped so far)", why, self._num_dropped)
-        if isinstance(end, _Incoming):
-            end.unread.clear()
+    # from others
+
+    def _accept(self) -> list[bytes]:
+        """What those that come have said already."""
+        frames: list[bytes] = []
+        for _ in range(MAX_ACCEPTED):
+            try:
+                made, _ = self._listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._deaf_until = time.monotonic() + FULL_S
+                self._epoll.modify(self._listener, 0)
+                self._tell(f"cannot take a connection of this host: {error}")
+                break
+            if not _is_ours(made):
+                made.close()
+                self._tell("hung up on another user's connection of this host")
+                continue
+            made.setblocking(False)
+            end = _Incoming(made)
+            self._epoll.register(made, select.EPOLLIN)
+            self._ends[made.fileno()] = end
+            self._unproven.append(end)
+            if len(self._unproven) > MAX_UNPROVEN:
+                self._refuse(self._unproven[0], "that has proved nothing for long")
+            frames += self._hear(end)
+        return frames
+
+    def _hear(self, end: _Incoming) -> list[bytes]:
+        has_ended = _read(end)
+        frames: list[bytes] = []
+        try:
+            for frame in _whole(end.unread, self._max_frame_bytes):
+                if end.is_proven:
+                    frames.append(frame)
+                elif not self._is_introduced(end, frame):
+                    self._refuse(end, "without the cluster's proof")
+                    return frames
+        except ValueError as error:
+            self._num_dropped += end.is_proven
+            self._refuse(end, f"with {error}")
+            return frames
+        if not end.is_proven and len(end.unread) > SIZE.size + PROOF_BYTES:
+            self._refuse(end, "without the cluster's proof")
+        elif has_ended:
             self._close(end)
-        else:
-            end.close()
+        return frames
+
+    def _is_introduced(self, end: _Incoming, frame: bytes) -> bool:
+        """As far as one frame more of a caller can: first a nonce, which is answered, then the proof."""
+        if not end.nonces:
+            ours = secrets.token_bytes(NONCE_BYTES)
+            end.nonces = frame + ours
+            answer = _framed(ours + self._proof(b"listener", end.nonces, self._address))
+            try:
+                return len(frame) == NONCE_BYTES and end.socket.send(answer) == len(answer)
+            except OSError:
+                return False
+        end.is_proven = hmac.compare_digest(frame, self._proof(b"caller", end.nonces, self._address))
+        if end.is_proven:
+            self._unproven.remove(end)
+        return end.is_proven
+
+    def _refuse(self, end: _Incoming, why: str) -> None:
+        end.unread.clear()
+        self._close(end)
+        self._tell(f"hung up on a connection of this host {why}")
+
+    def _tell(self, what: str) -> None:
+        """At 1, 2, 4, 8, …: whoever may connect must not be able to fill the disk."""
+        self._num_refused += 1
+        if self._num_refused & (self._num_refused - 1) == 0:
+            logger.warning("%s (%d such so far)", what, self._num_refused)
 
     def _close(self, end: _Outgoing | _Incoming) -> None:
-        if self._ends.pop(end.socket.fileno(), None) is not None:
-            self._epoll.unregister(end.socket)
-            end.socket.close()
+        if self._ends.pop(end.socket.fileno(), None) is None:
+            return
+        if isinstance(end, _Incoming) and not end.is_proven:
+            self._unproven.remove(end)
+        self._epoll.unregister(end.socket)
+        end.socket.close()
+
+
+def _framed(frame: bytes) -> memoryview:
+    return memoryview(SIZE.pack(len(frame)) + frame)
+
+
+def _read(end: _Outgoing | _Incoming) -> bool:
+    """What is there, into `unread`; True: and the peer has ended."""
+    try:
+        for _ in range(MAX_CHUNKS):
+            chunk = end.socket.recv(CHUNK_BYTES)
+            end.unread += chunk
+            if len(chunk) < CHUNK_BYTES:
+                return not chunk
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _whole(unread: bytearray, max_bytes: int) -> list[bytes]:
+    """The frames that are there, taken out. Raises ValueError for one that is too large."""
+    frames: list[bytes] = []
+    start = 0
+    while len(unread) - start >= SIZE.size:
+        (num_bytes,) = SIZE.unpack_from(unread, start)
+        if num_bytes > max_bytes:
+            raise ValueError(f"a frame of {num_bytes} bytes; the limit is {max_bytes}")
+        first = start + SIZE.size
+        if len(unread) - first < num_bytes:
+            break
+        start = first + num_bytes
+        frames.append(bytes(unread[first:start]))
+    del unread[:start]
+    return frames
 
 
 def _unix_socket() -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     made.setblocking(False)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     return made
 
 

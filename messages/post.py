@@ -1,8 +1,8 @@
 """How members send each other messages: an address book of mailboxes. `zmq_post` is the real one, `fake_post` a virtual network.
 
 A Post has one address, at which everybody sends to it. Sending never blocks and never promises delivery: a peer that is gone
-swallows messages. Whoever waits for an answer has a deadline. Members receive all the time: what a burst of messages leaves queued is
-sent on meanwhile.
+swallows messages. Whoever waits for an answer has a deadline. Members receive all the time: what a first message or a burst leaves queued
+is sent on meanwhile.
 """
 
 from collections.abc import Set as AbstractSet

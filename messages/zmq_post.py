@@ -5,7 +5,7 @@
 
 A ROUTER socket is bound for all that comes in; a DEALER per peer carries what goes out. Both ends authenticate with CURVE: the
 cluster has one key pair, made and handed out by the controller. A socket that does not hold the secret key can neither connect nor
-be connected to.
+be connected to; nor can one of this host's.
 """
 
 import logging
@@ -119,12 +119,13 @@ class ZmqPost:
         except zmq.Again:
             self._drop(f"{type(message).__name__} to {to}: {MAX_QUEUED_MESSAGES} messages are queued already")
         except zmq.ZMQError as error:                  # an address that a peer sent us need not be one
+            self._wires.forget(to)
             self._drop(f"{type(message).__name__} to {to!r}: {error}")
 
     def receive(self, timeout_s: float) -> list[Message]:
         give_up_at = time.monotonic() + timeout_s
         received = self._take(timeout_s)
-        while not received and (left_s := give_up_at - time.monotonic()) > 0:       # what woke us was no message: a handshake
+        while not received and (left_s := round(give_up_at - time.monotonic(), 3)) > 0:       # what woke us was no message: a handshake
             received = self._take(left_s)
         return received
 

@@ -41,7 +41,6 @@ LOAD_CASE = (64 << 10, 2048)
 LOAD_ROUNDS = 5
 PREFILL_LAYERS, DECODE_STEPS = 64, 60
 PART_NAMES = ("pages", "handoff", "decode")
-MOVES_GPU_MEMORY: dict[str, Callable[[], bool]] = {"ucx": provider.moves_gpu_memory, "nixl": lambda: True}      # beside a host's
 FLOODING_WRITES = 5             # of LOAD_CASE, which last longer than one piece of work beside them
 
 
@@ -103,11 +102,13 @@ def choose_paths(bench: TransferBench, num_gpus: int) -> tuple[list[Path], dict[
     impossible = [f"{name}: {skipped[name]}" for name in wanted if name in skipped]
     if impossible:
         raise TransferBenchError("; ".join(impossible))
-    paths = [path for name in wanted for path in _paths_of(name, bench, num_gpus)]
-    return paths, {} if bench.transports else skipped
+    without_gpus = {name: reason for name in wanted if (reason := _why_not_on_gpus(name, num_gpus, bench.one_gpu))}
+    paths = [path for name in wanted for path in _paths_of(name, bench, name not in without_gpus)]
+    skipped = {} if bench.transports else skipped
+    return paths, skipped | {f"{name}, GPU memory": reason for name, reason in without_gpus.items() if num_gpus}
 
 
-def _paths_of(name: str, bench: TransferBench, num_gpus: int) -> Iterator[Path]:
+def _paths_of(name: str, bench: TransferBench, on_gpus: bool) -> Iterator[Path]:
     if name == "nvlink":
         for programs in bench.programs or (0,):
             yield Path(f"nvlink, {programs} programs" if programs else name, name, "cuda", programs)
@@ -115,14 +116,23 @@ def _paths_of(name: str, bench: TransferBench, num_gpus: int) -> Iterator[Path]:
             yield Path("nvlink, copy engines", name, "cuda", copy_engines=True)
     else:
         yield Path(name, name, "cpu")
-        if name in MOVES_GPU_MEMORY and num_gpus >= (1 if bench.one_gpu else 2) and MOVES_GPU_MEMORY[name]():
+        if on_gpus and name != "shm":
             yield Path(f"{name}, GPU memory", name, "cuda")
+
+
+def _why_not_on_gpus(name: str, num_gpus: int, one_gpu: bool) -> str | None:
+    needed = 1 if one_gpu else 2
+    if num_gpus < needed and name != "shm":
+        return f"{num_gpus} GPUs, it needs {needed}"
+    try:
+        return "this UCX has no CUDA" if name == "ucx" and not provider.moves_gpu_memory() else None
+    except ClusterError as error:
+        return str(error)
 
 
 def _why_not(name: str, num_gpus: int, one_gpu: bool) -> str | None:
     if name == "nvlink":
-        needed = 1 if one_gpu else 2
-        return None if num_gpus >= needed else f"{num_gpus} GPUs, it needs {needed}"
+        return _why_not_on_gpus(name, num_gpus, one_gpu)
     if name == "nixl":
         return None if transfer_nixl.is_installed() else "not installed (nixl-cu13 or nixl-cu12)"
     if name == "ucx":

@@ -40,10 +40,10 @@ class Slot:
         return bool(self._times[1])
 
     @property
-    def times_s(self) -> tuple[float, float]:
-        """By the GPU's clock: when it began, when it ended."""
+    def times_ns(self) -> tuple[int, int]:
+        """By the GPU's clock: when it began, when it ended; 0: not yet."""
         began, ended, copies_began, _ = self._times.tolist()
-        return 1e-9 * (copies_began or began), 1e-9 * ended
+        return copies_began or began, ended
 
     def fill(self, src_pages: PageIds, dst_pages: PageIds) -> tuple[IdArray, IdArray]:
         """Ids here, then ids there; views of both."""

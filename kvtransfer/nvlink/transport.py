@@ -16,9 +16,9 @@ valid for as long as a writer maps it: late writes land where nobody reads. A ne
 """
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Literal, NamedTuple
 
@@ -32,6 +32,7 @@ from ..layout import KVLayout
 from ..shm import host_identity, sweep_orphans
 from ..transport import NUM_IMMS, KVPool, PageIds, Peer, TransferStats
 from . import cudart
+from .busy import BusyTime
 from .counters import OwnCounters
 from .memory import THIS_PROCESS, VERSION, DeviceMemory, Location, PeerMemory, check_page_bytes, location_here
 from .pages import FIRST_TIMES, Slot, Slots, check_pages, runs_of
@@ -83,8 +84,8 @@ class NvlinkTransport:
         self._targets: dict[bytes, _Target] = {}
         self._lanes: list[_Lane] = []
         self._num_pending: dict[Key, int] = {}
-        self._busy_s: dict[Key, float] = {}
-        self._busy_until_s = 0.0          # by the GPU's clock: what two lanes do at the same time is counted once
+        self._busy: defaultdict[Key, BusyTime] = defaultdict(BusyTime)
+        self._all_busy = BusyTime()
         self._stats = TransferStats()
 
     # the receiver's side
@@ -177,10 +178,11 @@ class NvlinkTransport:
     def _unmap(self, location: bytes) -> None:
         if not self._poll_until(lambda: all(key[0] != location for key in self._num_pending), UNMAP_TIMEOUT_S):
             raise RuntimeError(f"writes to a peer have not ended in {UNMAP_TIMEOUT_S} s")
+        if not self._poll_until(lambda: all(map(_has_moved_on, self._lanes)), UNMAP_TIMEOUT_S):
+            raise RuntimeError(f"the kernels that wrote to a peer are not over after {UNMAP_TIMEOUT_S} s")
         target = self._targets.pop(location)
-        for lane in self._lanes:
-            lane.stream.synchronize()                   # their last words have been said; that they are over is for the driver to say
-        self._busy_s = {key: busy_s for key, busy_s in self._busy_s.items() if key[0] != location}
+        for key in [key for key in self._busy if key[0] == location]:
+            del self._busy[key]
         with torch.cuda.device(self._device):
             target.memory.close()
 
@@ -210,7 +212,7 @@ class NvlinkTransport:
         key = (peer.descriptor.location, imm)
         stopped = self._poll_until(lambda: key not in self._num_pending, timeout_s)
         if stopped:
-            self._busy_s.pop(key, None)
+            self._busy.pop(key, None)
         return stopped
 
     def settled(self, peer: Peer, imm: Imm) -> bool:
@@ -219,11 +221,14 @@ class NvlinkTransport:
 
     def busy_s(self, peer: Peer, imm: Imm) -> float:
         self._settle()
-        return self._busy_s.get((peer.descriptor.location, imm), 0.0)
+        key = (peer.descriptor.location, imm)
+        return self._busy[key].seconds if key in self._busy else 0.0
 
     @property
     def stats(self) -> TransferStats:
+        """Raises torch's error if the GPU reports one, as `stop` and `disconnect` do: a kernel that has died says nothing."""
         self._settle()
+        self._require_life()
         return self._stats
 
     def close(self) -> None:
@@ -263,20 +268,27 @@ class NvlinkTransport:
         cudart.copy_all(targets, sources, (lengths * self._page_bytes).tolist(), stream)
 
     def _settle(self) -> None:
-        """Accounts for what has ended, what began first first."""
-        while ended := [lane.writes for lane in self._lanes if lane.writes and lane.writes[0].slot.has_ended]:
-            self._account(min(ended, key=lambda writes: writes[0].slot.times_s).popleft())
+        """Accounts for what has ended."""
+        for lane in self._lanes:
+            while lane.writes and lane.writes[0].slot.has_ended:
+                self._account(lane.writes.popleft())
 
     def _account(self, write: _Write) -> None:
-        began_s, ended_s = write.slot.times_s
-        seconds = max(0.0, ended_s - max(began_s, self._busy_until_s))
-        self._busy_until_s = max(self._busy_until_s, ended_s)
-        self._busy_s[write.key] = self._busy_s.get(write.key, 0.0) + seconds
-        self._stats = self._stats.plus(write.num_pages, write.num_pages * self._page_bytes, seconds)
+        times_ns = write.slot.times_ns
+        self._busy[write.key].add(*times_ns)
+        self._all_busy.add(*times_ns)
+        num_bytes = write.num_pages * self._page_bytes
+        self._stats = replace(self._stats.plus(write.num_pages, num_bytes, 0.0), busy_s=self._all_busy.seconds)
         self._num_pending[write.key] -= 1
         if not self._num_pending[write.key]:
             del self._num_pending[write.key]
         self._slots.give_back(write.slot)
+
+    def _require_life(self) -> None:
+        """Raises torch's error, and RuntimeError for a kernel that has gone without a word."""
+        for lane in self._lanes:
+            if lane.writes and lane.stream.query() and not lane.writes[-1].slot.has_ended:
+                raise RuntimeError(f"a write of {lane.writes[-1].num_pages} pages is over and has not said so")
 
     def _poll_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         give_up_at = time.monotonic() + timeout_s
@@ -284,6 +296,13 @@ class NvlinkTransport:
             self._settle()
             if condition():
                 return True
+            self._require_life()
             if time.monotonic() >= give_up_at:
                 return False
             time.sleep(POLL_S)
+
+
+def _has_moved_on(lane: _Lane) -> bool:
+    """From all writes that have ended: a kernel's threads go on for some microseconds after the one that says so, and may touch what
+    is to be unmapped. It is over once the stream is, or the next one has begun."""
+    return lane.stream.query() or bool(lane.writes and lane.writes[0].slot.times_ns[0])

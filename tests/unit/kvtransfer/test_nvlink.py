@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.kvtransfer.nvlink import cudart, memory
+from diptych.kvtransfer.nvlink.busy import MAX_GAPS, BusyTime
 from diptych.kvtransfer.nvlink.counters import OwnCounters, PeerCounters
 from diptych.kvtransfer.nvlink.memory import THIS_PROCESS, VERSION, Location, PeerMemory, check_page_bytes, location_here
-from diptych.kvtransfer.nvlink.pages import SMALLEST, Slots, check_pages, runs_of
+from diptych.kvtransfer.nvlink.pages import SMALLEST, Slot, Slots, check_pages, runs_of
 from diptych.kvtransfer.shm import SHM, host_identity, sweep_orphans
-from diptych.kvtransfer.transport import NUM_IMMS
+from diptych.kvtransfer.transport import NUM_IMMS, Peer
 from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
 from diptych.messages.ids import Epoch, Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
@@ -218,3 +219,142 @@ def test_runs_are_the_pages(pairs: list[tuple[int, int]]) -> None:
     assert [(src + i, dst + i) for count, src, dst in runs for i in range(count)] == pairs
     for (count, src, dst), (_, next_src, next_dst) in pairwise(runs):
         assert (src + count, dst + count) != (next_src, next_dst), "two runs where one would do"
+
+
+# Writes under way
+
+class FakeStream:
+    """Runs what the test says it has run."""
+
+    cuda_stream = 0
+
+    def __init__(self) -> None:
+        self.is_idle: bool | Exception = False
+
+    def query(self) -> bool:
+        if isinstance(self.is_idle, Exception):
+            raise self.is_idle
+        return self.is_idle
+
+
+class Writes:
+    """A transport with two lanes and no GPU; what a kernel would write, the test does. Times in µs after a time that fills 61 bits."""
+
+    EPOCH_NS = 1_760_000_000_000_000_000
+
+    def __init__(self) -> None:
+        pytest.importorskip("triton")
+        from diptych.kvtransfer.nvlink.transport import NvlinkTransport, _Lane
+
+        self.transport = NvlinkTransport("c", WorkerId("w"), Epoch(1), torch.device("cuda", 0))
+        self.transport._page_bytes = 4096
+        self.transport._slots = Slots(torch.device("cpu"))
+        self.streams = [FakeStream(), FakeStream()]
+        self.transport._lanes = [_Lane(stream, None, torch.zeros(1)) for stream in self.streams]
+        self.closed: list[str] = []
+        self.transport._current = nullcontext()
+
+    def peer(self, name: str) -> Peer:
+        from diptych.kvtransfer.nvlink.transport import _Target
+
+        descriptor = msgspec.structs.replace(DESCRIPTOR, location=name.encode())
+        memory = SimpleNamespace(close=lambda: self.closed.append(name))
+        self.transport._targets[descriptor.location] = _Target(memory, 100)
+        return Peer(descriptor)
+
+    def start(self, lane: int, peer: Peer, imm: int, num_pages: int = 1) -> Slot:
+        from diptych.kvtransfer.nvlink.transport import _Write
+
+        slot, key = self.transport._slots.take(num_pages), (peer.descriptor.location, Imm(imm))
+        slot.fill(range(num_pages), range(num_pages))
+        self.transport._lanes[lane].writes.append(_Write(key, num_pages, slot))
+        self.transport._num_pending[key] = self.transport._num_pending.get(key, 0) + 1
+        return slot
+
+    def tell(self, slot: Slot, began_us: float, ended_us: float | None = None) -> None:
+        slot._times[0] = self.EPOCH_NS + int(1000 * began_us)
+        if ended_us is not None:
+            slot._times[1] = self.EPOCH_NS + int(1000 * ended_us)
+
+
+def test_each_write_has_its_own_time_and_together_they_have_no_more_than_passed() -> None:
+    writes = Writes()
+    transport, a, b = writes.transport, writes.peer("a"), writes.peer("b")
+    long, short = writes.start(0, a, 1, num_pages=5), writes.start(1, b, 2)
+    writes.tell(short, 60, 60.3)
+    assert (transport.settled(b, Imm(2)), transport.settled(a, Imm(1))) == (True, False)
+    writes.tell(long, 0, 100)
+    assert transport.busy_s(a, Imm(1)) == pytest.approx(100e-6)
+    assert transport.busy_s(b, Imm(2)) == pytest.approx(0.3e-6)
+    assert transport.stats.busy_s == pytest.approx(100e-6)
+    assert (transport.stats.num_pages, transport.stats.num_bytes) == (6, 6 * 4096)
+    first, second = writes.start(0, a, 1), writes.start(1, a, 1)
+    writes.tell(first, 200, 300)
+    writes.tell(second, 250, 350)
+    assert transport.busy_s(a, Imm(1)) == pytest.approx(250e-6)
+    assert transport.stop(a, Imm(1), 0.0)
+    assert transport.busy_s(a, Imm(1)) == 0.0
+    assert transport.stats.busy_s == pytest.approx(250e-6)
+
+
+@given(st.permutations([(0, 10), (5, 20), (30, 40), (32, 35), (40, 41), (60, 61), (50, 70), (80, 80)]))
+def test_busy_is_the_length_of_the_union_in_whatever_order_they_end(intervals: list[tuple[int, int]]) -> None:
+    busy = BusyTime()
+    for began, ended in intervals:
+        busy.add(began, ended)
+    assert busy.seconds == pytest.approx(1e-9 * (20 + 11 + 20))
+
+
+def test_busy_remembers_no_more_gaps_than_it_may() -> None:
+    busy = BusyTime()
+    for start in range(0, 10_000, 10):
+        busy.add(start, start + 5)
+    assert (busy.seconds, len(busy._starts)) == (pytest.approx(5e-6), MAX_GAPS)
+    busy.add(5, 8)                                    # long forgotten: it may have counted
+    assert busy.seconds == pytest.approx(5e-6)
+    busy.add(9_900, 9_950)
+    assert busy.seconds == pytest.approx(5e-6 + 25e-9)
+
+
+@pytest.mark.parametrize("looks", ["stats", "stop", "disconnect"])
+def test_a_kernel_that_dies_without_a_word_is_noticed(looks: str) -> None:
+    writes = Writes()
+    peer = writes.peer("a")
+    writes.start(0, peer, 1)
+    look = {
+        "stats": lambda: writes.transport.stats,
+        "stop": lambda: writes.transport.stop(peer, Imm(1), 10.0),
+        "disconnect": lambda: writes.transport.disconnect(peer),
+    }[looks]
+    writes.streams[0].is_idle = RuntimeError("an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        look()
+    writes.streams[0].is_idle = True
+    with pytest.raises(RuntimeError, match="a write of 1 pages is over and has not said so"):
+        look()
+    assert writes.closed == []
+
+
+def test_nothing_is_unmapped_that_a_kernel_may_still_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = Writes()
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(transport_module(), "UNMAP_TIMEOUT_S", 0.01)
+    leaving, staying = writes.peer("leaving"), writes.peer("staying")
+    writes.streams[1].is_idle = True
+    slot = writes.start(0, leaving, 1)
+    with pytest.raises(RuntimeError, match="writes to a peer have not ended"):
+        writes.transport.disconnect(leaving)
+    writes.tell(slot, 0, 10)
+    behind = writes.start(0, staying, 2)              # waits for the engine; whether the one before is quite over nobody knows
+    with pytest.raises(RuntimeError, match="are not over"):
+        writes.transport.disconnect(leaving)
+    assert writes.closed == []
+    writes.tell(behind, 11)
+    writes.transport.disconnect(leaving)
+    assert writes.closed == ["leaving"]
+
+
+def transport_module() -> Any:
+    from diptych.kvtransfer.nvlink import transport
+
+    return transport

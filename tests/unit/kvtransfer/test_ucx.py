@@ -230,11 +230,19 @@ def test_a_dead_writer_that_cannot_be_named_is_fenced_with_everybody(receiver: U
 
 
 def test_a_link_that_ucx_does_not_let_go_of_is_an_error(writer: Writer, receiver: UcxPeer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rather than a loop that waits for ever. With no time at all UCX is always too late."""
-    peer = connect_within(writer.transport, receiver.descriptor, 5.0)
+    """Rather than a loop that waits for ever. With no time at all UCX is too late, unless this thread had to wait for its core just then."""
     monkeypatch.setattr("diptych.kvtransfer.ucx.transport.LEAVE_LIMIT_S", 0.0)
-    with pytest.raises(TransferError, match="has not let go of a link within 0 s"):
-        writer.transport.disconnect(peer)
+
+    def is_too_late() -> bool:
+        peer = connect_within(writer.transport, receiver.descriptor, 5.0)
+        try:
+            writer.transport.disconnect(peer)
+        except TransferError as error:
+            assert "has not let go of a link within 0 s" in str(error)
+            return True
+        return False
+
+    until(is_too_late, 10.0)
     assert_works(writer, connect_within(writer.transport, receiver.descriptor, 5.0), receiver, seed=42)
 
 
