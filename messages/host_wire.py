@@ -2,15 +2,15 @@
 
     listen, named after one's address ─► accept ─────────── hears a nonce, answers with its own and a proof ─► hears a proof ─► frames
     send ─► connect, once a peer ─► says a nonce ─► hears and says a proof ─► into the kernel's buffer ─► full: queued here
-                │                      └─ until then all is queued here
+                │                      └─ until then all is queued here; no proof in time: given back
                 └► refused: it is of another host, or gone
 
 ZeroMQ gives a frame to a thread of its own, which gives it to one of the receiver's, which wakes the receiver: two wakings more, and
 a waking takes as long as all else that happens to a small message.
 
-Names live in the network namespace and end with their process, so nothing is left behind. Anybody there can read them, connect, and
-take the name of one who has died. So both ends must belong to one user, by the kernel's word, and each shows that it holds the
-cluster's secret, for this connection and this name, before a frame leaves the other. Frames themselves pass through the kernel alone.
+Names live in the network namespace and end with the last process that holds them, so nothing is left behind. Anybody there can read
+them, connect, and take the name of one who has died. So both ends must belong to one user, by the kernel's word, and each shows that it
+holds the cluster's secret, for this connection and this name, before a frame leaves the other. Frames pass through the kernel alone.
 """
 
 import hmac
@@ -22,6 +22,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
@@ -42,6 +43,7 @@ MAX_CHUNKS: Final = 16                        # of one peer at a time; the other
 MAX_ACCEPTED: Final = 16                      # at a time, and so for connections
 MAX_UNPROVEN: Final = 64                      # connections; the oldest gives way
 FULL_S: Final = 0.1                           # so long no connection is taken once there are no files left
+PROOF_S: Final = 2.0                          # a listener that has said nothing by then is taken for none
 
 
 @dataclass
@@ -49,6 +51,7 @@ class _Outgoing:
     peer: Address
     socket: socket.socket
     nonce: bytes
+    due_at: float                             # its proof
     queued: deque[memoryview] = field(default_factory=deque)
     unread: bytearray = field(default_factory=bytearray)
     is_proven: bool = False
@@ -66,13 +69,19 @@ class _Incoming:
 class HostWires:
     """For one thread. If the name is taken it says so and only calls others. Raises ClusterError: the process has no files left."""
 
-    def __init__(self, address: Address, public: str, secret: str, max_frame_bytes: int, max_queued: int) -> None:
+    def __init__(
+        self, address: Address, public: str, secret: str, max_frame_bytes: int, max_queued: int,
+        give_back: Callable[[Address, list[bytes]], None],
+    ) -> None:  # fmt: skip
+        """`give_back` gets, in order, what was still queued for a peer that has gone or turned out to be none."""
+        self._give_back = give_back
         self._public, self._secret = public.encode(), secret.encode()
         self._address, self._max_frame_bytes, self._max_queued = address, max_frame_bytes, max_queued
         self._outgoing: dict[Address, _Outgoing] = {}
         self._far: set[Address] = set()       # once refused, so that a peer's frames stay in one order
         self._ends: dict[int, _Outgoing | _Incoming] = {}
         self._unproven: deque[_Incoming] = deque()
+        self._awaited: deque[_Outgoing] = deque()               # whose proof is still due, or was
         self._num_dropped = self._num_refused = 0
         self._deaf_until: float | None = None
         try:
@@ -85,6 +94,7 @@ class HostWires:
             self._listener.listen(BACKLOG)
             self._epoll.register(self._listener, select.EPOLLIN)
         except OSError as error:
+            self._listener.close()
             logger.warning("members of this host reach %s over ZeroMQ only: %s", address, error)
 
     @property
@@ -107,6 +117,7 @@ class HostWires:
             self._far.add(peer)
             return False
         self._outgoing[peer] = self._ends[wire.socket.fileno()] = wire
+        self._awaited.append(wire)
         return True
 
     def send(self, peer: Address, frame: bytes) -> bool:
@@ -115,9 +126,16 @@ class HostWires:
         if len(wire.queued) >= self._max_queued:
             return False
         wire.queued.append(_framed(frame))
-        if wire.is_proven and len(wire.queued) == 1:
+        if wire.is_proven:
             self._flush(wire)
         return True
+
+    def expire(self) -> None:
+        """To be called now and then: those that have proved nothing in time."""
+        while self._awaited and ((wire := self._awaited[0]).is_proven or time.monotonic() >= wire.due_at):
+            self._awaited.popleft()
+            if not wire.is_proven and self._outgoing.get(wire.peer) is wire:
+                self._lose(wire)
 
     def receive(self) -> list[bytes]:
         """All frames that are here; sends on what is queued."""
@@ -176,7 +194,7 @@ class HostWires:
         except OSError:
             made.close()
             return None
-        return _Outgoing(peer, made, nonce)
+        return _Outgoing(peer, made, nonce, time.monotonic() + PROOF_S)
 
     def _go_on(self, wire: _Outgoing, events: int) -> None:
         if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not self._is_answered(wire):
@@ -186,7 +204,8 @@ class HostWires:
 
     def _is_answered(self, wire: _Outgoing) -> bool:
         """By the listener's proof, and by no more than that."""
-        has_ended = _read(wire)
+        if _read(wire):
+            return False
         try:
             answers = _whole(wire.unread, NONCE_BYTES + PROOF_BYTES)
         except ValueError:
@@ -195,9 +214,12 @@ class HostWires:
             nonces, proof = wire.nonce + answer[:NONCE_BYTES], answer[NONCE_BYTES:]
             if wire.is_proven or not hmac.compare_digest(proof, self._proof(b"listener", nonces, wire.peer)):
                 return False
+            try:
+                wire.socket.send(_framed(self._proof(b"caller", nonces, wire.peer)))         # for which there is room
+            except OSError:
+                return False
             wire.is_proven = True
-            wire.queued.appendleft(_framed(self._proof(b"caller", nonces, wire.peer)))
-        return not has_ended
+        return True
 
     def _flush(self, wire: _Outgoing) -> None:
         try:
@@ -217,9 +239,10 @@ class HostWires:
             self._epoll.modify(wire.socket, select.EPOLLIN | (select.EPOLLOUT if wire.awaits_room else 0))
 
     def _lose(self, wire: _Outgoing) -> None:
-        """The peer has gone, or is another; what is said to it from now on is ZeroMQ's to swallow."""
+        """The peer has gone, or is another; what is said to it from now on is ZeroMQ's to bring or to swallow."""
         self._close(self._outgoing.pop(wire.peer))
         self._far.add(wire.peer)
+        self._give_back(wire.peer, [bytes(frame.obj)[SIZE.size :] for frame in wire.queued])        # whole, whatever of it has left
 
     # from others
 
@@ -242,7 +265,12 @@ class HostWires:
                 continue
             made.setblocking(False)
             end = _Incoming(made)
-            self._epoll.register(made, select.EPOLLIN)
+            try:
+                self._epoll.register(made, select.EPOLLIN)
+            except OSError as error:
+                made.close()
+                self._tell(f"cannot watch a connection of this host: {error}")
+                continue
             self._ends[made.fileno()] = end
             self._unproven.append(end)
             if len(self._unproven) > MAX_UNPROVEN:

@@ -73,7 +73,7 @@ class ZmqPost:
             self._inbox = self._bound(opened, host, port)
             endpoint = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
             self._address = Address(f"tcp://{host}:{endpoint.rsplit(':', 1)[1]}")
-            self._wires = HostWires(self._address, keyring.public, keyring.secret, MAX_RAW_BYTES, MAX_QUEUED_MESSAGES)
+            self._wires = HostWires(self._address, keyring.public, keyring.secret, MAX_RAW_BYTES, MAX_QUEUED_MESSAGES, self._send_far)
             opened.callback(self._wires.close, LINGER_MS / 1e3)
             self._sources = opened.enter_context(select.epoll())
             for source in (int(self._inbox.fd), self._wires.fileno()):
@@ -116,11 +116,8 @@ class ZmqPost:
                 self._outbox(to).send(frame, zmq.NOBLOCK)
             elif not self._wires.send(to, frame):
                 raise zmq.Again
-        except zmq.Again:
-            self._drop(f"{type(message).__name__} to {to}: {MAX_QUEUED_MESSAGES} messages are queued already")
         except zmq.ZMQError as error:                  # an address that a peer sent us need not be one
-            self._wires.forget(to)
-            self._drop(f"{type(message).__name__} to {to!r}: {error}")
+            self._unsent(type(message).__name__, to, error)
 
     def receive(self, timeout_s: float) -> list[Message]:
         give_up_at = time.monotonic() + timeout_s
@@ -130,6 +127,7 @@ class ZmqPost:
         return received
 
     def _take(self, timeout_s: float) -> list[Message]:
+        self._wires.expire()
         received: list[Message] = []
         for source, _ in self._sources.poll(round(timeout_s, 3)):                   # or a fraction of a millisecond would be a whole one
             for frame in self._wires.receive() if source == self._wires.fileno() else self._arrived():
@@ -150,6 +148,7 @@ class ZmqPost:
             self.forget(peer)
 
     def close(self) -> None:
+        self._wires.close(LINGER_MS / 1e3)             # first: it may give messages back
         for peer in list(self._outboxes):
             self._outboxes.pop(peer).close(linger=LINGER_MS)
         self._opened.close()
@@ -165,6 +164,21 @@ class ZmqPost:
                 yield frames[1]
             else:
                 self._drop(f"message of {len(frames) - 1} frames")
+
+    def _send_far(self, to: Address, frames: list[bytes]) -> None:
+        """What was still queued for a peer of this host that has gone, or turned out to be none."""
+        for frame in frames:
+            try:
+                self._outbox(to).send(frame, zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                self._unsent("a message", to, error)
+
+    def _unsent(self, what: str, to: Address, error: zmq.ZMQError) -> None:
+        if isinstance(error, zmq.Again):
+            self._drop(f"{what} to {to}: {MAX_QUEUED_MESSAGES} messages are queued already")
+        else:
+            self._wires.forget(to)
+            self._drop(f"{what} to {to!r}: {error}")
 
     def _outbox(self, peer: Address) -> "zmq.Socket[bytes]":
         if peer not in self._outboxes:

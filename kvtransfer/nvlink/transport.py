@@ -268,10 +268,9 @@ class NvlinkTransport:
         cudart.copy_all(targets, sources, (lengths * self._page_bytes).tolist(), stream)
 
     def _settle(self) -> None:
-        """Accounts for what has ended."""
-        for lane in self._lanes:
-            while lane.writes and lane.writes[0].slot.has_ended:
-                self._account(lane.writes.popleft())
+        """Accounts for what has ended, in the order of their ends."""
+        while ended := [lane.writes for lane in self._lanes if lane.writes and lane.writes[0].slot.has_ended]:
+            self._account(min(ended, key=lambda writes: writes[0].slot.times_ns[1]).popleft())
 
     def _account(self, write: _Write) -> None:
         times_ns = write.slot.times_ns

@@ -43,8 +43,11 @@ def new_address() -> Address:
     return Address(f"tcp://{uuid4().hex}:1")
 
 
+GIVEN_BACK: dict[Address, list[bytes]] = {}
+
+
 def wires_at(address: Address, secret: str = SECRET, public: str = PUBLIC) -> HostWires:
-    return HostWires(address, public, secret, MAX_FRAME_BYTES, MAX_QUEUED)
+    return HostWires(address, public, secret, MAX_FRAME_BYTES, MAX_QUEUED, GIVEN_BACK.__setitem__)
 
 
 class End:
@@ -177,7 +180,7 @@ def test_a_killed_peer_is_noticed_without_sending(ends: tuple[End, End]) -> None
     address = new_address()
     program = (
         "import sys, time; from diptych.messages.host_wire import HostWires; "
-        f"w = HostWires({address!r}, {PUBLIC!r}, {SECRET!r}, 1 << 20, 50); print('up', flush=True); time.sleep(60)"
+        f"w = HostWires({address!r}, {PUBLIC!r}, {SECRET!r}, 1 << 20, 50, print); print('up', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as peer:
         assert peer.stdout is not None
@@ -290,6 +293,54 @@ def test_who_took_the_name_of_one_that_died_reads_nothing(ends: tuple[End, End],
         assert len(read) == SIZE.size + NONCE_BYTES
         a.wires.receive()
         assert not a.wires.reaches(address)
+    assert GIVEN_BACK[address] == [b"secret prompt"]
+
+
+def test_who_says_nothing_is_taken_for_nobody_in_time(ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = ends
+    meet(a, b)
+    monkeypatch.setattr(host_wire, "PROOF_S", 0.05)
+    address = new_address()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mute:
+        mute.bind(a.wires._name(address))
+        mute.listen()
+        assert a.wires.reaches(address)
+        for word in (b"one", b"two"):
+            a.wires.send(address, word)
+        a.wires.expire()
+        assert a.wires.reaches(address)
+        time.sleep(0.06)
+        a.wires.expire()
+        assert not a.wires.reaches(address)
+    assert GIVEN_BACK[address] == [b"one", b"two"]
+    a.wires.expire()
+    meet(a, b)
+
+
+def test_mail_for_a_member_that_had_no_time_for_an_introduction_is_given_back(ends: tuple[End, End]) -> None:
+    """It was hung up on because others came by the dozen meanwhile."""
+    a, b = ends
+    for word in (b"one", b"two"):
+        say(a, b, word)
+    with ExitStack() as opened:
+        for _ in range(MAX_UNPROVEN + 10):
+            opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)).connect(b.wires._name(b.address))
+            assert b.wires.receive() == []
+        assert a.wires.receive() == []
+    assert not a.wires.reaches(b.address)
+    assert GIVEN_BACK[b.address] == [b"one", b"two"]
+
+
+def test_sending_alone_goes_on_once_there_is_room(ends: tuple[End, End]) -> None:
+    a, b = ends
+    meet(a, b)
+    count = fill(a, b)
+    frames: list[bytes] = []
+    while len(frames) < count:
+        frames += b.wires.receive()
+        say(a, b, b"more")
+        frames = [frame for frame in frames if frame != b"more"]
+    assert len(frames) == count
 
 
 @pytest.mark.parametrize("who", ["listener", "caller"])

@@ -300,6 +300,19 @@ def test_close_leaves_no_thread_and_frees_the_port() -> None:
     ZmqPost(KEYRING, port=port).close()
 
 
+def test_close_with_mail_for_a_peer_that_has_just_gone(posts: tuple[ZmqPost, ZmqPost]) -> None:
+    """What a wire gives back meanwhile must not keep a socket open."""
+    a, b = posts
+    a.send(b.address, letter("hello"))
+    receive_until(b, letter("hello"), a)
+    while a._wires.reaches(b.address) and not a._wires._outgoing[b.address].queued:
+        a.send(b.address, letter("x" * 100_000))
+    b.close()
+    started = time.monotonic()
+    a.close()
+    assert time.monotonic() - started < 5
+
+
 def test_last_words_of_a_member_that_leaves_in_order_arrive(posts: tuple[ZmqPost, ZmqPost]) -> None:
     leaver = ZmqPost(KEYRING)
     leaver.send(posts[1].address, letter("hello"))
