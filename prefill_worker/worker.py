@@ -1,6 +1,7 @@
 """The prefill role: computes prompts, gives the first token to the gateway and the KV to a decode worker.
 
-It also serves whole requests by itself, where the router finds that decode workers have no room, or that there are none: they are decoded beside its prompts.
+It also serves whole requests by itself, where the router finds that decode workers have no room, or that there are none: they are decoded
+beside its prompts.
 """
 
 from collections.abc import Callable
