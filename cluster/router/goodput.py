@@ -98,7 +98,7 @@ class Goodput:
         held = self._index.held(hashes)
 
         def prefilled(worker: WorkerLoad, inflow: Inflow) -> _Source:
-            num_cached = _num_cached(worker, held.depth(worker.ref) * _chunk_tokens(view), work)
+            num_cached = _num_cached(worker, held.depth(worker.ref) * _chunk_tokens(view), work) if held.most else 0
             return _source(request, work, worker, estimate_prefill(worker, work, num_cached, now, inflow))
 
         there, here = self._inflow("prefill", prefill, view, now), self._inflow("decode", view.decode, view, now)
@@ -207,7 +207,7 @@ def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: P
 
 
 def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow) -> _Target:
-    promised_s, needed = request.objectives.tpot_s, blocks_at_end(worker, work)
+    promised_s, needed, error = request.objectives.tpot_s, blocks_at_end(worker, work), _error(worker)
     held, memory = worker.used_share, (worker.num_blocks - worker.num_free_blocks + needed) / worker.num_blocks
     return _Target(
         ref=worker.ref,
@@ -216,8 +216,8 @@ def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inf
         cost=_rise(held, memory),
         fits=needed + worker.num_decoding <= worker.num_free_blocks,
         scale_s=promised_s or NO_TPOT_SCALE_S,
-        most_s=math.inf if promised_s is None or work.num_outputs <= 1 else promised_s / (1 + _error(worker)),
-        error=_error(worker),
+        most_s=math.inf if promised_s is None or work.num_outputs <= 1 else promised_s / (1 + error),
+        error=error,
     )
 
 
