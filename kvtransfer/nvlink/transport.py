@@ -18,7 +18,7 @@ valid for as long as a writer maps it: late writes land where nobody reads. A ne
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Literal, NamedTuple
 
@@ -86,7 +86,7 @@ class NvlinkTransport:
         self._num_pending: dict[Key, int] = {}
         self._busy: defaultdict[Key, BusyTime] = defaultdict(BusyTime)
         self._all_busy = BusyTime()
-        self._stats = TransferStats()
+        self._num_pages_moved = self._num_bytes_moved = 0
 
     # the receiver's side
 
@@ -195,7 +195,7 @@ class NvlinkTransport:
         if not len(src_pages):
             return
         slot = self._slots.take_free(len(src_pages))
-        if slot is None:                                # otherwise what has ended is looked for after the launch
+        if slot is None:                                # otherwise what has ended is looked for when somebody asks
             self._settle()
             slot = self._slots.take(len(src_pages))
         try:
@@ -206,7 +206,6 @@ class NvlinkTransport:
             self._slots.give_back(slot)
             raise
         self._start(target, slot, len(src_pages), (peer.descriptor.location, imm))
-        self._settle()
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         key = (peer.descriptor.location, imm)
@@ -229,7 +228,7 @@ class NvlinkTransport:
         """Raises torch's error if the GPU reports one, as `stop` and `disconnect` do: a kernel that has died says nothing."""
         self._settle()
         self._require_life()
-        return self._stats
+        return TransferStats(self._num_pages_moved, self._num_bytes_moved, self._all_busy.seconds)
 
     def close(self) -> None:
         """The pool's memory goes with its last tensor."""
@@ -276,8 +275,8 @@ class NvlinkTransport:
         times_ns = write.slot.times_ns
         self._busy[write.key].add(*times_ns)
         self._all_busy.add(*times_ns)
-        num_bytes = write.num_pages * self._page_bytes
-        self._stats = replace(self._stats.plus(write.num_pages, num_bytes, 0.0), busy_s=self._all_busy.seconds)
+        self._num_pages_moved += write.num_pages
+        self._num_bytes_moved += write.num_pages * self._page_bytes
         self._num_pending[write.key] -= 1
         if not self._num_pending[write.key]:
             del self._num_pending[write.key]
