@@ -28,6 +28,10 @@ class RoleSide(ABC):
     @abstractmethod
     def num_handoffs(self) -> int: ...
 
+    def num_leaving(self) -> int:
+        """Of the handoffs, those to another worker."""
+        return 0
+
     @abstractmethod
     def receive_handoff(self, message: Message) -> None: ...
 

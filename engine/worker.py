@@ -21,7 +21,7 @@ from ..kvtransfer.transport import TransferStats
 from ..messages.codec import Message
 from ..messages.errors import ContextOverflow, LinkTooSlow
 from ..messages.ids import RequestId
-from ..messages.membership import Member, Membership, Role
+from ..messages.membership import Member, Membership
 from ..messages.post import Post
 from ..messages.requests import Abort, FailureKind, GenerateRequest, LinkMeasured, LoadReport, LoadUpdate, RequestFailed, WorkerRef
 from .config import WorkerConfig
@@ -157,9 +157,7 @@ class Worker(RoleSide):
         self.post.send(request.gateway, RequestFailed(request.request_id, kind, message, retryable, self.ref))
 
     def load(self) -> LoadReport:
-        num_handoffs = self.num_handoffs()
-        num_leaving = num_handoffs if self.role is Role.PREFILL else 0
-        return load_report(self.ref, self.engine, num_handoffs, self._steps, self.clock(), num_leaving)
+        return load_report(self.ref, self.engine, self.num_handoffs(), self._steps, self.clock(), self.num_leaving())
 
     def _receive(self, message: Message) -> None:
         match message:

@@ -121,7 +121,7 @@ class HostWires:
         return True
 
     def send(self, peer: Address, frame: bytes) -> bool:
-        """To a peer that it reaches. False: its queue is full. One that has gone swallows the frame."""
+        """To a peer that it reaches. False: its queue is full."""
         wire = self._outgoing[peer]
         if len(wire.queued) >= self._max_queued:
             return False
@@ -214,9 +214,7 @@ class HostWires:
             nonces, proof = wire.nonce + answer[:NONCE_BYTES], answer[NONCE_BYTES:]
             if wire.is_proven or not hmac.compare_digest(proof, self._proof(b"listener", nonces, wire.peer)):
                 return False
-            try:
-                wire.socket.send(_framed(self._proof(b"caller", nonces, wire.peer)))         # for which there is room
-            except OSError:
+            if not _says(wire, self._proof(b"caller", nonces, wire.peer)):
                 return False
             wire.is_proven = True
         return True
@@ -303,11 +301,7 @@ class HostWires:
         if not end.nonces:
             ours = secrets.token_bytes(NONCE_BYTES)
             end.nonces = frame + ours
-            answer = _framed(ours + self._proof(b"listener", end.nonces, self._address))
-            try:
-                return len(frame) == NONCE_BYTES and end.socket.send(answer) == len(answer)
-            except OSError:
-                return False
+            return len(frame) == NONCE_BYTES and _says(end, ours + self._proof(b"listener", end.nonces, self._address))
         end.is_proven = hmac.compare_digest(frame, self._proof(b"caller", end.nonces, self._address))
         if end.is_proven:
             self._unproven.remove(end)
@@ -335,6 +329,15 @@ class HostWires:
 
 def _framed(frame: bytes) -> memoryview:
     return memoryview(SIZE.pack(len(frame)) + frame)
+
+
+def _says(end: _Outgoing | _Incoming, frame: bytes) -> bool:
+    """All at once: a connection on which nothing but an introduction was said has room for it."""
+    whole = _framed(frame)
+    try:
+        return end.socket.send(whole) == len(whole)
+    except OSError:
+        return False
 
 
 def _read(end: _Outgoing | _Incoming) -> bool:

@@ -74,6 +74,7 @@ class ZmqPost:
             endpoint = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
             self._address = Address(f"tcp://{host}:{endpoint.rsplit(':', 1)[1]}")
             self._wires = HostWires(self._address, keyring.public, keyring.secret, MAX_RAW_BYTES, MAX_QUEUED_MESSAGES, self._send_far)
+            opened.callback(self._close_outboxes)                  # after the wires, which may give messages back
             opened.callback(self._wires.close, LINGER_MS / 1e3)
             self._sources = opened.enter_context(select.epoll())
             for source in (int(self._inbox.fd), self._wires.fileno()):
@@ -148,10 +149,11 @@ class ZmqPost:
             self.forget(peer)
 
     def close(self) -> None:
-        self._wires.close(LINGER_MS / 1e3)             # first: it may give messages back
+        self._opened.close()
+
+    def _close_outboxes(self) -> None:
         for peer in list(self._outboxes):
             self._outboxes.pop(peer).close(linger=LINGER_MS)
-        self._opened.close()
 
     def _arrived(self) -> Iterator[bytes]:
         """All that ZeroMQ has: its descriptor tells of news, not of what was left."""

@@ -61,6 +61,9 @@ class PrefillWorker(Worker):
     def num_handoffs(self) -> int:
         return len(self._writer)
 
+    def num_leaving(self) -> int:
+        return len(self._writer)
+
     def receive_handoff(self, message: Message) -> None:
         if isinstance(message, KVProbeAccept | KVProbeCounted | KVRefuse | KVCancel) and self._prober.receive(message, self.clock()):
             return

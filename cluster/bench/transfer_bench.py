@@ -41,6 +41,7 @@ LOAD_CASE = (64 << 10, 2048)
 LOAD_ROUNDS = 5
 PREFILL_LAYERS, DECODE_STEPS = 64, 60
 PART_NAMES = ("pages", "handoff", "decode")
+EITHER_MEMORY = ("ucx", "nixl")         # host memory, and where there are GPUs theirs
 FLOODING_WRITES = 5             # of LOAD_CASE, which last longer than one piece of work beside them
 
 
@@ -102,10 +103,11 @@ def choose_paths(bench: TransferBench, num_gpus: int) -> tuple[list[Path], dict[
     impossible = [f"{name}: {skipped[name]}" for name in wanted if name in skipped]
     if impossible:
         raise TransferBenchError("; ".join(impossible))
-    without_gpus = {name: reason for name in wanted if (reason := _why_not_on_gpus(name, num_gpus, bench.one_gpu))}
-    paths = [path for name in wanted for path in _paths_of(name, bench, name not in without_gpus)]
+    either = [name for name in wanted if name in EITHER_MEMORY]
+    host_only = {name: reason for name in either if (reason := _why_not_on_gpus(name, num_gpus, bench.one_gpu))}
+    paths = [path for name in wanted for path in _paths_of(name, bench, name in either and name not in host_only)]
     skipped = {} if bench.transports else skipped
-    return paths, skipped | {f"{name}, GPU memory": reason for name, reason in without_gpus.items() if num_gpus}
+    return paths, skipped | {f"{name}, GPU memory": reason for name, reason in host_only.items() if num_gpus}
 
 
 def _paths_of(name: str, bench: TransferBench, on_gpus: bool) -> Iterator[Path]:
@@ -116,13 +118,13 @@ def _paths_of(name: str, bench: TransferBench, on_gpus: bool) -> Iterator[Path]:
             yield Path("nvlink, copy engines", name, "cuda", copy_engines=True)
     else:
         yield Path(name, name, "cpu")
-        if on_gpus and name != "shm":
+        if on_gpus:
             yield Path(f"{name}, GPU memory", name, "cuda")
 
 
 def _why_not_on_gpus(name: str, num_gpus: int, one_gpu: bool) -> str | None:
     needed = 1 if one_gpu else 2
-    if num_gpus < needed and name != "shm":
+    if num_gpus < needed:
         return f"{num_gpus} GPUs, it needs {needed}"
     try:
         return "this UCX has no CUDA" if name == "ucx" and not provider.moves_gpu_memory() else None

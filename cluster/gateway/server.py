@@ -1,6 +1,6 @@
 """A gateway process: one thread, one uvloop, one HTTP server, one Post.
 
-    run() ──► bind ──► loop: ┌ Post readable ──► core.pump      (and every POLL_S, should a wake be missed)
+    run() ──► bind ──► loop: ┌ Post readable ──► core.pump      (and every POLL_S: its deadlines wake nobody)
                              ├ core.wake_at ───► core.look      at who waits for a route, at the moment that it named
                              ├ every WATCH_S ──► core.watch     deadlines of what runs
                              └ HttpServer ──► App

@@ -93,7 +93,7 @@ def prefill_pool(request: RoutingRequest, view: ClusterView, local_only: bool) -
 def what_is_missing(request: RoutingRequest, view: ClusterView) -> str | None:
     """Without which there is no route at all."""
     if not view.decode:
-        return "no worker is alive"
+        return "no worker is alive and takes requests"
     if request.path is Path.SPLIT and not view.prefill:
         return "no prefill worker is alive beside a decode worker, and the request asks for one"
     return None

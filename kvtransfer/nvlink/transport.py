@@ -110,17 +110,15 @@ class NvlinkTransport:
         page_words = self._page_bytes // WORD_BYTES
         self._slots = Slots(self._device)
         self._lock = torch.zeros(1, dtype=torch.int32, device=self._device)
-        nowhere = torch.zeros(1, dtype=torch.int64, device=self._device)
+        all_arrived = [torch.zeros(1, dtype=torch.int32, device=self._device) for _ in range(NUM_LANES)]
+        nowhere, slot = torch.zeros(1, dtype=torch.int64, device=self._device), self._slots.take(0)
+        ids, scratch, times = slot.buffers
+        counting = Counting(nowhere, 0, 0, all_arrived[0], self._lock, times)
+        compiled = push_pages(self._words, self._words, IdBuffers(ids, scratch), 0, page_words, counting, self._shape)
         torch.cuda.synchronize(self._device)            # what lanes use is there
-        for _ in range(NUM_LANES):
+        self._slots.give_back(slot)
+        for arrived in all_arrived:
             stream = torch.cuda.Stream(self._device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
-            arrived = torch.zeros(1, dtype=torch.int32, device=self._device)
-            slot = self._slots.take(0)
-            ids, scratch, times = slot.buffers
-            counting = Counting(nowhere, 0, 0, arrived, self._lock, times)
-            compiled = push_pages(self._words, self._words, IdBuffers(ids, scratch), 0, page_words, counting, self._shape)
-            torch.cuda.synchronize(self._device)
-            self._slots.give_back(slot)
             self._lanes.append(_Lane(stream, PagePush(compiled, self._words, page_words, arrived, self._lock, self._shape), arrived))
         self._next_lane = cycle(self._lanes)
         self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -338,7 +338,7 @@ class TestWithoutARoute:
         bench.pass_time(61.0)
         assert bench.ends == [State.REFUSED]
         assert isinstance(generation.error, NoRoute)
-        assert "no worker is alive; waited 60 s" in str(generation.error)
+        assert "no worker is alive and takes requests; waited 60 s" in str(generation.error)
 
     def test_after_an_attempt_that_is_a_failure_not_a_refusal(self, bench):
         bench.start()
