@@ -2,6 +2,7 @@
 else says what a number in a page means must be equal.
 
 Heads come before tokens in a page, so a run of tokens (`regrouping.py`) is one piece of memory for each of K and V and each head: a row.
+On a GPU one kernel does it all (`kernels/page_conversion.py`), and what it stores is what is stored here.
 """
 
 from dataclasses import replace
@@ -17,7 +18,7 @@ from .regrouping import Regrouping
 from .transport import IdArray, KVPool
 
 AT_ONCE_BYTES = 16 << 20
-"""Of source pages: between two types their numbers pass through fp32 and take up to seven times as much besides."""
+"""Of source pages, on a CPU: between two types their numbers pass through fp32 and take up to seven times as much besides."""
 
 
 def require_convertible(source: KVLayout, target: KVLayout) -> None:
@@ -35,13 +36,31 @@ class Converter:
         self.regrouping = Regrouping(source.layout.block_size, target.layout.block_size)
         self._layout = source.layout
         self._dtypes = source.layout.dtype, target.layout.dtype
+        self._pools = source.tensor, target.tensor
         self._scales = None if scales is None else scales.to(source.tensor.device)
         row = self.regrouping.run_tokens * source.layout.head_dim
         self._source, self._target = _as_words(source.tensor, row), _as_words(target.tensor, row)
+        if source.tensor.is_cuda:
+            # Compiled before a prompt waits for it: of no blocks nothing is made.
+            self._make_on_gpu(np.array([0]), np.array([0]), np.array([], dtype=np.int64))
 
     def make(self, pages: IdArray, targets: IdArray, src_blocks: IdArray) -> None:
         """Page i of a prompt (its block in the receiver's terms × num_layers + layer) into page `targets[i]` of the target pool.
-        `src_blocks`: the blocks that hold the prompt here."""
+        `src_blocks`: the blocks that hold the prompt here. On a GPU, on the current stream."""
+        make = self._make_on_gpu if self._source.is_cuda else self._make_here
+        make(pages, targets, src_blocks)
+
+    def _make_on_gpu(self, pages: IdArray, targets: IdArray, src_blocks: IdArray) -> None:
+        from ..kernels.page_conversion import convert_pages  # needs Triton
+
+        source, target = self._pools
+        ids = torch.from_numpy(np.concatenate((pages, targets, src_blocks)))
+        # From memory that is not pinned the copy would wait here for all that the engine has queued.
+        there = ids.pin_memory().to(source.device, non_blocking=True)
+        prompt = 2 * len(pages)
+        convert_pages(source, target, there[: len(pages)], there[len(pages) : prompt], there[prompt:], self._scales)
+
+    def _make_here(self, pages: IdArray, targets: IdArray, src_blocks: IdArray) -> None:
         num_layers, grouping = self._layout.num_layers, self.regrouping
         runs = grouping.runs_into(pages // num_layers, len(src_blocks))
         layers = (pages % num_layers)[runs.asked]
@@ -59,18 +78,13 @@ class Converter:
         heads = np.arange(2 * self._layout.num_kv_heads)
         per_page = block_size // self.regrouping.run_tokens
         rows = (pages[:, None] * len(heads) + heads) * per_page + places[:, None]
-        return self._there(rows.ravel())
-
-    def _there(self, numbers: IdArray) -> Tensor:
-        """On the pools' device. From memory that is not pinned the copy would wait there for all that the engine has queued."""
-        here, device = torch.from_numpy(numbers), self._source.device
-        return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
+        return torch.from_numpy(rows.ravel())
 
     def _as_stored_there(self, rows: Tensor, layers: IdArray) -> Tensor:
         here, there = self._dtypes
         if here is there:
             return rows
-        scales = None if self._scales is None else self._scales[self._there(layers)].reshape(-1, 1)
+        scales = None if self._scales is None else self._scales[torch.from_numpy(layers)].reshape(-1, 1)
         return stored(loaded(rows.view(here), torch.float32, scales), there, scales).view(self._target.dtype)
 
 

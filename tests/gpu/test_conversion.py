@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+from harness.conversion_checks import ConversionCase, check_conversion, check_nothing_to_convert
+from harness.kernel_checks import Device
+
 from diptych.kvtransfer.conversion import Converter
 from diptych.kvtransfer.layout import KVLayout
 from diptych.kvtransfer.transport import KVPool
@@ -34,3 +39,15 @@ def test_a_gpu_converts_as_a_cpu_does(sizes: tuple[int, int], dtypes: tuple[torc
         made.append(target.cpu().view(torch.uint8))
     assert torch.equal(*made)
     assert made[0].any()
+
+
+@pytest.mark.parametrize("has_scales", [False, True])
+@pytest.mark.parametrize("sizes", [(64, 16), (16, 64), (64, 64), (32, 64)])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (torch.float16, FP8), (BF16, FP8), (FP8, torch.float16), (FP8, FP8), (BF16, FP32)])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_the_kernel(head_dim: int, dtypes: tuple[torch.dtype, torch.dtype], sizes: tuple[int, int], has_scales: bool) -> None:
+    check_conversion(ConversionCase(dtypes, sizes, head_dim, NUM_TOKENS, has_scales), Device.fresh("cuda"))
+
+
+def test_nothing_to_convert() -> None:
+    check_nothing_to_convert(Device.fresh("cuda"))

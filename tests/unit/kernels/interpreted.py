@@ -1,7 +1,10 @@
 """The Triton kernels in Triton's interpreter, on shapes small enough for it. `test_interpreted.py` runs this file in its own process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from harness.conversion_checks import ConversionCase, check_conversion, check_nothing_to_convert
 from harness.decode_inputs_checks import check_decode_inputs
 from harness.interpreter import make_exact
 from harness.kernel_checks import (
@@ -208,3 +211,23 @@ def test_sampling(dtype: torch.dtype, device: Device) -> None:
 def test_page_push(page_words: int, num_pages: int) -> None:
     """Several pages to a tile, several tiles to a page, pages that are no power of two, none, more ids than are fetched at once."""
     check_push(page_words, num_pages, PushShape(num_programs=3, num_warps=4, tile_bytes=4096), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("has_scales", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        ConversionCase((BF16, BF16)),
+        ConversionCase((torch.float32, BF16), sizes=(16, 64), head_dim=96),
+        ConversionCase((BF16, FP8), sizes=(64, 64), head_dim=128),
+        ConversionCase((FP8, torch.float16), sizes=(32, 16)),
+        ConversionCase((FP8, FP8), sizes=(16, 32), num_tokens=1),
+        ConversionCase((torch.float16, FP8), sizes=(12, 7), num_tokens=36),
+    ],
+)
+def test_pages_of_another_layout(case: ConversionCase, has_scales: bool, device: Device) -> None:
+    check_conversion(replace(case, has_scales=has_scales), device)
+
+
+def test_nothing_to_convert(device: Device) -> None:
+    check_nothing_to_convert(device)

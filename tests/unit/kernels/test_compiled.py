@@ -15,6 +15,7 @@ from diptych.kernels import (
     decode_attention,
     decode_inputs,
     norms,
+    page_conversion,
     page_push,
     prefill_attention,
     rope_kv,
@@ -219,6 +220,18 @@ def test_page_push(page_bytes: int, num_warps: int) -> None:
     assert "ld.global.v2.b64" in found.ptx
     assert "st.global.v2.b64" in found.ptx
     assert "acq_rel.sys" in found.ptx or "sys.acq_rel" in found.ptx, "the count could run ahead of its pages"
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, FP8), (FP8, BF16), (torch.float32, torch.float16)])
+def test_page_conversion(dtypes: tuple[torch.dtype, torch.dtype], head_dim: int) -> None:
+    pools = [meta(1000, 32, 2, 8, size, head_dim, dtype=dtype) for size, dtype in zip((64, 16), dtypes, strict=True)]
+    ids, scales = meta(99, dtype=torch.int64), meta(32, 2, 8, dtype=torch.float32)
+    with captured(page_conversion, "_convert_kernel") as launches:
+        page_conversion.convert_pages(*pools, ids, ids, ids, scales)
+    found = compiled(launches[0])
+    assert "ld.global.v4.b32" in found.ptx
+    assert "st.global.v4.b32" in found.ptx
 
 
 def test_a_direct_launch_passes_what_a_launch_through_triton_passes() -> None:
