@@ -19,7 +19,8 @@ from dataclasses import dataclass
 RESIDENT = (3, 4)           # programs that a multiprocessor has at once, of the larger and of the smaller tile (decode_attention.py)
 SLACK = 1.1                 # over a multiprocessor's part: batches as long as each other should not be cut for a token
 CUT_COST = 0.15             # of a step's attention, for each share
-MOST_ITEMS = 4              # for each multiprocessor, with those where nothing is to be done, unless uncut contexts are more
+MOST_ITEMS = 4              # for each multiprocessor: with more, those that there are are listed, unless uncut contexts are more
+EVEN_SHARES = 8             # of a context: with fewer, a long one among short ones holds up a step
 FEWEST_TOKENS = 128         # of a share of the longest context
 
 FEWEST_KEYS = 512           # of a share of a chunk's context: with fewer, beginning it and merging it take as long as it does
@@ -44,10 +45,19 @@ def share_tokens(contexts: Sequence[int], kv_heads: int, num_sms: int) -> int:
 
 
 def most_shares(num_sequences: int, kv_heads: int, max_context: int, num_sms: int) -> int:
-    """Of one context of a batch: what `share_tokens` can lead to, as far as looking for work does not take longer than is won."""
+    """Of one context of a batch: what `share_tokens` can lead to, unless the batch keeps a GPU busy however long one of them is."""
     pairs = max(1, num_sequences * kv_heads)
-    most = min(math.ceil(num_sms / kv_heads), MOST_ITEMS * num_sms // pairs)
-    return max(1, min(max(most, _whole_waves(pairs, num_sms)[1]), max_context // FEWEST_TOKENS))
+    most, looked_at = math.ceil(num_sms / kv_heads), MOST_ITEMS * num_sms // pairs
+    if looked_at == 0:
+        most = _whole_waves(pairs, num_sms)[1]
+    elif looked_at >= EVEN_SHARES:
+        most = min(most, looked_at)
+    return max(1, min(most, max_context // FEWEST_TOKENS))
+
+
+def are_listed(pairs: int, splits: int, num_sms: int) -> bool:
+    """Whether the shares that there are are listed, for there can be too many to look at them all."""
+    return splits > 1 and pairs <= MOST_ITEMS * num_sms < pairs * splits
 
 
 def chunk_cut(fewest_tiles: int, kv_heads: int, max_context: int, num_programs: int) -> ChunkCut:
@@ -60,7 +70,10 @@ def chunk_cut(fewest_tiles: int, kv_heads: int, max_context: int, num_programs: 
 
 
 def num_programs(pairs: int, splits: int, num_sms: int) -> int:
-    """As few on each multiprocessor as contexts that are not cut need; one for each item where the GPU has to come back for more anyway."""
+    """As few on each multiprocessor as contexts that are not cut need; all that it can have at once, where the first of them take the
+    shares that are listed; one for each item where the GPU has to come back for more anyway."""
+    if are_listed(pairs, splits, num_sms):
+        return resident(pairs, num_sms) * num_sms
     if splits == 1 or pairs > resident(pairs, num_sms) * num_sms:
         return pairs * splits
     return min(pairs * splits, math.ceil(pairs / num_sms) * num_sms)

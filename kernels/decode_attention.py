@@ -8,16 +8,19 @@
 Splitting fills the GPU when there are fewer (sequence, KV head) pairs than it can run, and evens out their contexts (Flash-Decoding,
 Dao et al. 2023); the merge is o = Σ 2^(l_i - m) o_i / Σ 2^(l_i - m), m = max l_i. How many splits there can be depends on shapes alone,
 so a launch needs no synchronisation and can be captured in a CUDA graph; into how many shares each context is cut, `share_tokens` says,
-which the host decides for the step (`context_shares.py`). Where there can be more shares than there are, a program takes several in turn:
-with a program for each, those that find nothing crowd the others onto a few multiprocessors (b8, context 8192: 14 % of a step). Sequences
+which the host decides for the step (`context_shares.py`). Of few sequences every share that there can be is an item, and a program takes
+several in turn: with a program for each, those that find nothing crowd the others onto a few multiprocessors (b8, context 8192: 14 % of a
+step). Of many that would be too many to look at: then those that there are have been listed, once for all layers of the step. Sequences
 with any other number of query rows are passed over, with context 0 answered with zeros.
+
+    share_list int32: [shares, sequences that are cut, … which those are (B places), … sequence · splits + share of each share]
 
 A decode reads 2 · context · kv_heads · head_dim elements and does 4 · group FLOPs with each, so bytes bound it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -25,11 +28,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile import attend_tile
-from .context_shares import RESIDENT, num_programs, resident
+from .context_shares import RESIDENT, are_listed, num_programs, resident
 from .ops import Paging
 from .overlap import after_predecessor, overlapping
 
 LOG2_E = 1.4426950408889634
+
+_SEQUENCES = tl.constexpr(128)              # that are listed in one go
+
 
 @dataclass(frozen=True)
 class DecodeTile:
@@ -57,7 +63,7 @@ def decode_attention(
     out: Tensor, q: Tensor, kv_pool: Tensor, layer: int, paging: Paging, scale: float, window: int | None,
     kv_scales: Tensor | None, splits: int, tile: DecodeTile | None = None, num_sms: int = 132,
 ) -> None:  # fmt: skip
-    """Writes the rows of `out` that belong to sequences with one query row. `tile` is for measuring.
+    """Writes the rows of `out` that belong to sequences with one query row. `tile` is for measuring. A `share_list` is of these `splits`.
 
     out, q [T, heads, head_dim], any row and head stride, head_dim contiguous. kv_pool [num_blocks, num_layers, 2, kv_heads, block_size,
     head_dim], contiguous, of q's type or fp8 e4m3. kv_scales [num_layers, 2, kv_heads] fp32: what the stored keys and values are
@@ -75,7 +81,7 @@ def decode_attention(
         log_sums = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
     _decode_kernel[(num_programs(num_sequences * kv_heads, splits, num_sms),)](
         out, partial, log_sums, q, kv_pool, None if kv_scales is None else kv_scales[layer],
-        paging.query_starts, paging.context_lens, paging.block_tables, paging.share_tokens, scale * LOG2_E,
+        paging.query_starts, paging.context_lens, paging.block_tables, paging.share_tokens, paging.share_list, scale * LOG2_E,
         num_sequences, kv_heads, splits,
         out.stride(0), out.stride(1), q.stride(0), q.stride(1), paging.block_tables.stride(0), kv_pool.stride(0), layer * kv_pool.stride(1),
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), SPLIT=splits > 1, WINDOW=window,
@@ -83,8 +89,10 @@ def decode_attention(
         num_warps=tile.num_warps, num_stages=tile.num_stages, **overlapping(),
     )  # fmt: skip
     if splits > 1:
-        _merge_kernel[(num_sequences, num_heads)](
-            out, partial, log_sums, paging.query_starts, paging.context_lens, paging.share_tokens, out.stride(0), out.stride(1), splits,
+        num_cut = num_sequences if paging.share_list is None else min(num_sequences, triton.cdiv(num_sms, kv_heads))
+        _merge_kernel[(num_cut, num_heads)](
+            out, partial, log_sums, paging.query_starts, paging.context_lens, paging.share_tokens, paging.share_list, num_sequences,
+            out.stride(0), out.stride(1), splits,
             WINDOW=window, TILE=tile.keys, SPLITS=triton.next_power_of_2(splits), HEAD_DIM=head_dim, WIDTH=width, num_warps=4,
             **overlapping(),
         )  # fmt: skip
@@ -92,7 +100,7 @@ def decode_attention(
 
 @triton.jit(do_not_specialize=["table_stride", "num_sequences", "splits"])
 def _decode_kernel(
-    out, partial, log_sums, q, kv_pool, kv_scales, query_starts, context_lens, block_tables, share_tokens, scale,
+    out, partial, log_sums, q, kv_pool, kv_scales, query_starts, context_lens, block_tables, share_tokens, share_list, scale,
     num_sequences, kv_heads, splits,
     out_row_stride, out_head_stride, q_row_stride, q_head_stride, table_stride, block_stride, layer_offset,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
@@ -101,8 +109,15 @@ def _decode_kernel(
 ):  # fmt: skip
     after_predecessor(PDL)
     pairs = num_sequences * kv_heads
-    for item in range(tl.program_id(0), pairs * splits, tl.num_programs(0)):
-        split, kv_head, sequence = item // pairs, item % pairs // num_sequences, (item % num_sequences).to(tl.int64)
+    num_items = pairs * splits
+    if share_list is not None:
+        num_items = tl.load(share_list) * kv_heads
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        if share_list is not None:
+            listed = tl.load(share_list + 2 + num_sequences + item // kv_heads)
+            split, kv_head, sequence = listed % splits, item % kv_heads, (listed // splits).to(tl.int64)
+        else:
+            split, kv_head, sequence = item // pairs, item % pairs // num_sequences, (item % num_sequences).to(tl.int64)
         row = tl.load(query_starts + sequence).to(tl.int64)
         num_rows = tl.load(query_starts + sequence + 1) - row
         context = tl.load(context_lens + sequence)
@@ -156,26 +171,83 @@ def _shares(context, splits, share_tokens, WINDOW: tl.constexpr, TILE: tl.conste
     return first_tile * TILE, share * TILE, tl.maximum(tl.cdiv(tiles, tl.maximum(share, 1)), 1)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["num_sequences", "splits"])
 def _merge_kernel(
-    out, partial, log_sums, query_starts, context_lens, share_tokens, out_row_stride, out_head_stride, splits,
+    out, partial, log_sums, query_starts, context_lens, share_tokens, share_list, num_sequences, out_row_stride, out_head_stride, splits,
     WINDOW: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequence, head), for sequences of several shares."""
+    """Grid (sequence, head), for sequences of several shares; with a list, as many of those at once as there mostly are."""
     after_predecessor(PDL)
-    sequence, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    end = num_sequences
+    if share_list is not None:
+        end = tl.load(share_list + 1)
+    for at in range(tl.program_id(0), end, tl.num_programs(0)):
+        sequence = at
+        if share_list is not None:
+            sequence = tl.load(share_list + 2 + at)
+        _merge(out, partial, log_sums, query_starts, context_lens, share_tokens, sequence, out_row_stride, out_head_stride, splits,
+               WINDOW, TILE, SPLITS, HEAD_DIM, WIDTH)  # fmt: skip
+
+
+@triton.jit
+def _merge(
+    out, partial, log_sums, query_starts, context_lens, share_tokens, sequence, out_row_stride, out_head_stride, splits,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
     row = tl.load(query_starts + sequence).to(tl.int64)
-    if tl.load(query_starts + sequence + 1) - row != 1:
-        return
+    num_rows = tl.load(query_starts + sequence + 1) - row
     _, _, shares = _shares(tl.load(context_lens + sequence), splits, share_tokens, WINDOW, TILE)
-    if shares == 1:
-        return
-    places = (sequence.to(tl.int64) * num_heads + head) * splits + tl.arange(0, SPLITS)
-    logs = tl.load(log_sums + places, mask=tl.arange(0, SPLITS) < shares, other=float("-inf"))
-    weights = tl.exp2(logs - tl.max(logs, 0))
-    total = tl.sum(weights, 0)
-    columns = tl.arange(0, WIDTH)
-    there = (logs > float("-inf"))[:, None] & (columns < HEAD_DIM)[None, :]
-    parts = tl.load(partial + places[:, None] * HEAD_DIM + columns[None, :], mask=there, other=0.0)
-    answer = tl.sum(parts * weights[:, None], 0) / total
-    tl.store(out + row * out_row_stride + head * out_head_stride + columns, answer.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+    if (num_rows == 1) & (shares > 1):
+        places = (sequence.to(tl.int64) * num_heads + head) * splits + tl.arange(0, SPLITS)
+        logs = tl.load(log_sums + places, mask=tl.arange(0, SPLITS) < shares, other=float("-inf"))
+        weights = tl.exp2(logs - tl.max(logs, 0))
+        total = tl.sum(weights, 0)
+        columns = tl.arange(0, WIDTH)
+        there = (logs > float("-inf"))[:, None] & (columns < HEAD_DIM)[None, :]
+        parts = tl.load(partial + places[:, None] * HEAD_DIM + columns[None, :], mask=there, other=0.0)
+        answer = tl.sum(parts * weights[:, None], 0) / total
+        target = out + row * out_row_stride + head * out_head_stride
+        tl.store(target + columns, answer.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+
+
+def with_share_list(paging: Paging, kv_heads: int, splits: int, num_sms: int) -> Paging:
+    """With the list that `decode_attention` of as many splits is to be given, if it pays."""
+    num_sequences = len(paging.context_lens)
+    if not are_listed(num_sequences * kv_heads, splits, num_sms):
+        return paging
+    share_list = torch.empty(2 + num_sequences * (1 + splits), dtype=torch.int32, device=paging.context_lens.device)
+    _list_kernel[(1,)](
+        share_list, paging.query_starts, paging.context_lens, paging.share_tokens, num_sequences, splits,
+        SPLITS=triton.next_power_of_2(splits), num_warps=4, **overlapping(),
+    )  # fmt: skip
+    return replace(paging, share_list=share_list)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "splits"])
+def _list_kernel(
+    share_list, query_starts, context_lens, share_tokens, num_sequences, splits, SPLITS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """In the order of sequences. A share that `_shares` finds too short to be one is listed, and passed over where it is looked up."""
+    after_predecessor(PDL)
+    num_shares = 0
+    num_cut = 0
+    for first in range(0, num_sequences, _SEQUENCES):
+        at = first + tl.arange(0, _SEQUENCES)
+        there = at < num_sequences
+        rows = tl.load(query_starts + at + 1, mask=there, other=0) - tl.load(query_starts + at, mask=there, other=0)
+        shares = tl.full([_SEQUENCES], 0, tl.int32) + splits
+        if share_tokens is not None:
+            contexts = tl.load(context_lens + at, mask=there, other=0)
+            shares = tl.minimum(splits, tl.maximum(tl.cdiv(contexts, tl.load(share_tokens)), 1))
+        shares = tl.where(rows == 1, shares, 0)
+        is_cut = (shares > 1).to(tl.int32)
+        tl.store(share_list + 1 + num_cut + tl.cumsum(is_cut, 0), at, mask=is_cut > 0)          # its place counts from 1
+        begins = num_shares + tl.cumsum(shares, 0) - shares
+        split = tl.arange(0, SPLITS)[None, :]
+        places = share_list + 2 + num_sequences + begins[:, None] + split
+        tl.store(places, at[:, None] * splits + split, mask=split < shares[:, None])
+        num_shares += tl.sum(shares)
+        num_cut += tl.sum(is_cut)
+    tl.store(share_list, num_shares)
+    tl.store(share_list + 1, num_cut)

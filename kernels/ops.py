@@ -21,6 +21,7 @@ class Paging:
     has_single_rows: bool = True      # False: no sequence has exactly one query row, so that nothing is launched for such
     is_whole_prompt: bool = False     # one sequence, more than one row, and its rows are all of its context
     share_tokens: Tensor | None = None    # [1] int32: how long shares of single rows' contexts should be (context_shares.py); None: short
+    share_list: Tensor | None = None      # of `begin_step`: which shares there are (decode_attention.py); None: they are looked for
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Ops(Protocol):
 
     def prepare(self, num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
         """Whatever takes long when it is done first: to be called before steps of up to `max_rows` rows are served."""
+        ...
+
+    def begin_step(self, paging: Paging, kv_pool: Tensor) -> Paging:
+        """`paging` with what is worth working out once for all layers of a step."""
         ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

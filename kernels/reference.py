@@ -24,6 +24,9 @@ class ReferenceOps:
     def prepare(self, num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
         pass
 
+    def begin_step(self, paging: Paging, kv_pool: Tensor) -> Paging:
+        return paging
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import cudnn_attention, rope_kv
 from . import norms as norm_kernels
 from .context_shares import most_shares
-from .decode_attention import decode_attention
+from .decode_attention import decode_attention, with_share_list
 from .kv_storage import FP8
 from .ops import HeadNorms, Paging, UnsupportedByKernels, split_heads
 from .prefill_attention import prefill_attention
@@ -35,6 +35,11 @@ class TritonOps:
 
     def prepare(self, num_heads: int, kv_pool: Tensor, max_rows: int) -> None:
         cudnn_attention.plan(num_heads, kv_pool, max_rows)
+
+    def begin_step(self, paging: Paging, kv_pool: Tensor) -> Paging:
+        if not paging.has_single_rows:
+            return paging
+        return with_share_list(paging, kv_pool.shape[3], self._splits(paging, kv_pool), self._num_sms)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not suits(x, weight):
@@ -115,13 +120,16 @@ class TritonOps:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if not len(q):
             return out
-        num_sequences, max_context = len(paging.context_lens), paging.block_tables.shape[1] * kv_pool.shape[4]
-        splits = most_shares(num_sequences, kv_pool.shape[3], max_context, self._num_sms)
+        splits = self._splits(paging, kv_pool)
         if paging.has_single_rows:
             decode_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales, splits, num_sms=self._num_sms)
-        if len(q) > num_sequences:      # some sequence has more than one row
+        if len(q) > len(paging.context_lens):      # some sequence has more than one row
             prefill_attention(out, q, kv_pool, layer, paging, scale, window, self._kv_scales, num_sms=self._num_sms)
         return out
+
+    def _splits(self, paging: Paging, kv_pool: Tensor) -> int:
+        max_context = paging.block_tables.shape[1] * kv_pool.shape[4]
+        return most_shares(len(paging.context_lens), kv_pool.shape[3], max_context, self._num_sms)
 
     def _check(self, heads: Tensor, kv_pool: Tensor) -> None:
         """heads: q or k, [T, its heads, head_dim]."""

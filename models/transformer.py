@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.ops import HeadNorms, Ops
+from ..kernels.ops import HeadNorms, Ops, Paging
 from .batch import ForwardBatch
 from .config import ModelConfig
 from .rope import rope_table
@@ -37,11 +37,12 @@ class Transformer:
         is in the pool (on a GPU: when that work has been queued), so that its pages can leave while later layers compute.
         """
         weights, ops, eps = self._weights, self._ops, self.config.rms_norm_eps
+        paging = ops.begin_step(batch.paging, kv_pool)
         next_norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
         residual = F.embedding(batch.token_ids, weights.embedding)
         normed = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
         for i, layer in enumerate(weights.layers):
-            attended = self._attention(i, layer, normed, batch, kv_pool)
+            attended = self._attention(i, layer, normed, batch, paging, kv_pool)
             normed, residual = ops.linear_add_rms_norm(attended, layer.out, layer.out_bias, residual, layer.mlp_norm, eps)
             gated = ops.linear_silu_mul(normed, layer.gate_up, layer.gate_up_bias)
             normed, residual = ops.linear_add_rms_norm(gated, layer.down, layer.down_bias, residual, next_norms[i], eps)
@@ -50,10 +51,12 @@ class Transformer:
         head = weights.embedding if weights.lm_head is None else weights.lm_head
         return ops.linear(normed if batch.logit_rows is None else normed[batch.logit_rows], head, None)
 
-    def _attention(self, index: int, layer: LayerWeights[Tensor], normed: Tensor, batch: ForwardBatch, kv_pool: Tensor) -> Tensor:
+    def _attention(
+        self, index: int, layer: LayerWeights[Tensor], normed: Tensor, batch: ForwardBatch, paging: Paging, kv_pool: Tensor
+    ) -> Tensor:
         config, ops = self.config, self._ops
         norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(layer.q_norm, layer.k_norm, config.rms_norm_eps)
         q = ops.linear_rope_write_kv(normed, layer.qkv, layer.qkv_bias, norms, batch.positions, self._cos_sin, kv_pool, index, batch.slots)
-        return ops.paged_attention(q, kv_pool, index, batch.paging, config.head_dim**-0.5, config.windows[index]).flatten(1)
+        return ops.paged_attention(q, kv_pool, index, paging, config.head_dim**-0.5, config.windows[index]).flatten(1)

@@ -64,6 +64,15 @@ def test_contexts_cut_to_shares_of_about_a_length(splits: int, share_tokens: int
     check_attention(AttentionCase(lengths, (32, 8), 128, 16, 100, dtype=BF16), device, splits, share_tokens=share_tokens)
 
 
+@pytest.mark.parametrize("num_sequences", [12, 24, 64])
+@pytest.mark.parametrize("share_tokens", [200, 1500, 100_000])
+def test_one_long_context_among_many_short_ones(share_tokens: int, num_sequences: int, device: Device) -> None:
+    """So many that their shares are listed, with a chunk and padding among them."""
+    lengths = (*[(1, 9000 if i == 5 else 37 * i) for i in range(num_sequences - 2)], (30, 200), (1, 0))
+    check_attention(AttentionCase(lengths, (32, 8), 128, 64, dtype=BF16), device, splits=17, share_tokens=share_tokens)
+    check_attention(AttentionCase(lengths, (32, 8), 64, 16, dtype=BF16, kv_dtype=FP8), device, splits=17, share_tokens=share_tokens)
+
+
 @pytest.mark.parametrize("heads", [(32, 8), (28, 4), (8, 8)])
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

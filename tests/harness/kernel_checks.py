@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diptych.kernels import cudnn_attention, norms, rope_kv, silu_mul, skinny_linear
 from diptych.kernels.context_shares import ChunkCut
-from diptych.kernels.decode_attention import decode_attention
+from diptych.kernels.decode_attention import decode_attention, with_share_list
 from diptych.kernels.ops import HeadNorms, Paging
 from diptych.kernels.prefill_attention import PrefillTile, prefill_attention
 from diptych.kernels.reference import ReferenceOps
@@ -155,6 +155,7 @@ def check_attention(
     prefill_tile: PrefillTile | None = None,
     share_tokens: int | None = None,
     cut: ChunkCut | None = None,
+    num_sms: int = 132,
 ) -> None:
     """Both kernels on one batch: each writes its own sequences' rows, no other place, and leaves the pool as it was."""
     inputs = attention_inputs(case, device, blocks_before)
@@ -164,7 +165,8 @@ def check_attention(
     pool_before, q_before = bits(inputs.kv_pool), bits(inputs.q)
     decoded, prefilled = Guarded(inputs.q.shape, case.dtype, device), Guarded(inputs.q.shape, case.dtype, device)
     arguments = (inputs.q, inputs.kv_pool, inputs.layer, inputs.paging, case.scale, case.window, inputs.kv_scales)
-    decode_attention(decoded.tensor, *arguments, splits)
+    listed = with_share_list(inputs.paging, inputs.kv_pool.shape[3], splits, num_sms)
+    decode_attention(decoded.tensor, *arguments[:3], listed, *arguments[4:], splits, num_sms=num_sms)
     prefill_attention(prefilled.tensor, *arguments, prefill_tile, cut)
     lengths = inputs.paging.query_starts.diff().long()
     is_decode = (lengths == 1).repeat_interleave(lengths)
@@ -323,9 +325,10 @@ def check_padded_decode(device: Device) -> None:
     case = AttentionCase(lengths=((1, 30), (1, 4), (1, 0)))
     inputs = attention_inputs(case, device)
     inputs.paging.context_lens[2] = 0
-    for splits in (1, 2):
+    for splits, num_sms in ((1, 132), (2, 132), (2, 2)):
         out = Guarded(inputs.q.shape, case.dtype, device)
-        decode_attention(out.tensor, inputs.q, inputs.kv_pool, inputs.layer, inputs.paging, case.scale, None, None, splits)
+        paging = with_share_list(inputs.paging, inputs.kv_pool.shape[3], splits, num_sms)
+        decode_attention(out.tensor, inputs.q, inputs.kv_pool, inputs.layer, paging, case.scale, None, None, splits, num_sms=num_sms)
         alone = Paging(inputs.paging.query_starts[:3], inputs.paging.context_lens[:2], inputs.paging.block_tables[:2])
         expected = REFERENCE.paged_attention(inputs.q[:2], inputs.kv_pool, inputs.layer, alone, case.scale, None)
         assert_close(out.tensor[:2], expected, TOLERANCE[case.dtype], device)

@@ -66,6 +66,19 @@ def test_decode_attention(case: AttentionCase, splits: int, device: Device) -> N
     check_attention(case, device, splits)
 
 
+@pytest.mark.parametrize("share_tokens", [None, 1, 20, 64, 10_000])
+def test_shares_that_are_listed(share_tokens: int | None, device: Device) -> None:
+    """As of a batch of many sequences on a GPU: there is none to look at that is not there. Prompts' chunks beside have none."""
+    lengths = ((1, 0), (3, 9), (1, 63), (1, 5), (2, 0), (1, 40))
+    check_attention(AttentionCase(lengths), device, splits=4, share_tokens=share_tokens, num_sms=3)
+    check_attention(AttentionCase(lengths, heads=(4, 1), block_size=64, window=9), device, 3, share_tokens=share_tokens, num_sms=2)
+
+
+def test_shares_of_more_sequences_than_are_listed_in_one_go(device: Device) -> None:
+    lengths = tuple((1, 40 if i in (7, 129) else 1) for i in range(131))
+    check_attention(AttentionCase(lengths, heads=(1, 1)), device, splits=3, share_tokens=16, num_sms=33)
+
+
 @pytest.mark.parametrize("share_tokens", [1, 20, 64, 10_000])
 def test_contexts_cut_to_shares_of_about_a_length(share_tokens: int, device: Device) -> None:
     """Some sequences are one share, some several, some as many as there are programs."""

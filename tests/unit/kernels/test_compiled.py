@@ -68,16 +68,19 @@ def test_attention(
     scales = meta(32, 2, heads[1], dtype=torch.float32) if kv_dtype is FP8 else None
     q = meta(96, heads[0] + 2 * heads[1], head_dim, dtype=dtype)[:, : heads[0]]
     out = meta(*q.shape, dtype=dtype)
-    for batch, splits in ((1, 4), (64, 4), (64, 1), (96, 1)):
-        with captured(decode_attention, "_decode_kernel", "_merge_kernel") as launches:
-            decode_attention.decode_attention(out[:batch], q[:batch], pool, 31, paging(batch), 0.1, window, scales, splits)
-        decode, *merge = map(compiled, launches)
-        threads = 32 * launches[0].options["num_warps"]
+    for batch, splits in ((1, 4), (64, 17), (64, 1), (96, 1)):
+        with captured(decode_attention, "_decode_kernel", "_merge_kernel", "_list_kernel") as launches:
+            where = decode_attention.with_share_list(paging(batch), heads[1], splits, 132)
+            decode_attention.decode_attention(out[:batch], q[:batch], pool, 31, where, 0.1, window, scales, splits)
+        *lists, decode, merge = [*map(compiled, launches), *[None] * (splits == 1)]
+        assert len(lists) == (where.share_list is not None) == context_shares.are_listed(batch * heads[1], splits, 132)
+        assert decode is not None
+        threads = 32 * launches[len(lists)].options["num_warps"]
         at_once = 2 if kv_dtype is FP8 else context_shares.resident(batch * heads[1], 132)
         assert at_once * (decode.shared_bytes + 1024) <= 228 << 10, "an SM has fewer programs at once than contexts are cut for"
         assert at_once * decode.registers * threads <= REGISTERS_OF_AN_SM
         assert "cp.async.cg" in decode.ptx, "keys and values are not copied asynchronously"
-        assert len(merge) == (splits > 1)
+        assert (merge is None) == (splits == 1)
     with captured(prefill_attention, "_prefill_kernel", "_share_kernel", "merge_shares") as launches:
         for room in (0, 16):
             cut = context_shares.ChunkCut(room)
