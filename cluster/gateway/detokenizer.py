@@ -26,7 +26,7 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF_CHAR = _byte_of_char()
+BYTE_OF_CHAR = _byte_of_char()
 
 
 class Vocabulary:
@@ -92,7 +92,7 @@ def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
 
 
 def _byte_level_bytes(piece: str) -> bytes:
-    return bytes(_BYTE_OF_CHAR[char] for char in piece) if all(char in _BYTE_OF_CHAR for char in piece) else piece.encode()
+    return bytes(BYTE_OF_CHAR[char] for char in piece) if all(char in BYTE_OF_CHAR for char in piece) else piece.encode()
 
 
 def _piece_bytes(piece: str) -> bytes:
