@@ -69,10 +69,10 @@ class Exchange:
 
     async def read(self, max_bytes: int) -> bytes:
         """The whole body. Raises BadRequest (413 as soon as it is known to be larger, 408, 400), ClientGone."""
-        declared = self.header("content-length")
-        self._check_size(int(declared) if declared else 0, max_bytes)
-        if not self.complete and (self.header("expect") or "").lower() == "100-continue":
-            self._send(CONTINUE)
+        if not self.complete:
+            self._check_size(int(self.header("content-length") or 0), max_bytes)
+            if (self.header("expect") or "").lower() == "100-continue":
+                self._send(CONTINUE)
         while True:
             self._check_size(len(self._body), max_bytes)
             if self.complete:
