@@ -24,9 +24,6 @@ class Channel(Protocol):
     """What an exchange needs of its connection."""
 
     @property
-    def writable(self) -> bool: ...
-
-    @property
     def stays(self) -> bool:
         """Another request may follow on it."""
         ...
@@ -50,6 +47,7 @@ class Exchange:
         self.status: int | None = None        # of the answer that has begun
         self.complete = False                 # the request is here as a whole
         self.gone = False                     # the client
+        self.writable = True                  # it has taken most of what was written: the connection's to say
         self.on_status: Callable[[int], None] = _ignore
         self.on_gone: Callable[[], None] = nothing
         self.on_writable: Callable[[], None] = nothing
@@ -78,11 +76,6 @@ class Exchange:
             if self.complete:
                 return bytes(self._body)
             await self._more()
-
-    @property
-    def writable(self) -> bool:
-        """The client has taken most of what was written."""
-        return self._channel.writable
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         head = self._start(status, (*headers, ("content-length", str(len(body)))))

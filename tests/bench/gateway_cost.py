@@ -4,7 +4,8 @@
     answer    one token that is the first and the last: message → bytes
     token     one of a stream, 128 of them in a message: message → bytes
 
-The least of ROUNDS rounds of 128 requests, or of so many steps: what a neighbour disturbs is left out, and so are cold caches.
+The least of ROUNDS rounds of 128 requests, and a low step of all (the least have a token without a text, which nobody is sent): what a
+neighbour disturbs is left out, and so are cold caches.
 """
 
 import asyncio
@@ -113,7 +114,7 @@ async def main() -> None:
     for _ in range(NUM_STEPS):
         engine.step()
         steps_s.append(await deliver())
-    print(f"token: {min(steps_s) / NUM_CONNECTIONS * 1e6:.2f} µs")
+    print(f"token: {sorted(steps_s)[NUM_STEPS // 10] / NUM_CONNECTIONS * 1e6:.2f} µs")
 
 
 if __name__ == "__main__":
