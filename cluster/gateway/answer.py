@@ -35,7 +35,7 @@ class Answer:
         self._woken: dict[int, None] = {}
         self._on_news: Callable[[], None] = nothing
         self._choices = [Choice(job, job.prompt_of(index), vocabulary) for index in range(job.num_choices)]
-        self._num_open = job.num_choices
+        self.num_open = job.num_choices       # that have not come to their end
         self._cached_tokens = [0] * job.num_choices
         self._generations = [
             Generation(
@@ -68,10 +68,6 @@ class Answer:
             self._dispatcher.abort(generation)
 
     @property
-    def done(self) -> bool:
-        return self._num_open == 0
-
-    @property
     def error(self) -> DiptychError | None:
         """Of a choice that failed."""
         return next((each.error for each in self._generations if each.error is not None), None)
@@ -101,7 +97,7 @@ class Answer:
             self._cached_tokens[index] = deltas[0].num_cached_tokens
         piece = choice.push(deltas)
         if piece.finish is not None:
-            self._num_open -= 1
+            self.num_open -= 1
             self._dispatcher.finish(generation)       # a stop string, which the workers do not know of
         return piece
 

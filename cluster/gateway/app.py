@@ -224,6 +224,8 @@ class App:
 
 def _key_of(exchange: Exchange, keys: Sequence[bytes]) -> bytes | None:
     """The one of `keys` that the client shows, in a time that does not tell which one is nearly right."""
+    if not keys:
+        return None
     scheme, _, given = (exchange.header("authorization") or "").partition(" ")
     matching = [key for key in keys if hmac.compare_digest(given.strip().encode(), key)]
     return matching[0] if scheme.lower() == "bearer" and matching else None

@@ -55,7 +55,7 @@ class Connection(asyncio.Protocol):
         self._since = clock()                 # the last progress but the reader's
         self._turn_at = self._since           # the current one's
         self._unsent = 0                      # bytes, at the last check
-        self.writable = True
+        self._writable = True
 
     # asyncio.Protocol
 
@@ -81,11 +81,14 @@ class Connection(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
-        self.writable = False
+        self._writable = False
+        if self._current is not None:
+            self._current.writable = False
 
     def resume_writing(self) -> None:
-        self.writable = True
+        self._writable = True
         if self._current is not None:
+            self._current.writable = True
             self._current.on_writable()
         self._advance()
 
@@ -167,7 +170,7 @@ class Connection(asyncio.Protocol):
         if self._advancing or self._transport is None:
             return
         self._advancing = True
-        while self._queue and self._current is None and self.writable:
+        while self._queue and self._current is None and self._writable:
             self._current, self._turn_at = self._queue.popleft(), self._clock()
             start(self._handle(self._current))
         self._advancing = False

@@ -26,7 +26,7 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF_CHAR = _byte_of_char()
+BYTE_OF_CHAR = _byte_of_char()
 
 
 class Vocabulary:
@@ -66,17 +66,15 @@ class Utf8Stream:
         self._held = b""                      # of a character that is not whole
 
     def feed(self, chunk: bytes) -> str:
-        return self._decode(chunk, is_end=False)
+        seen = self._held + chunk
+        text, num_used = codecs.utf_8_decode(seen, "replace", False)
+        self._held = seen[num_used:]
+        return text
 
     def end(self) -> str:
         """What was held back will not become a character any more."""
-        return self._decode(b"", is_end=True)
-
-    def _decode(self, chunk: bytes, *, is_end: bool) -> str:
-        seen = self._held + chunk
-        text, num_used = codecs.utf_8_decode(seen, "replace", is_end)
-        self._held = seen[num_used:]
-        return text
+        held, self._held = self._held, b""
+        return held.decode(errors="replace")
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
@@ -92,7 +90,7 @@ def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
 
 
 def _byte_level_bytes(piece: str) -> bytes:
-    return bytes(_BYTE_OF_CHAR[char] for char in piece) if all(char in _BYTE_OF_CHAR for char in piece) else piece.encode()
+    return bytes(BYTE_OF_CHAR[char] for char in piece) if all(char in BYTE_OF_CHAR for char in piece) else piece.encode()
 
 
 def _piece_bytes(piece: str) -> bytes:

@@ -96,7 +96,7 @@ class Dispatcher:
             limit = self._limits.max_live_choices
             self._end(generation, GenerationState.REFUSED, Overloaded(f"this gateway serves {limit} choices already", retry_after_s=1.0))
             return
-        self._enqueue(generation, not_before=self._clock())
+        self._begin(generation)
         self._route(generation)
         self._arm()
 
@@ -208,7 +208,7 @@ class Dispatcher:
 
     def _wait(self, generation: Generation) -> None:
         given_up_at = min(generation.useful_until, generation.queued_at + self._limits.queue_timeout_s, generation.prompt.deadline)
-        self._line.wait(generation, given_up_at)
+        self._line.wait(generation, generation.due_at, given_up_at)
 
     def _send(self, generation: Generation, route: Route, now: float) -> None:
         self._line.remove(generation)
@@ -287,15 +287,17 @@ class Dispatcher:
         self._log.retried(generation, text)
         logger.info("%s: attempt %d is given up for another: %s", generation.prompt.name, generation.num_attempts, text)
         generation.move(GenerationState.QUEUED)
-        delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (generation.num_attempts - 1)) if backoff else 0.0
-        self._enqueue(generation, not_before=self._clock() + delay_s)
-        if not backoff:
+        self._begin(generation)
+        if backoff:
+            delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (generation.num_attempts - 1))
+            self._line.back_off(generation, generation.due_at, min(generation.queued_at + delay_s, generation.prompt.deadline))
+        else:
             self._route(generation)
 
-    def _enqueue(self, generation: Generation, not_before: float) -> None:
-        now = generation.queued_at = self._clock()
+    def _begin(self, generation: Generation) -> None:
+        """To look for a route. It waits in the line only if there is none."""
+        generation.queued_at = self._clock()
         generation.waits_for, generation.useful_until = None, math.inf
-        self._line.add(generation, now + generation.due_in_s(now), min(not_before, generation.prompt.deadline))
 
     def _give_up(self, generation: Generation, refusal: DiptychError) -> None:
         """No route. That is a refusal only if nothing was ever sent."""

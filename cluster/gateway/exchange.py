@@ -24,9 +24,6 @@ class Channel(Protocol):
     """What an exchange needs of its connection."""
 
     @property
-    def writable(self) -> bool: ...
-
-    @property
     def stays(self) -> bool:
         """Another request may follow on it."""
         ...
@@ -50,6 +47,7 @@ class Exchange:
         self.status: int | None = None        # of the answer that has begun
         self.complete = False                 # the request is here as a whole
         self.gone = False                     # the client
+        self.writable = True                  # it has taken most of what was written: the connection's to say
         self.on_status: Callable[[int], None] = _ignore
         self.on_gone: Callable[[], None] = nothing
         self.on_writable: Callable[[], None] = nothing
@@ -69,20 +67,15 @@ class Exchange:
 
     async def read(self, max_bytes: int) -> bytes:
         """The whole body. Raises BadRequest (413 as soon as it is known to be larger, 408, 400), ClientGone."""
-        declared = self.header("content-length")
-        self._check_size(int(declared) if declared else 0, max_bytes)
-        if not self.complete and (self.header("expect") or "").lower() == "100-continue":
-            self._send(CONTINUE)
+        if not self.complete:
+            self._check_size(int(self.header("content-length") or 0), max_bytes)
+            if (self.header("expect") or "").lower() == "100-continue":
+                self._send(CONTINUE)
         while True:
             self._check_size(len(self._body), max_bytes)
             if self.complete:
                 return bytes(self._body)
             await self._more()
-
-    @property
-    def writable(self) -> bool:
-        """The client has taken most of what was written."""
-        return self._channel.writable
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         head = self._start(status, (*headers, ("content-length", str(len(body)))))

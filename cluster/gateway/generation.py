@@ -126,9 +126,11 @@ class Generation:
             self.num_fresh_tokens += len(delta.token_ids)
         self.fresh += deltas
 
-    def due_in_s(self, now: float) -> float:
-        """By its class: what queues go by."""
-        return due_in_s(self.prompt.service_class, self.ttft_slack_s(now), now - self.arrived_at)
+    @property
+    def due_at(self) -> float:
+        """By its class and as of when it began to wait: what queues go by."""
+        now = self.queued_at
+        return now + due_in_s(self.prompt.service_class, self.ttft_slack_s(now), now - self.arrived_at)
 
     def ttft_slack_s(self, now: float) -> float:
         """Until the first token is due; negative once it is late, infinite without an objective."""

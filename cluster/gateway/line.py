@@ -1,6 +1,6 @@
 """Generations without a route: who is asked for again, and when. Pure; times are the caller's clock.
 
-    add, wait ──► each has a moment of its own: the end of a backoff, the last useful one ──► whoever's has come
+    back_off, wait ──► each has a moment of its own: the end of a backoff, the last useful one ──► whoever's has come
     news ───────► all may find a route: the MOST_AT_ONCE most urgent, unless asking took more than SHARE of the time lately
 
     turn(now) ──► these, most urgent first ──► the caller routes, refuses or lets each wait on ──► rest(now)
@@ -37,16 +37,13 @@ class Line(Generic[W]):
     def __contains__(self, waiting: W) -> bool:
         return waiting in self._places
 
-    def add(self, waiting: W, due_at: float, not_before: float) -> None:
-        """It is asked for at `not_before`, and not sooner."""
-        self._places[waiting] = _Place(due_at, not_before, not_before)
-        self._next_moment = min(self._next_moment, not_before)
+    def back_off(self, waiting: W, due_at: float, until: float) -> None:
+        """It comes, and is asked for at `until`, not sooner."""
+        self._put(waiting, _Place(due_at, until, until))
 
-    def wait(self, waiting: W, until: float) -> None:
-        """It stays: until there are news, `until` at the latest."""
-        place = self._places[waiting]
-        place.asked_from, place.moment = -math.inf, until
-        self._next_moment = min(self._next_moment, until)
+    def wait(self, waiting: W, due_at: float, until: float) -> None:
+        """It comes, or stays: until there are news, `until` at the latest."""
+        self._put(waiting, _Place(due_at, -math.inf, until))
 
     def remove(self, waiting: W) -> None:
         self._places.pop(waiting, None)
@@ -73,6 +70,10 @@ class Line(Generic[W]):
         """The turn is over."""
         self._free_at = now + (now - self._began_at) * (1 / SHARE - 1)
         self._next_moment = min((place.moment for place in self._places.values()), default=math.inf)
+
+    def _put(self, waiting: W, place: _Place) -> None:
+        self._places[waiting] = place
+        self._next_moment = min(self._next_moment, place.moment)
 
     def _askable(self, now: float) -> list[W]:
         askable = [waiting for waiting, place in self._places.items() if place.asked_from <= now < place.moment]

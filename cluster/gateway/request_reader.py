@@ -10,6 +10,7 @@ dropped, and what asks for an upgrade is answered as though it had not.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from urllib.parse import unquote
 
 import httptools
@@ -74,14 +75,17 @@ class RequestReader:
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._count_head(len(url))
+        self._head_bytes += len(url)
+        self._untold_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.in_head:
             self._headers.append((name.lower(), value))
-            self._count_head(len(name) + len(value))
+            self._head_bytes += len(name) + len(value)
+            self._untold_bytes = 0
 
     def on_headers_complete(self) -> None:
+        self._check_head()
         self.in_head = False
         if self.is_last or self._parser.should_upgrade():
             return
@@ -138,17 +142,13 @@ class RequestReader:
         method, is_11 = self._parser.get_method().decode(), version == "1.1"
         return Exchange(self._channel, method, _path(self._url), headers, chunked=is_11, keep_alive=self._parser.should_keep_alive())
 
-    def _count_head(self, num_bytes: int) -> None:
-        self._head_bytes += num_bytes
-        self._untold_bytes = 0
-        self._check_head()
-
     def _check_head(self) -> None:
         if self._head_bytes + self._untold_bytes > MAX_HEAD_BYTES:
             text = f"the head, with trailers, has more than {MAX_HEAD_BYTES} bytes"
             self.fail(BadRequest(text, code="head_too_large", status=431))
 
 
+@lru_cache(maxsize=64)
 def _path(url: bytes) -> str:
     """Decoded, without the query. Raises BadRequest."""
     try:

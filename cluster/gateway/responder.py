@@ -99,7 +99,7 @@ class WholeResponder(Responder):
     def _take(self) -> None:
         for index, piece in self._answer.take():
             self._pieces.setdefault(index, []).append(piece)
-        if self._answer.done:
+        if not self._answer.num_open:
             wholes = [join(self._pieces[index]) for index in sorted(self._pieces)]
             body = self._dialect.whole(wholes, self._answer.usage())
             self._end()
@@ -125,7 +125,7 @@ class StreamResponder(Responder):
         events = b""
         for index, piece in self._answer.take():
             events += self._chunk(index, piece)
-        if self._answer.done:
+        if not self._answer.num_open:
             self._finish(events + self._usage_event() + DONE)
         elif events:
             self._open()

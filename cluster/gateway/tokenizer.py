@@ -11,16 +11,15 @@ from tokenizers import Tokenizer
 from ...messages.errors import ModelError
 from .chat_template import ChatTemplate, load_template
 from .detokenizer import Vocabulary
+from .words import TokenizerFile, words_of
 
 S = TypeVar("S")
 
 INLINE_CHARS = 4096
-"""Of all texts together: about 1 ms of tokenizing. More leave the event loop."""
+"""Of all texts together: about 1 ms of the library's time. More leave the event loop."""
 
-
-class _TokenizerFile(msgspec.Struct):
-    decoder: dict[str, Any] | None = None
-    added_tokens: list[dict[str, Any]] = []
+INLINE_WORDS_CHARS = 3 * INLINE_CHARS
+"""The same by words."""
 
 
 class _ModelFile(msgspec.Struct):
@@ -38,9 +37,10 @@ class TextModel:
 
     def __init__(self, folder: Path) -> None:
         config = _read(folder / "config.json", _ModelFile)
-        file = _read(folder / "tokenizer.json", _TokenizerFile)
+        file = _read(folder / "tokenizer.json", TokenizerFile)
         settings = folder / "tokenizer_config.json"
         self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        self._words = words_of(self._tokenizer, file)
         self.vocabulary = Vocabulary(self._tokenizer, file.decoder, file.added_tokens)
         self.template: ChatTemplate | None = load_template(folder, _read(settings, dict[str, Any]) if settings.is_file() else {})
         self.vocab_size = config.vocab_size
@@ -48,11 +48,14 @@ class TextModel:
         self.eos_token_ids = _eos_token_ids(folder / "generation_config.json", config)
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
-        if sum(map(len, texts)) <= INLINE_CHARS:
-            return self._encode(texts, add_special_tokens)
-        return await asyncio.to_thread(self._encode, texts, add_special_tokens)
+        num_chars = sum(map(len, texts))
+        if self._words is not None and num_chars <= INLINE_WORDS_CHARS and all(map(str.isascii, texts)):
+            return [self._words.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        if num_chars <= INLINE_CHARS:
+            return self._by_library(texts, add_special_tokens)
+        return await asyncio.to_thread(self._by_library, texts, add_special_tokens)
 
-    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
+    def _by_library(self, texts: Sequence[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)     # releases the GIL
         return [tuple(encoding.ids) for encoding in encodings]
 

@@ -113,11 +113,11 @@ class Goodput:
             for source in senders:
                 moved_s = view.links.get((source.ref, decode.ref), 0.0) * work.num_tokens
                 predictions.append(_predict(work, target, source, max(source.estimate.ttft_s, moved_s)))
-        if _may_stay(request) and not any(each.keeps_both for each in predictions):
+        predictions.sort(key=_rank)
+        if _may_stay(request) and not (predictions and predictions[0].keeps_both):
             targets = [_target(request, work, _beside_its_prompts(worker), NOTHING) for worker in sampled]
             alone = [_predict(work, *ends, ends[1].estimate.ttft_s) for ends in zip(targets, senders, strict=True)]
-            predictions += [each for each in alone if each.keeps_both]
-        predictions.sort(key=lambda each: (not each.keeps_both, each.cost))
+            predictions = sorted([each for each in alone if each.keeps_both], key=_rank) + predictions
         return predictions
 
     def _inflow(self, pool_name: str, pool: Sequence[WorkerLoad], view: ClusterView, now: float) -> Inflow:
@@ -243,6 +243,10 @@ def _keeps_pace(target: _Target, alone_s: float, joining_s: float) -> bool:
     """Whatever prompts take more than predicted, the pace takes from the next ones: only decodes alone can break the promise."""
     alone_s *= 1 + target.error
     return alone_s + beside_s(alone_s, target.side.tpot_s) + joining_s <= target.side.tpot_s
+
+
+def _rank(prediction: Prediction) -> tuple[bool, float]:
+    return not (prediction.keeps_ttft and prediction.keeps_tpot), prediction.cost
 
 
 def _may_stay(request: RoutingRequest) -> bool:

@@ -43,11 +43,7 @@ class Held:
     def __init__(self, levels: list[int], bits: Mapping[WorkerRef, int]) -> None:
         self._levels = levels                 # who was sent the first chunk, the first two, …: each a subset of the one before
         self._bits = bits
-
-    @property
-    def most(self) -> int:
-        """Leading chunks that somebody was sent, who may be gone."""
-        return len(self._levels)
+        self.most = len(levels)               # leading chunks that somebody was sent, who may be gone
 
     def depth(self, worker: WorkerRef) -> int:
         """Leading chunks."""

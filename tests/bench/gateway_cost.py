@@ -4,7 +4,8 @@
     answer    one token that is the first and the last: message → bytes
     token     one of a stream, 128 of them in a message: message → bytes
 
-The least of ROUNDS rounds of 128 requests, or of so many steps: what a neighbour disturbs is left out, and so are cold caches.
+The least of ROUNDS rounds of 128 requests, and a low step of all (the least have a token without a text, which nobody is sent): what a
+neighbour disturbs is left out, and so are cold caches.
 """
 
 import asyncio
@@ -87,7 +88,7 @@ async def main() -> None:
     app, sockets = App(core), [Sink() for _ in range(NUM_CONNECTIONS)]
     for socket in sockets:
         socket.connect(Connection(app.handle, time.monotonic, lambda connection: None))
-    parts = {"tokenizing": Part(core.model, "_encode"), "deciding": Part(core.dispatcher._policy, "decide")}
+    parts = {"tokenizing": Part(core.model._words, "encode"), "deciding": Part(core.dispatcher._policy, "decide")}
     rounds: list[dict[str, float]] = []
 
     async def ask(max_tokens: int) -> None:
@@ -113,7 +114,7 @@ async def main() -> None:
     for _ in range(NUM_STEPS):
         engine.step()
         steps_s.append(await deliver())
-    print(f"token: {min(steps_s) / NUM_CONNECTIONS * 1e6:.2f} µs")
+    print(f"token: {sorted(steps_s)[NUM_STEPS // 10] / NUM_CONNECTIONS * 1e6:.2f} µs")
 
 
 if __name__ == "__main__":

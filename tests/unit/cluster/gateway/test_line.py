@@ -13,8 +13,7 @@ def waiting(*due_at: float) -> Line[str]:
     """One after another, named by their number, all waiting for news."""
     line: Line[str] = Line()
     for number, due in enumerate(due_at):
-        line.add(str(number), due, 0.0)
-        line.wait(str(number), math.inf)
+        line.wait(str(number), due, math.inf)
     line.turn(0.0)
     line.rest(0.0)
     return line
@@ -37,14 +36,14 @@ def test_news_are_for_the_most_urgent(due_at):
 def test_news_in_an_empty_line_are_forgotten():
     line: Line[str] = Line()
     line.news()
-    line.add("late", 1.0, 5.0)
+    line.back_off("late", 1.0, 5.0)
     assert line.next_at() == 5.0
     assert line.turn(4.9) == []
 
 
 def test_a_backoff_is_not_cut_short():
     line = waiting(1.0)
-    line.add("backs off", 0.0, 5.0)
+    line.back_off("backs off", 0.0, 5.0)
     line.news()
     assert line.turn(4.0) == ["0"]
     line.rest(4.0)
@@ -54,9 +53,9 @@ def test_a_backoff_is_not_cut_short():
 
 def test_everybody_has_a_last_moment():
     line = waiting(3.0, 2.0, 1.0)
-    line.wait("0", 10.0)
-    line.wait("1", 10.0)
-    line.wait("2", 11.0)
+    line.wait("0", 3.0, 10.0)
+    line.wait("1", 2.0, 10.0)
+    line.wait("2", 1.0, 11.0)
     assert line.next_at() == 10.0
     assert line.turn(10.0) == ["1", "0"]
 
@@ -75,7 +74,7 @@ def test_asking_takes_a_share_of_the_time(took_s):
 
 def test_a_last_moment_does_not_wait_for_that():
     line = waiting(1.0)
-    line.wait("0", 100.5)
+    line.wait("0", 1.0, 100.5)
     line.news()
     line.turn(100.0)
     line.rest(100.4)
@@ -96,7 +95,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(due_at=st.floats(0, 10), delay_s=st.floats(0, 2))
     def add(self, due_at: float, delay_s: float) -> None:
-        self.line.add(self.num_added, due_at, self.now + delay_s)
+        self.line.back_off(self.num_added, due_at, self.now + delay_s)
         self.moments[self.num_added] = self.backs_off[self.num_added] = self.now + delay_s
         self.num_added += 1
 
@@ -120,7 +119,7 @@ class AnyOrder(RuleBasedStateMachine):
             if leaves:
                 self.forget(name)
             else:
-                self.line.wait(name, self.now + patience_s)
+                self.line.wait(name, 0.0, self.now + patience_s)
                 self.moments[name], self.backs_off[name] = self.now + patience_s, -math.inf
         self.now += took_s
         self.line.rest(self.now)

@@ -9,7 +9,7 @@ from harness.gateway import ASSISTANT, BOS, EOS, USER, make_model, tokens_of
 
 from diptych.cluster.gateway.chat_template import ChatTemplate
 from diptych.cluster.gateway.errors import BadRequest
-from diptych.cluster.gateway.tokenizer import INLINE_CHARS, TextModel
+from diptych.cluster.gateway.tokenizer import INLINE_CHARS, INLINE_WORDS_CHARS, TextModel
 from diptych.messages.errors import ModelError
 from diptych.models.embedded.conversation import chat as embedded_chat
 from diptych.models.embedded.path import embedded_model_path
@@ -31,18 +31,20 @@ def test_a_long_text_is_tokenized_elsewhere_to_the_same(tmp_path):
     assert encode(TextModel(make_model(tmp_path)), text) == tuple(text.encode())
 
 
-def test_many_short_texts_are_tokenized_elsewhere_as_one_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("letter", "limit"), [("ä", INLINE_CHARS), ("a", INLINE_WORDS_CHARS)])
+def test_many_short_texts_are_tokenized_elsewhere_as_one_batch(tmp_path, monkeypatch, letter, limit):
     model = TextModel(make_model(tmp_path))
-    batches: list[tuple[int, bool]] = []
+    elsewhere: list[int] = []
 
-    def encode(texts: list[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
-        batches.append((len(texts), threading.current_thread() is threading.main_thread()))
-        return TextModel._encode(model, texts, add_special_tokens)
+    def by_library(texts: list[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
+        if threading.current_thread() is not threading.main_thread():
+            elsewhere.append(len(texts))
+        return TextModel._by_library(model, texts, add_special_tokens)
 
-    monkeypatch.setattr(model, "_encode", encode)
-    for texts in (["ab"] * 10, ["ab"] * INLINE_CHARS):
-        assert asyncio.run(model.encode(texts, add_special_tokens=False)) == [tuple(tokens_of("ab"))] * len(texts)
-    assert batches == [(10, True), (INLINE_CHARS, False)]
+    monkeypatch.setattr(model, "_by_library", by_library)
+    for num_texts in (limit, limit + 1):
+        assert asyncio.run(model.encode([letter] * num_texts, add_special_tokens=False)) == [tuple(tokens_of(letter))] * num_texts
+    assert elsewhere == [limit + 1]
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path):

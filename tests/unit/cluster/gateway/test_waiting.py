@@ -115,6 +115,15 @@ def scene() -> Scene:
     return Scene()
 
 
+def test_who_finds_a_route_wakes_nobody_for_those_that_wait(scene):
+    scene.arrive()
+    scene.wake_at = math.inf
+    scene.sleep(0.01)
+    scene.policy.room = 1
+    assert scene.arrive().state is GenerationState.RUNNING
+    assert scene.wake_at == pytest.approx(100.0 + PATIENCE_S)
+
+
 def test_it_is_refused_at_its_last_useful_moment_without_any_message(scene):
     generation = scene.arrive()
     scene.sleep(PATIENCE_S - 0.001)
