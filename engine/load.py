@@ -66,6 +66,7 @@ def load_report(
         step_model=steps.model,
         busy_s=steps.busy_s(now),
         plans_in_s=0.0 if engine.may_plan else steps.oldest_s(now),
+        lead_s=0.0 if scheduler.pacer is None else scheduler.pacer.lead_s,
         num_passing=num_leaving + sum(s.hands_off for s in scheduler.waiting) + sum(s.hands_off for s in scheduler.running),
         last_read=tuple((request_id, now - added_at) for request_id, added_at in engine.last_added),
     )

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from ..messages.steps import StepModel, attended_pairs
+from ..messages.steps import FIRST_BEND, NO_TIME_S, SECOND_BEND, StepModel, attended_pairs
 from .sequence import Sequence
 
 AIM = 0.9
 MIN_SHARE = 8
 SPARE_SHARE = 8                               # of what prompts get: for attention of tokens whose rows would be padding
 SHORT_SHARE = 5
+CUT_SHARE = 8                                 # of a step: what it may cost to end it where a prompt ends
 MEMORY = 100                                  # answers
 
 CAUGHT_UP = round(2 * AIM / (1 - AIM))
@@ -43,6 +44,7 @@ class StepRoom:
     padded: Seq[int] = ()                     # ascending: rows that steps with prompts are padded to; none beyond the last
     free: int = 0                             # tokens more whose rows cost nothing: the step is padded to them in any case
     spare_s: float = math.inf                 # for what such tokens attend to, which does cost
+    enough: float = math.inf                  # rows: a step in which a prompt ends takes no more, for that prompt would wait for them
 
     @property
     def is_empty(self) -> bool:
@@ -54,12 +56,15 @@ class StepRoom:
         count = min(most, max(1, self.floor, self._affordable(start, self.tokens)))
         if count < most:
             count = min(most, self._without_padding(start, count))
-        self.tokens -= count
+        is_cut = count < most
+        self.tokens = 0 if is_cut else self.tokens - count       # what padding took from who is cut is not for the less urgent
         self.floor = max(0, self.floor - count)
         if self.model is not None:
             self.seconds -= self.model.prefill_s(count, attended_pairs(start, count), self.rows)
         self.rows += count
         self.free = self._padded_to(self.rows) - self.rows
+        if self.tokens and self.enough < math.inf:
+            self.tokens = min(self.tokens, self._padded_to(max(self.rows, math.ceil(self.enough))) - self.rows)
         return count
 
     def _without_padding(self, start: int, count: int) -> int:
@@ -98,7 +103,16 @@ def affordable_tokens(model: StepModel, start: int, seconds: float, most: int, r
 
 def beside_s(decode_s: float, tpot_s: float) -> float:
     """Of each step, for prompts, in the long run: beside decodes that take `decode_s` and were promised `tpot_s` a token."""
-    return max(AIM * tpot_s - decode_s, decode_s / MIN_SHARE)
+    left_s, least_s = AIM * tpot_s - decode_s, decode_s / MIN_SHARE
+    return left_s if left_s > least_s else least_s
+
+
+def enough_rows(model: StepModel, decode_s: float) -> float:
+    """Of a step with decodes that take `decode_s`. Past the bends it takes again_s + rows · full_token_s, so two steps take again_s more
+    than one: 1 / CUT_SHARE at so many rows."""
+    again_s = decode_s - FIRST_BEND * model.past_first_s - SECOND_BEND * model.past_second_s
+    rows = (CUT_SHARE - 1) * again_s / (model.full_token_s or NO_TIME_S)
+    return rows if rows > SECOND_BEND else SECOND_BEND
 
 
 class Pacer:
@@ -114,6 +128,7 @@ class Pacer:
         self._model = model
         self._busy_s = busy_s
         self._padded = padded
+        self.lead_s = 0.0                     # how far ahead the tightest decode will be when the steps under way have ended
         self._lengths = deque[int](maxlen=MEMORY)
         self._are_short = False
 
@@ -129,11 +144,20 @@ class Pacer:
         decodes, now, model = list(decodes), self._clock(), self._model()
         begins_at = now + self._busy_s(now)
         slack_s = min((self._slack_s(sequence, begins_at) for sequence in decodes), default=math.inf)
-        if math.isinf(slack_s):
-            return StepRoom(max_tokens)
         decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
+        enough = enough_rows(model, decode_s)
+        if math.isinf(slack_s):
+            return StepRoom(max_tokens, rows=len(decodes), padded=self._padded, enough=enough)
         room_s = max(slack_s - decode_s, decode_s / MIN_SHARE)
-        return StepRoom(max_tokens, room_s, 1, model, len(decodes), self._padded, spare_s=room_s / SPARE_SHARE)
+        return StepRoom(max_tokens, room_s, 1, model, len(decodes), self._padded, spare_s=room_s / SPARE_SHARE, enough=enough)
+
+    def planned(self, room: StepRoom) -> None:
+        """What a step's prompts left of its room is the lead of the next one's decodes."""
+        self.lead_s = room.seconds if math.isfinite(room.seconds) else 0.0
+
+    def joined(self) -> None:
+        """A decode more, which has nothing to lend yet."""
+        self.lead_s = min(self.lead_s, 0.0)
 
     def is_lost(self, sequence: Sequence) -> bool:
         """Its first token, still to come, is later than promised even if nothing but its prompt is computed from now on."""

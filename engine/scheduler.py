@@ -67,6 +67,8 @@ class Scheduler:
     def adopt(self, sequence: Sequence) -> None:
         """Its KV is in `sequence.blocks` already: it decodes from the next step on."""
         self._start(sequence)
+        if self.pacer is not None:
+            self.pacer.joined()
 
     def finish(self, sequence: Sequence) -> None:
         """Gives back what it holds, wherever it stands."""
@@ -97,9 +99,9 @@ class Scheduler:
         welcome = [] if preempted else self.waiting[:]
         preempted = preempted or self._yield_to_waiting()
         chunks = [Chunk(s, s.num_computed, 1) for s in self.running if s.is_decoding][: self._max_sequences]
-        room, scored_left = self._room(chunks), MAX_SCORED_TOKENS
+        room, num_decoding, scored_left = self._room(chunks), len(chunks), MAX_SCORED_TOKENS
         admitted, nobody_more = [], False
-        for sequence in self._prompts(welcome, len(chunks)):
+        for sequence in self._prompts(welcome, num_decoding):
             if room.is_empty:
                 break
             most = scored_left if sequence.is_scored else room.tokens
@@ -113,6 +115,10 @@ class Scheduler:
             count = room.take(sequence.num_computed, min(sequence.num_to_compute, most))
             scored_left -= count if sequence.is_scored else 0
             chunks.append(Chunk(sequence, sequence.num_computed, count))
+        if self.pacer is not None:
+            self.pacer.planned(room)
+            if any(chunk.samples and not chunk.sequence.hands_off for chunk in chunks[num_decoding:]):
+                self.pacer.joined()
         return StepPlan(tuple(chunks), tuple(admitted), tuple(preempted))
 
     def computed(self, chunk: Chunk) -> None:

@@ -129,6 +129,7 @@ class LoadReport(Struct, frozen=True):
     plans_in_s: float = 0.0                   # until the next step can be planned: with what has come by then
     last_read: tuple[tuple[RequestId, float], ...] = ()        # each gateway's newest that the worker had read, and how long ago, s
     num_passing: int = 0                      # of num_waiting + num_running + num_reserved, what is decoded elsewhere
+    lead_s: float = 0.0                       # how far ahead of its pace the tightest decode is once the steps under way have ended
 
 
 class StepTokens(Struct, frozen=True, tag=True):

@@ -84,7 +84,11 @@ class StepModel(Struct, frozen=True):
         second_s = first_s + self.past_first_s
         hidden_s = self.past_first_s * (FIRST_BEND - beside if beside < FIRST_BEND else 0.0)
         all_hidden_s = hidden_s + self.past_second_s * (SECOND_BEND - beside if beside < SECOND_BEND else 0.0)
-        return min(seconds / first_s, (seconds + hidden_s) / second_s, (seconds + all_hidden_s) / (second_s + self.past_second_s))
+        tokens, after_first = seconds / first_s, (seconds + hidden_s) / second_s
+        after_second = (seconds + all_hidden_s) / (second_s + self.past_second_s)
+        if after_first < tokens:
+            tokens = after_first
+        return tokens if tokens < after_second else after_second
 
     def bent_s(self, rows: float) -> float:
         """What `rows` add for being past the bends."""

@@ -7,7 +7,7 @@
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,6 +54,8 @@ class Simulation:
         self._handoffs: dict[RequestId, _Handoff] = {}
         self._reported_s: dict[WorkerRef, float] = {}
         self._num_ended = 0
+        self._came_at: dict[tuple[Hashable, ...], float] = {}
+        self._late = random.Random(plant.seed)
 
     def run(self, patience_s: float = 30.0) -> list[Outcome]:
         """In order of arrival; what has not ended `patience_s` after the last arrival stays unfinished."""
@@ -74,7 +76,7 @@ class Simulation:
         budget = plant.prefill_step_tokens if role is Role.PREFILL else plant.decode_step_tokens
         limits = EngineLimits(plant.block_size, plant.max_model_len, budget, plant.max_sequences)
         worker = SimWorker(
-            name, role, self.timeline, plant.cost, plant.jitter, plant.num_blocks, limits, plant.padded_rows
+            name, role, self.timeline, plant.cost, plant.jitter, plant.num_blocks, limits, plant.padded_rows, plant.tires
         )
         worker.on_steps = lambda steps: self._stepped(worker, steps)
         if role is Role.PREFILL:
@@ -93,7 +95,8 @@ class Simulation:
         gateway.arrived(_name(number), tokens_of(number, request, self._workload.block_tokens), request.output_tokens)
 
     def _deliver(self, request: GenerateRequest) -> None:
-        self.timeline.after(self._plant.hop_s, lambda: self.workers[request.route.first].accept(request))
+        worker = self.workers[request.route.first]
+        self.timeline.at(self._comes_at(request.gateway, worker.ref), lambda: worker.accept(request))
 
     def _heartbeats(self) -> None:
         """Workers beat one after the other, gateways look at what waits in between."""
@@ -113,11 +116,17 @@ class Simulation:
     def _report(self, worker: SimWorker) -> None:
         self._reported_s[worker.ref] = self.timeline.now
         report = worker.report()
-        self.timeline.after(self._plant.hop_s, lambda: self._heard(worker.ref, report))
-
-    def _heard(self, worker: WorkerRef, report: LoadReport) -> None:
         for gateway in self.gateways:
-            gateway.view.heard(worker, report, self.timeline.now)
+            self.timeline.at(self._comes_at(worker.ref, gateway.address), partial(self._heard, gateway, worker.ref, report))
+
+    def _heard(self, gateway: SimGateway, worker: WorkerRef, report: LoadReport) -> None:
+        gateway.view.heard(worker, report, self.timeline.now)
+
+    def _comes_at(self, *way: Hashable) -> float:
+        """A message that leaves now from the first to the second."""
+        late_s = self._late.expovariate(1 / self._plant.late_s) if self._plant.late_s else 0.0
+        self._came_at[way] = max(self._came_at.get(way, 0.0), self.timeline.now + self._plant.hop_s + late_s)
+        return self._came_at[way]
 
     # a handoff
 
@@ -165,7 +174,7 @@ class Simulation:
     def _token(self, worker: SimWorker, sequence: Sequence, delta: TokenDelta) -> None:
         if delta.index == 0 or delta.finish is not None:
             gateway = self._gateway_of[sequence.request.gateway]
-            outcome, at_s = gateway.outcomes[sequence.id], self.timeline.now + self._plant.hop_s
+            outcome, at_s = gateway.outcomes[sequence.id], self._comes_at(worker.ref, gateway.address)
             if delta.index == 0:
                 outcome.first_s = at_s
             if delta.finish is not None:

@@ -30,6 +30,8 @@ class Plant:
     token_bytes: int = h200.KV_TOKEN_BYTES
     link_bytes_per_s: float = h200.LINK_BYTES_PER_S
     hop_s: float = 0.3e-3                     # a message between members
+    late_s: float = 0.0                       # more, the mean of an exponential: it waits for somebody's loop; order stays as it was
+    tires: float = 0.0                        # steps of a worker that computes prompts without a pause take so much longer
     handover_s: float = 1e-3                  # from the last page to the first decode step that may hold the sequence
     report_every_s: float = 0.05              # the heartbeat
     step_report_every_s: float = 0.01         # reports that come with tokens: at most so often (in production with every step)

@@ -84,6 +84,7 @@ class SimWorker:
         num_blocks: int,
         limits: EngineLimits,
         padded_rows: tuple[int, ...] = (),
+        tires: float = 0.0,
     ) -> None:
         self.ref = WorkerRef(WorkerId(name), Epoch(1), Address(f"sim://{name}"))
         self.role = role
@@ -94,6 +95,7 @@ class SimWorker:
         self._timeline = timeline
         self._cost = cost
         self._jitter = jitter
+        self._tires = tires
         self._random = random.Random(name)
         self._steps = StepWatch(known_at_start(cost, limits))
         self.engine.scheduler.pacer = Pacer(
@@ -169,7 +171,9 @@ class SimWorker:
         features, now = features_of(plan), self._timeline.now
         self._steps.launched(features, now)
         self.engine.launch(plan)
-        self._free_at = max(now, self._free_at) + self._cost.step_s(features) * self._random.lognormvariate(0.0, self._jitter)
+        slower = 1 + self._tires * self._steps.prefill_share.at(now)
+        step_s = self._cost.step_s(features) * slower * self._random.lognormvariate(0.0, self._jitter)
+        self._free_at = max(now, self._free_at) + step_s
         self._timeline.at(self._free_at, self._collect)
 
     def _collect(self) -> None:

@@ -14,15 +14,18 @@ import math
 from msgspec import Struct
 
 from ...engine.load import SHARE_HORIZON_S
-from ...engine.pace import beside_s
+from ...engine.pace import MIN_SHARE, beside_s, enough_rows
 from ...engine.predictor import PRIOR
 from ...messages.steps import FIRST_BEND, SECOND_BEND, StepModel, attended_pairs
 from .policy import WorkerLoad
 
 MAX_PREFILL_SHARE = 0.95
 
+MOST_LED = 8
+"""Steps, with nobody's prompt before the request's done, for which what decodes lend is followed."""
 
-class Work(Struct, frozen=True):
+
+class Work(Struct, frozen=True, gc=False):
     """What a request needs, before it is known where."""
 
     num_tokens: int                           # prompt
@@ -31,7 +34,7 @@ class Work(Struct, frozen=True):
     tpot_s: float = math.inf                  # promised
 
 
-class Inflow(Struct, frozen=True):
+class Inflow(Struct, frozen=True, gc=False):
     """What all gateways send to one worker of a pool: guessed from what this one sends, for they are alike."""
 
     tokens_per_s: float = 0.0                 # prompt tokens
@@ -43,15 +46,20 @@ class Inflow(Struct, frozen=True):
 NOTHING = Inflow()
 
 
-class Steps(Struct, frozen=True):
+class Steps(Struct, frozen=True, gc=False):
     """How a worker computes prompts for as long as its decodes do not change."""
 
     model: StepModel
-    most: float                               # prompt tokens in one step
     shared_s: float                           # of a step, whatever prompts are in it
+    beside_s: float                           # of a step, for prompts, in the long run; infinite without decodes
+    pairs_each: float                         # what a prompt token attends to
+    count: float                              # decodes
+    budget: float                             # prompt tokens, whatever they take
+    most: float                               # prompt tokens in one step, in the long run
+    enough: float                             # in one in which a prompt ends
     token_s: float                            # of a prompt token with what it attends to, before the bends
-    first_bend: int                           # the model's, in prompt tokens
-    second_bend: int
+    first_bend: float                         # the model's, in prompt tokens
+    second_bend: float
 
     def one_s(self, tokens: float) -> float:
         """As StepModel.prefill_s has it: asked for some times in each decision."""
@@ -69,22 +77,32 @@ class Steps(Struct, frozen=True):
         num_full, rest = divmod(tokens, self.most)
         return num_full * self.one_s(self.most) + (self.one_s(rest) if rest else 0.0)
 
+    def ahead(self, lead_s: float) -> float:
+        """Tokens in a step whose decodes are so far ahead of their pace, or behind it."""
+        room_s, least_s = self.beside_s + lead_s, self.shared_s / MIN_SHARE
+        tokens = self.model.tokens_within(room_s if room_s > least_s else least_s, self.pairs_each, self.count)
+        return self.budget if tokens > self.budget else tokens if tokens > 1 else 1.0
 
-class PrefillEstimate(Struct, frozen=True):
+    def lead_after(self, lead_s: float, tokens: float) -> float:
+        """Of the next step's decodes. If there was room for more tokens, a prompt has ended and decodes, with nothing to lend."""
+        return lead_s + self.beside_s - (self.one_s(tokens) - self.shared_s) if tokens >= self.budget else 0.0
+
+
+class PrefillEstimate(Struct, frozen=True, gc=False):
     backlog_s: float                          # all that waits at the worker, served before this request or not
     own_s: float                              # what the request adds to it
     ttft_s: float
     spare_s: float                            # that it may take longer, for what others may have sent more than always
 
 
-class DecodeEstimate(Struct, frozen=True):
+class DecodeEstimate(Struct, frozen=True, gc=False):
     before_s: float                           # per token, without the request: what prompts take counted as lately
     after_s: float                            # with it
     tpot_s: float                             # with it, as the worker paces itself: prompts get no more than the promise leaves
     alone_s: float                            # a step of decodes alone, with it
 
 
-class DecodeSide(Struct, frozen=True):
+class DecodeSide(Struct, frozen=True, gc=False):
     """What is known of a request on a decode worker whoever computes its prompt."""
 
     model: StepModel
@@ -100,40 +118,75 @@ class DecodeSide(Struct, frozen=True):
 
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
-    """Step by step, as the worker plans them: what has come when a step is planned may be in it, and is done when all of the step is."""
+    """Step by step, as the worker plans them: what has come when a step is planned may be in it, and is done when all of the step is.
+
+    Each step is planned (`closes_s`) when the one before it begins, and begins (`begins_s`) when that one has ended."""
     model, waiting, arrives_s = model_of(worker), worker.num_waiting_tokens, worker.message_s
-    uncached = work.num_tokens - num_cached
-    pairs = attended_pairs(num_cached, uncached)
+    uncached: float = work.num_tokens - num_cached
+    pairs = attended_pairs(num_cached, work.num_tokens - num_cached)
     age_s = 0.0 if worker.reported_at is None else now - worker.reported_at + arrives_s
     unseen, unseen_at_most = _unseen_tokens(worker, inflow, age_s)
     sent = worker.num_sent_tokens + unseen
-    ahead: float = waiting - worker.num_sent_tokens - _tokens_behind(worker, work, now)
+    ahead, num_ahead = _ahead(worker, work, now)
     steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + sent + uncached)
     begins_s, closes_s, is_shared = worker.busy_s - age_s, worker.plans_in_s - age_s, worker.num_decoding > 0
-    backlog_s = max(0.0, begins_s + steps.all_s(waiting)) + model.full_token_s * unseen_at_most
+    backlog_s = begins_s + steps.all_s(waiting) if waiting else begins_s
+    backlog_s = (backlog_s if backlog_s > 0 else 0.0) + model.full_token_s * unseen_at_most
+    own_s, spare_s = steps.one_s(uncached) - steps.shared_s, steps.all_s(unseen_at_most - unseen)
+    most, enough = steps.most, steps.enough
+    each = most                                                  # tokens in each step of those ahead: one prompt's, if that is enough
+    if num_ahead > 1 and not is_shared:
+        each = min(most, max(enough, ahead / num_ahead))
+    lead_s = worker.lead_s if worker.lead_s < 0 or not worker.num_expected else 0.0          # who joins has nothing to lend
     while closes_s <= arrives_s and ahead:                       # steps that are planned before the request comes
-        first = min(ahead, steps.most)
+        first = each
+        if lead_s:
+            first = steps.ahead(lead_s)
+            lead_s = steps.lead_after(lead_s, ahead if ahead < first else first)
+        if ahead < first:
+            first = ahead
         closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
     if closes_s <= arrives_s and is_shared and steps.shared_s > 0:                           # then decodes alone go on
-        closes_s, begins_s = begins_s, begins_s + steps.shared_s
-        if closes_s <= arrives_s:
-            closes_s = arrives_s + (closes_s - arrives_s) % steps.shared_s
-            begins_s = closes_s + steps.shared_s
+        num_more = math.ceil((arrives_s - begins_s) / steps.shared_s) if begins_s < arrives_s else 0
+        closes_s = begins_s + num_more * steps.shared_s
+        begins_s, lead_s = closes_s + steps.shared_s, lead_s + (1 + num_more) * steps.beside_s
     if sent and closes_s <= arrives_s and not (ahead or is_shared):                          # it was planned when it came
-        first = min(sent, steps.most)
+        first = min(sent, each)
         closes_s = max(begins_s, 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s)
         begins_s, sent = closes_s + steps.one_s(first), sent - first
-    last, soonest_s = ahead + sent + uncached, 0.0
-    if last > steps.most:
-        num_before, full_s = math.ceil(last / steps.most) - 1, steps.one_s(steps.most)
-        last -= num_before * steps.most
-        closes_s, begins_s = begins_s + (num_before - 1) * full_s, begins_s + num_before * full_s
-        soonest_s = arrives_s + steps.all_s(uncached)
-    if closes_s > arrives_s:
-        last += min(steps.most - last, inflow.tokens_per_s * (closes_s - arrives_s))
-    ends_s = max(begins_s, arrives_s) + steps.one_s(last)
-    ttft_s, spare_s = max(ends_s, soonest_s) + worker.message_s, steps.all_s(unseen_at_most - unseen)
-    return PrefillEstimate(backlog_s, steps.one_s(uncached) - steps.shared_s, ttft_s, spare_s)
+    before = ahead + sent
+    if begins_s < arrives_s:
+        begins_s = arrives_s
+    num_led = MOST_LED if is_shared else 0
+    while lead_s and num_led:
+        num_led, first = num_led - 1, steps.ahead(lead_s)
+        if 0 < before < first:                                   # a prompt ends in it
+            first = max(before, min(first, enough))
+        if before + uncached <= first:
+            most = each = first
+            break
+        closes_s, begins_s = begins_s, begins_s + steps.one_s(first)
+        lead_s = steps.lead_after(lead_s, first)
+        before, uncached = max(0.0, before - first), uncached - max(0.0, first - before)
+    last, room = uncached, most
+    if before:
+        num_full, rest = divmod(before, each)
+        if num_full:
+            each_s = steps.one_s(each)
+            closes_s, begins_s = begins_s + (num_full - 1) * each_s, begins_s + num_full * each_s
+        if rest:
+            last, room = rest + uncached, max(rest, min(enough, most))
+    if last > room:
+        if room < most:
+            closes_s, begins_s, last = begins_s, begins_s + steps.one_s(room), last - room
+        num_before = math.ceil(last / most) - 1
+        if num_before:
+            most_s = steps.one_s(most)
+            last -= num_before * most
+            closes_s, begins_s = begins_s + (num_before - 1) * most_s, begins_s + num_before * most_s
+    if closes_s > arrives_s and last < enough:
+        last += min(min(enough, most) - last, inflow.tokens_per_s * (closes_s - arrives_s))
+    return PrefillEstimate(backlog_s, own_s, begins_s + steps.one_s(last) + worker.message_s, spare_s)
 
 
 def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> DecodeSide:
@@ -157,25 +210,35 @@ def estimate_decode(side: DecodeSide, joins_in_s: float, local_prefill_s: float)
     """Those that run are at a random place of their lives; it is not believed that load will shrink."""
     model, running = side.model, side.num_decoding
     ended = running * joins_in_s / side.life_s if joins_in_s < side.life_s else running
-    count = running + max(0.0, side.num_joining - ended)
+    count = running + (side.num_joining - ended if side.num_joining > ended else 0.0)
     context, share = count * side.context_each, side.prefill_share
     if side.waiting_tokens:
         share += model.prefill_s(side.waiting_tokens, side.waiting_pairs, count) / SHARE_HORIZON_S
     before_s, alone_s = model.decode_s(count, context), model.decode_s(count + 1, context + side.own_context)
-    after_s = alone_s / (1 - min(share + local_prefill_s / SHARE_HORIZON_S, MAX_PREFILL_SHARE))
-    paced_s = min(after_s, alone_s + beside_s(alone_s, side.tpot_s))
-    return DecodeEstimate(before_s / (1 - min(share, MAX_PREFILL_SHARE)), after_s, paced_s, alone_s)
+    with_it = share + local_prefill_s / SHARE_HORIZON_S
+    after_s = alone_s / (1 - (with_it if with_it < MAX_PREFILL_SHARE else MAX_PREFILL_SHARE))
+    paced_s = alone_s + beside_s(alone_s, side.tpot_s)
+    before_s /= 1 - (share if share < MAX_PREFILL_SHARE else MAX_PREFILL_SHARE)
+    return DecodeEstimate(before_s, after_s, paced_s if paced_s < after_s else after_s, alone_s)
 
 
 def _steps(worker: WorkerLoad, model: StepModel, work: Work, pairs_each: float, num_tokens: float) -> Steps:
-    most = worker.max_step_tokens - worker.num_decoding if worker.max_step_tokens else num_tokens
-    token_s = model.prefill_token_s + model.prefill_pair_s * pairs_each
-    if not worker.num_decoding:
-        return Steps(model, most if most > 1 else 1.0, model.base_s, token_s, FIRST_BEND, SECOND_BEND)
-    count = worker.num_requests - worker.num_passing               # of those that decode and those that are known to come
-    shared_s = model.decode_s(count, worker.decode_context * count / worker.num_decoding)
-    most = max(1.0, min(most, model.tokens_within(beside_s(shared_s, work.tpot_s), pairs_each, count)))
-    return Steps(model, most, shared_s, token_s, max(0, FIRST_BEND - count), max(0, SECOND_BEND - count))
+    num_decoding, token_s = worker.num_decoding, model.prefill_token_s + model.prefill_pair_s * pairs_each
+    budget = worker.max_step_tokens - num_decoding if worker.max_step_tokens else num_tokens
+    if budget < 1:
+        budget = 1.0
+    if not num_decoding:
+        enough = enough_rows(model, model.base_s)
+        return Steps(model, model.base_s, math.inf, pairs_each, 0, budget, budget, enough, token_s, FIRST_BEND, SECOND_BEND)
+    known = worker.num_requests - worker.num_passing
+    count = (num_decoding + known) / 2                           # those that are known to come do so on the way
+    shared_s = model.decode_s(count, worker.decode_context * count / num_decoding)
+    room_s = beside_s(shared_s, work.tpot_s)
+    most = model.tokens_within(room_s, pairs_each, count)
+    most = budget if most > budget else most if most > 1 else 1.0
+    enough = enough_rows(model, shared_s) - count
+    first_bend, second_bend = max(0.0, FIRST_BEND - count), max(0.0, SECOND_BEND - count)
+    return Steps(model, shared_s, room_s, pairs_each, count, budget, most, enough, token_s, first_bend, second_bend)
 
 
 def blocks_at_end(worker: WorkerLoad, work: Work) -> int:
@@ -197,9 +260,16 @@ def _unseen_tokens(worker: WorkerLoad, inflow: Inflow, age_s: float) -> tuple[fl
     return as_always, much + math.sqrt(much * inflow.tokens_each)
 
 
-def _tokens_behind(worker: WorkerLoad, work: Work, now: float) -> int:
-    """Of the worker's queue, what is due later than this request."""
+def _ahead(worker: WorkerLoad, work: Work, now: float) -> tuple[float, int]:
+    """Of the worker's queue, what is due no later than this request: tokens, and of how many prompts, with one that is under way."""
+    ahead = worker.num_waiting_tokens - worker.num_sent_tokens
     if not worker.queue or worker.reported_at is None:
-        return 0
-    slack_s = work.ttft_slack_s + now - worker.reported_at       # as of the report
-    return sum(tokens for due_s, tokens in worker.queue if due_s > slack_s)
+        return ahead, 1
+    slack_s, under_way, num_ahead = work.ttft_slack_s + now - worker.reported_at, ahead, 0       # slack as of the report
+    for due_s, tokens in worker.queue:
+        under_way -= tokens
+        if due_s > slack_s:
+            ahead -= tokens
+        else:
+            num_ahead += 1
+    return ahead, num_ahead + (under_way > 0)

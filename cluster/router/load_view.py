@@ -13,7 +13,7 @@ A report is older than what was sent after it. So each request counts, on top of
 and nowhere once it ended. While its KV moves a request may count twice on its decode worker; it never counts nowhere.
 """
 
-import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -31,6 +31,9 @@ SETTLE_S = 0.05
 NO_WORK = StepFeatures()
 MEMORY = 0.98
 """Of means over ended requests and measured transfers: about the last 50 count."""
+
+ROUND_TRIPS = 15
+"""The last so many tell how long messages take."""
 
 
 class _Sent(Struct, frozen=True):
@@ -100,7 +103,8 @@ class _Worker:
     expected: _Outstanding = field(default_factory=_Outstanding)        # to decode here, being prefilled elsewhere
     load: WorkerLoad | None = None            # None: to be computed
 
-    round_trip_s: float | None = None
+    round_trip_s: float = 0.0                 # of a message and its answer; 0: not known
+    _round_trips: deque[float] = field(default_factory=lambda: deque(maxlen=ROUND_TRIPS))
 
     def read(self, last_read: Iterable[tuple[RequestId, float]], now: float) -> None:
         for request_id, ago_s in last_read:
@@ -108,9 +112,9 @@ class _Worker:
                 self._took(max(0.0, now - sent_at - ago_s))
 
     def _took(self, round_trip_s: float) -> None:
-        """The least counts: what took longer waited for somebody's loop. It is forgotten slowly, for ways may change."""
-        least_s = math.inf if self.round_trip_s is None else self.round_trip_s / MEMORY
-        self.round_trip_s = min(round_trip_s, least_s)
+        """The middle one of the last: most of a way may be waiting for a loop, as what comes will; a single long one is no news."""
+        self._round_trips.append(round_trip_s)
+        self.round_trip_s = sorted(self._round_trips)[(len(self._round_trips) - 1) // 2]
 
     def changed(self) -> None:
         self.load = None
@@ -139,9 +143,10 @@ class _Worker:
             step_model=report.step_model if report else None,
             busy_s=report.busy_s if report else 0.0,
             plans_in_s=report.plans_in_s if report else 0.0,
+            lead_s=report.lead_s if report else 0.0,
             reported_at=self.reported_at,
             sent_at=sent.first_at,
-            message_s=(self.round_trip_s or 0.0) / 2,
+            message_s=self.round_trip_s / 2,
         )
         return self.load
 

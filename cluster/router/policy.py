@@ -66,6 +66,7 @@ class WorkerLoad(Struct, frozen=True):
     step_model: StepModel | None = None
     busy_s: float = 0.0                       # as of the report, until the steps under way have ended
     plans_in_s: float = 0.0                   # as of the report, until the next step is planned
+    lead_s: float = 0.0                       # as of the report: the tightest decode's, once the steps under way have ended
     reported_at: float | None = None          # policy's clock: when the report came; None: never
     sent_at: float | None = None              # policy's clock: the first of num_sent_tokens; None: there are none
     message_s: float = 0.0                    # one way, to the worker or from it

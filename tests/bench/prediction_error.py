@@ -41,9 +41,12 @@ def main(
     ttft_ms: float = 400.0,
     tpot_ms: float = 20.0,
     jitter: float = 0.03,
+    late_ms: Annotated[float, typer.Option(help="that messages are late, on average")] = 0.0,
+    tires: Annotated[float, typer.Option(help="by which steps of a worker that computes prompts without a pause take longer")] = 0.0,
 ) -> None:
     sizes, objectives = (0, 2) if colocated else (1, 1), Objectives(ttft_ms / 1e3, tpot_ms / 1e3)
-    plant = replace(Plant(*sizes, "goodput", objectives, gateways).on(machine), jitter=jitter)
+    plant = Plant(*sizes, "goodput", objectives, gateways).on(machine)
+    plant = replace(plant, jitter=jitter, late_s=late_ms / 1e3, tires=tires)
     errors: Errors = defaultdict(list)
     kept = [measure(plant, stretch(trace, int(each), requests).at_rate(rate), errors) for each in skip.split(",")]
     for what, seen in sorted(errors.items()):

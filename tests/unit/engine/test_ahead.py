@@ -172,6 +172,14 @@ def test_reports_say_when_the_next_step_will_be_planned() -> None:
     assert told[1].busy_s > told[0].busy_s > 0
 
 
+def test_reports_say_how_far_decodes_are_ahead_of_their_pace() -> None:
+    engine, _, _ = make_engine(20)
+    assert load_report(HERE.decode, engine, 0, StepWatch(PRIOR), 0.0).lead_s == 0.0
+    engine.scheduler.pacer = Pacer(lambda: 0.0, lambda: PRIOR)
+    engine.scheduler.pacer.lead_s = 0.03
+    assert load_report(HERE.decode, engine, 0, StepWatch(PRIOR), 0.0).lead_s == 0.03
+
+
 def test_nobody_is_run_ahead_of_a_token_that_the_host_must_know() -> None:
     engine, _, _ = make_engine(20)
     scored = Visit([1, 0, 1], 8, 0, None, None, host_sampled=True, batch=False, hands_off=False)

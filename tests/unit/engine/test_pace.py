@@ -3,14 +3,27 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from diptych.engine.pace import AIM, CAUGHT_UP, MEMORY, MIN_SHARE, SHORT_SHARE, SPARE_SHARE, Pacer, StepRoom, affordable_tokens, beside_s
+from diptych.engine.pace import (
+    AIM,
+    CAUGHT_UP,
+    CUT_SHARE,
+    MEMORY,
+    MIN_SHARE,
+    SHORT_SHARE,
+    SPARE_SHARE,
+    Pacer,
+    StepRoom,
+    affordable_tokens,
+    beside_s,
+    enough_rows,
+)
 from diptych.engine.sequence import Sequence
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
-from diptych.messages.steps import StepModel, attended_pairs
+from diptych.messages.steps import StepFeatures, StepModel, attended_pairs
 
 MODEL = StepModel(5e-3, 7e-6, 9e-10, 12e-6, 3.2e-8, past_first_s=12e-6, past_second_s=4e-6)
 HERE = Route(WorkerRef(WorkerId("decode-0"), Epoch(1), Address("fake://d")))
@@ -104,6 +117,59 @@ def test_what_a_step_is_padded_to_is_given_to_the_next_prompt():
     assert (room.free, room.is_empty) == (86, False)
     assert room.take(4000, 500) == 86
     assert room.is_empty
+
+
+def test_a_prompt_that_is_cut_is_not_overtaken():
+    """What it lost because the step went down to what it is padded to would be padded up again for the next one."""
+    room = StepRoom(2048, MODEL.prefill_s(150, attended_pairs(0, 150), 0), 1, MODEL, 0, [128, 256])
+    assert room.take(0, 1000) == 128
+    assert room.seconds > MODEL.prefill_s(1, 1, 128)
+    assert room.is_empty
+
+
+@given(models, st.integers(0, 4000), st.integers(0, 4000))
+def test_two_steps_of_enough_rows_take_little_more_than_one(model, more, other):
+    enough = enough_rows(model, model.base_s)
+    assume(enough < 1e6)
+    one, other = (StepFeatures(math.ceil(enough) + rows) for rows in (more, other))
+    one_s, other_s, both_s = (model.step_s(each) for each in (one, other, one.plus(other)))
+    assert one_s + other_s - both_s <= one_s / CUT_SHARE + 1e-6 * both_s + 1e-12
+
+
+@given(st.lists(st.tuples(tokens, st.integers(1, 3000)), min_size=1, max_size=6), st.integers(1, 2048), boundaries)
+def test_a_step_in_which_a_prompt_ends_takes_no_more_than_enough(prompts, enough, padded):
+    room, ended = StepRoom(2048, padded=padded, enough=enough), False
+    for start, wanted in prompts:
+        if room.is_empty:
+            break
+        before = room.rows
+        count = room.take(start, wanted)
+        assert count == min(wanted, 2048 - before) or ended
+        assert room.rows <= min((each for each in padded if each >= max(before, enough)), default=max(before, enough)) or not ended
+        ended = ended or count == wanted
+
+
+def test_prompts_are_computed_one_after_the_other_where_that_costs_little():
+    """Two of 1000 tokens in one step would both end when it does."""
+    room = Pacer(lambda: 7.0, lambda: MODEL, padded=[256, 512, 1024]).room([], 2048)
+    assert [room.take(0, 1000), room.take(0, 1000)] == [1000, 24]
+    assert room.is_empty
+    room = Pacer(lambda: 7.0, lambda: MODEL).room([], 2048)
+    assert [room.take(0, 100), room.take(0, 100), room.take(0, 1000)] == [100, 100, round(enough_rows(MODEL, MODEL.base_s)) - 200]
+
+
+def test_what_a_step_leaves_of_its_room_is_lent_to_the_next_one_until_somebody_joins():
+    pacer, sequence = Pacer(lambda: 7.0, lambda: MODEL), decode(0.02)
+    room = pacer.room([sequence], 2048)
+    pacer.planned(room)
+    assert pacer.lead_s == pytest.approx(beside_s(MODEL.decode_s(1, len(sequence.token_ids)), 0.02))
+    count = room.take(0, 300)
+    pacer.planned(room)
+    assert pacer.lead_s == pytest.approx(AIM * 0.02 - MODEL.step_s(StepFeatures(count, attended_pairs(0, count), 1, 1001)))
+    pacer.joined()
+    assert pacer.lead_s == 0.0
+    pacer.planned(StepRoom(2048))
+    assert pacer.lead_s == 0.0, "nobody was promised a pace"
 
 
 @given(st.lists(st.sampled_from([0.012, 0.02, 0.05, None]), min_size=1, max_size=60), st.integers(1, 4096))

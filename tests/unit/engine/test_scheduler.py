@@ -441,3 +441,26 @@ def test_a_prompt_that_is_handed_over_leaves_each_decode_a_block_to_grow_into():
         scheduler.add(sequence(0, 2 * BLOCK_SIZE, hands_off=False))
         scheduler.add(sequence(1, 2 * BLOCK_SIZE, hands_off))
         assert len(scheduler.schedule().admitted) == num_admitted
+
+
+@pytest.mark.parametrize("hands_off", [True, False])
+def test_who_begins_to_decode_here_has_nothing_to_lend(hands_off: bool) -> None:
+    """The decode that is there was promised more than it takes; the prompt beside it ends in the second step."""
+
+    def sequence(number: int, hands_off: bool) -> Sequence:
+        sampling = SamplingParams(max_tokens=9, seed=0)
+        request = GenerateRequest(
+            RequestId(f"r{number}"), Address("fake://g"), (number,) * BLOCK_SIZE, sampling, HERE, timeout_s=1.0, tpot_slo_s=0.1
+        )
+        return Sequence(request, number, deadline=1.0, ttft_deadline=float("inf"), hands_off=hands_off, max_len=1 << 20)
+
+    pacer, leads_s = Pacer(lambda: 0.0, lambda: COST), []
+    scheduler = Scheduler(BlockPool(9, False), BLOCK_SIZE, 64, 8, pacer)
+    for each in (sequence(0, hands_off=False), sequence(1, hands_off)):
+        scheduler.add(each)
+        for chunk in scheduler.schedule().chunks:
+            scheduler.computed(chunk)
+            chunk.sequence.token_ids.append(0)
+        leads_s.append(pacer.lead_s)
+    assert leads_s[0] == 0.0
+    assert (leads_s[1] > 0.01) is hands_off

@@ -86,9 +86,14 @@ def test_a_run_repeats():
     assert first == again
 
 
-def test_a_first_token_comes_about_when_it_was_predicted():
-    """Noise of steps and prompts that come later included: within 10 % at the median and 25 % at the 90th percentile."""
-    simulation = Simulation(Plant(1, 1, "goodput", SLO, num_gateways=1).on("h200"), CHAT.at_rate(45))
+@pytest.mark.parametrize("num_prefill", [1, 0])
+@pytest.mark.parametrize(("slo", "rate"), [(SLO, 45.0), (Objectives(0.2, 0.01), 34.0)])
+@pytest.mark.parametrize("noise", [{}, {"late_s": 1.5e-3, "tires": 0.2}])
+def test_a_first_token_comes_about_when_it_was_predicted(num_prefill, slo, rate, noise):
+    """Noise of steps, late messages, tired GPUs and prompts that come later included: within 10 % at the median and 25 % at the 90th
+    percentile."""
+    plant = Plant(num_prefill, 2 - num_prefill, "goodput", slo, num_gateways=1).on("h200")
+    simulation = Simulation(replace(plant, **noise), CHAT.at_rate(rate))
     [gateway] = simulation.gateways
     decide, predicted = gateway._policy.decide, {}
 
@@ -104,6 +109,19 @@ def test_a_first_token_comes_about_when_it_was_predicted():
     assert len(off) > 300
     assert off[len(off) // 2] < 0.1
     assert off[int(0.9 * len(off))] < 0.25
+
+
+def test_messages_that_are_late_stay_in_order():
+    simulation = Simulation(replace(EXACT, late_s=0.05), CHAT.first(2))
+    ways = [(simulation._comes_at("a", "b"), simulation._comes_at("b", "a")) for _ in range(100)]
+    assert ways == sorted(ways)
+    assert [there for there, _ in ways] != [back for _, back in ways]
+    assert sum(there for there, _ in ways) > 100 * (EXACT.hop_s + 0.02)
+
+
+def test_steps_of_a_tired_worker_take_longer():
+    fresh, tired = (Simulation(replace(EXACT, tires=tires), CHAT.first(100).at_rate(20)).run() for tires in (0.0, 0.3))
+    assert sum(each.ttft_s for each in tired) > 1.05 * sum(each.ttft_s for each in fresh)
 
 
 def test_goodput_keeps_more_promises_than_a_static_split():

@@ -12,7 +12,7 @@ from diptych.cluster.router.goodput import PATIENCE_S, Goodput, GoodputOptions
 from diptych.cluster.router.load_view import LoadView
 from diptych.cluster.router.policy import ClusterView, Objectives, Path, Queue, Refuse, RoutingRequest, WorkerLoad
 from diptych.cluster.router.registry import PolicyOptions, make_policy
-from diptych.engine.pace import beside_s
+from diptych.engine.pace import MIN_SHARE, beside_s, enough_rows
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
 from diptych.messages.requests import LoadReport, Route, WorkerRef
@@ -21,6 +21,7 @@ from diptych.messages.steps import StepFeatures, StepModel
 MODEL = StepModel(5e-3, 22e-6, 9e-10, 18e-6, 3.2e-8, error=0.02, num_observed=1000)
 FLAT = StepModel(5e-3, 7e-6, 0.0, 12e-6, 0.0, past_first_s=12e-6, past_second_s=4e-6)
 BENT = StepModel(5e-3, 7e-6, 9e-10, 12e-6, 3.2e-8, error=0.02, num_observed=1000, past_first_s=12e-6, past_second_s=4e-6)
+ENOUGH = round(enough_rows(FLAT, FLAT.base_s))
 CHAT = Objectives(ttft_s=0.4, tpot_s=0.02)
 REQUEST = RoutingRequest(tuple(range(1000)), max_new_tokens=4096, objectives=CHAT)
 
@@ -75,14 +76,19 @@ def decoded(worker: WorkerLoad, work: Work, joins_in_s: float, local_prefill_s: 
 
 def ends_at(under_way: list[float], arrivals: list[tuple[float, int]], now: float) -> float:
     """When a worker that plans one step ahead has computed all prompts, given when they come and their tokens; first come, first served.
-    `under_way`: when its steps end, one or two."""
-    queue, free_at = 0, under_way[-1]
+    A step in which one ends takes no more than ENOUGH. `under_way`: when its steps end, one or two."""
+    queue, free_at = list[int](), under_way[-1]
     while True:
         while arrivals and arrivals[0][0] <= now and not (queue and len(under_way) < 2):
-            queue += arrivals.pop(0)[1]
+            queue += [each for each in [arrivals.pop(0)[1]] if each]
         if queue and len(under_way) < 2:
-            count = min(queue, 2048)
-            queue, free_at = queue - count, max(free_at, now) + FLAT.step_s(StepFeatures(count))
+            count, room = 0, 2048
+            while queue and room > 0:
+                taken = min(queue[0], room)
+                count, queue[0] = count + taken, queue[0] - taken
+                room = min(room - taken, ENOUGH - count)
+                queue = [each for each in queue if each]
+            free_at = max(free_at, now) + FLAT.step_s(StepFeatures(count))
             under_way.append(free_at)
         elif queue or arrivals:
             now = min(each for each in [*under_way[:1], *(at for at, _ in arrivals[:1])] if each > now)
@@ -344,11 +350,12 @@ class TestEstimates:
         """Chunks and decodes in turn, step by step, as the worker's pacer gives them out."""
         worker, decode_s = load("d0", decoding=decoding, model=BENT), BENT.decode_s(decoding, decoding * 1200)
         estimate = estimate_prefill(worker, Work(4000, 200.0, 0.4, tpot_s), 0, 0.0)
-        most = min(2048 - decoding, BENT.tokens_within(beside_s(decode_s, tpot_s), 2000.5, decoding))
-        left, at_s = 4000.0, decode_s                            # a step of decodes alone has been planned when the prompt comes
+        room_s = beside_s(decode_s, tpot_s)
+        left, at_s, lead_s = 4000.0, decode_s, room_s            # a step of decodes alone has been planned when the prompt comes
         while left > 1e-6:
-            count = min(left, most)
-            left, at_s = left - count, at_s + decode_s + BENT.prefill_s(count, 2000.5 * count, decoding)
+            count = min(left, 2048 - decoding, BENT.tokens_within(room_s + lead_s, 2000.5, decoding))
+            prompts_s = BENT.prefill_s(count, 2000.5 * count, decoding)
+            left, at_s, lead_s = left - count, at_s + decode_s + prompts_s, lead_s + room_s - prompts_s
         assert estimate.ttft_s == pytest.approx(at_s)
 
     @given(
@@ -359,21 +366,28 @@ class TestEstimates:
         left_share=st.floats(0.02, 1),
         age_s=st.floats(0, 0.05),
         is_ahead=st.booleans(),
+        lead_s=st.floats(-0.01, 0.05),
     )
-    def test_a_worker_that_decodes_goes_on_after_its_report(self, decoding, tpot_s, waiting, own, left_share, age_s, is_ahead):
-        """Against the worker itself, told step by step: with nothing else to do it plans decodes alone."""
-        message_s, decode_s = 1e-3, FLAT.decode_s(decoding, 0)
-        most = max(1.0, min(2048 - decoding, FLAT.tokens_within(beside_s(decode_s, tpot_s), 0, decoding)))
-        now, queue, came = -message_s - age_s, float(waiting), False
+    def test_a_worker_that_decodes_goes_on_after_its_report(self, decoding, tpot_s, waiting, own, left_share, age_s, is_ahead, lead_s):
+        """Against the worker itself, told step by step: with nothing else to do it plans decodes alone, which get ahead of their pace and
+        lend that to prompts, until one has ended and decodes."""
+        message_s, decode_s, told_s = 1e-3, FLAT.decode_s(decoding, 0), lead_s
+        enough = enough_rows(FLAT, decode_s) - decoding
+        now, queue, came = -message_s - age_s, [float(waiting), 0.0], False
         first_s = left_share * decode_s
         ends = [now + first_s, now + first_s + decode_s] if is_ahead else [now + first_s]
-        while queue > 1e-9 or not came:
-            while len(ends) < 2 and (queue > 1e-9 or not came):
-                count = min(queue, most)
-                queue -= count
-                ends.append(max(ends[-1], now) + decode_s + FLAT.prefill_s(count, 0, decoding))
+        while sum(queue) > 1e-9 or not came:
+            while len(ends) < 2 and (sum(queue) > 1e-9 or not came):
+                room_s = max(beside_s(decode_s, tpot_s) + lead_s, decode_s / MIN_SHARE)
+                most = max(1.0, min(2048 - decoding, FLAT.tokens_within(room_s, 0, decoding)))
+                first = min(queue[0], most)
+                count = min(sum(queue), max(first, min(most, enough)) if 0 < queue[0] == first else most)
+                queue = [queue[0] - first, queue[1] - (count - first)]
+                prompts_s = FLAT.prefill_s(count, 0, decoding)
+                lead_s = 0.0 if 0 < count < 2048 - decoding else lead_s + beside_s(decode_s, tpot_s) - prompts_s
+                ends.append(max(ends[-1], now) + decode_s + prompts_s)
             if not came and message_s <= ends[0]:
-                now, queue, came = message_s, queue + own, True
+                now, queue[1], came = message_s, own, True
             else:
                 now = ends.pop(0)
         worker = msgspec.structs.replace(
@@ -384,9 +398,27 @@ class TestEstimates:
             busy_s=first_s + decode_s * is_ahead,
             plans_in_s=first_s * is_ahead,
             message_s=message_s,
+            lead_s=told_s,
         )
         estimate = estimate_prefill(worker, Work(own, 200.0, 0.4, tpot_s), 0, age_s)
         assert estimate.ttft_s == pytest.approx(ends[-1] + message_s, abs=1e-6)
+
+    @given(st.integers(1, 99), st.integers(1, 9000), st.floats(1e-4, 0.2), st.sampled_from((0.01, 0.02, math.inf)))
+    def test_what_decodes_lend_makes_a_prompt_sooner_and_who_is_about_to_join_lends_nothing(self, decoding, own, lead_s, tpot_s):
+        """But for rows that are cheap in a short step: chunks of different lengths have fewer of them."""
+        plain = load("d0", decoding=decoding, model=FLAT)
+        ahead = msgspec.structs.replace(plain, lead_s=lead_s)
+        joined = (msgspec.structs.replace(each, num_expected=1) for each in (plain, ahead))
+        work = Work(own, 200.0, 0.4, tpot_s)
+        plain_s, ahead_s, *joined_s = (estimate_prefill(each, work, 0, 0.0).ttft_s for each in (plain, ahead, *joined))
+        assert ahead_s <= plain_s + FLAT.base_s
+        assert joined_s == [plain_s, plain_s]
+
+    @given(st.integers(1, 9000), st.integers(0, 9000), st.floats(0, 1e5))
+    def test_later_prompts_share_a_step_only_until_it_is_long_enough(self, own, waiting, rate):
+        busy = msgspec.structs.replace(load("p0", waiting=waiting, model=FLAT), busy_s=0.03, plans_in_s=0.02)
+        alone_s, shared_s = (estimate_prefill(busy, Work(own, 200.0, 0.4), 0, 0.0, Inflow(each)).ttft_s for each in (0.0, rate))
+        assert alone_s - 1e-9 <= shared_s <= alone_s + FLAT.step_s(StepFeatures(ENOUGH)) - FLAT.base_s + 1e-9
 
     @given(
         waiting=st.integers(0, 9000),
@@ -407,7 +439,8 @@ class TestEstimates:
         )
         under_way = [busy_s * planned_share - message_s, busy_s - message_s][0 if planned_share else 1 :]
         came_s = ends_at(under_way, [(-message_s, waiting), (message_s, sent), (message_s, own)], -message_s) + message_s
-        assert estimate_prefill(worker, Work(own, 200.0, 0.4), 0, 0.0).ttft_s == pytest.approx(came_s)
+        prompts_apart_s = 0.0 if not waiting or not sent else 2 * FLAT.base_s
+        assert estimate_prefill(worker, Work(own, 200.0, 0.4), 0, 0.0).ttft_s == pytest.approx(came_s, abs=prompts_apart_s + 1e-9)
 
     def test_on_an_idle_worker_it_takes_its_step_and_two_messages(self):
         idle = msgspec.structs.replace(load("p0", model=FLAT), message_s=2e-3)
@@ -422,8 +455,8 @@ class TestEstimates:
     @given(st.floats(0, 1e5), st.floats(0, 1e5))
     def test_later_prompts_share_its_step_as_far_as_there_is_room(self, one, other):
         busy = msgspec.structs.replace(load("p0", model=FLAT), busy_s=0.03, plans_in_s=0.02)
-        few_s, many_s = (estimate_prefill(busy, self.work, 0, 0.0, Inflow(rate)).ttft_s for rate in sorted((one, other)))
-        alone_s, full_s = (0.03 + FLAT.step_s(StepFeatures(tokens)) for tokens in (1000, 2048))
+        few_s, many_s = (estimate_prefill(busy, Work(100, 200.0, 0.4), 0, 0.0, Inflow(rate)).ttft_s for rate in sorted((one, other)))
+        alone_s, full_s = (0.03 + FLAT.step_s(StepFeatures(tokens)) for tokens in (100, ENOUGH))
         assert alone_s - 1e-9 <= few_s <= many_s <= full_s + 1e-9
 
     @given(st.integers(0, 250), st.floats(0, 0.9))

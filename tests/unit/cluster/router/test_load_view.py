@@ -94,21 +94,21 @@ def test_a_report_settles_what_its_worker_had_read_and_what_was_sent_before_it()
     assert view.view(1.002).prefill[0].sent_at is None
 
 
-def test_messages_take_half_of_the_shortest_way_there_and_back():
-    """The worker says how long ago it had read the request: of what is left, each way takes half."""
+def test_messages_take_half_of_the_usual_way_there_and_back():
+    """The worker says how long ago it had read the request: of what is left, each way takes half. One that took long changes nothing."""
     view = loads(P0, D0)
     assert view.view(0.0).prefill[0].message_s == 0.0
-    for name, sent_at, ago_s, heard_at in (("a", 1.0, 0.03, 1.034), ("b", 2.0, 0.0, 2.05), ("c", 3.0, 0.1, 3.102)):
+    for name, sent_at, ago_s, heard_at in (("a", 1.0, 0.03, 1.034), ("b", 2.0, 0.0, 2.5), ("c", 3.0, 0.1, 3.102)):
         view.sent(RequestId(name), SPLIT, 10, sent_at)
         view.heard(P0, reading(P0, (name, ago_s)), heard_at)
         view.heard(P0, reading(P0, (name, ago_s)), heard_at + 1)             # told again, as of an older way
         view.heard(D0, None, heard_at)
-    assert view.view(3.2).prefill[0].message_s == pytest.approx(0.001)
-    for number in range(200):
+    assert view.view(3.2).prefill[0].message_s == pytest.approx(0.002)
+    for number in range(20):
         view.sent(RequestId(str(number)), SPLIT, 10, 10.0 + number)
         view.heard(P0, reading(P0, (str(number), 0.0)), 10.02 + number)
         view.heard(D0, None, 10.02 + number)
-    assert view.view(209.1).prefill[0].message_s == pytest.approx(0.01), "ways change"
+    assert view.view(29.1).prefill[0].message_s == pytest.approx(0.01), "ways change"
 
 
 def test_the_decode_worker_is_charged_until_it_has_the_request():
