@@ -20,6 +20,7 @@ RESIDENT = (3, 4)           # programs that a multiprocessor has at once, of the
 SLACK = 1.1                 # over a multiprocessor's part: batches as long as each other should not be cut for a token
 CUT_COST = 0.15             # of a step's attention, for each share
 MOST_ITEMS = 4              # for each multiprocessor: with more, those that there are are listed, unless uncut contexts are more
+MOST_PARTS = 64             # for each multiprocessor: of partial answers there is room for that many
 EVEN_SHARES = 8             # of a context: with fewer, a long one among short ones holds up a step
 FEWEST_TOKENS = 128         # of a share of the longest context
 
@@ -52,6 +53,8 @@ def most_shares(num_sequences: int, kv_heads: int, max_context: int, num_sms: in
         most = _whole_waves(pairs, num_sms)[1]
     elif looked_at >= EVEN_SHARES:
         most = min(most, looked_at)
+    else:
+        most = min(most, MOST_PARTS * num_sms // pairs)
     return max(1, min(most, max_context // FEWEST_TOKENS))
 
 

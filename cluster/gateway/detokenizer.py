@@ -35,8 +35,9 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer, decoder: dict[str, Any] | None, added_tokens: list[dict[str, Any]]) -> None:
         self._tokenizer = tokenizer
         self._byte_level = _is_byte_level(decoder)
-        self._added: dict[int, str] = {token["id"]: token["content"] for token in added_tokens}
-        self.special_ids = frozenset(token["id"] for token in added_tokens if token["special"])
+        added = [(tokenizer.token_to_id(token["content"]), token) for token in added_tokens]     # the file may have other ids
+        self._added: dict[int, str] = {number: token["content"] for number, token in added if number is not None}
+        self.special_ids = frozenset(number for number, token in added if number is not None and token["special"])
         self._bytes: dict[int, bytes] = {}
 
     def token_bytes(self, token_id: int) -> bytes:

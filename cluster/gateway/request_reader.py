@@ -85,6 +85,7 @@ class RequestReader:
             self._untold_bytes = 0
 
     def on_headers_complete(self) -> None:
+        self._untold_bytes = 0                # what follows is no longer the head
         self._check_head()
         self.in_head = False
         if self.is_last or self._parser.should_upgrade():

@@ -19,7 +19,7 @@ INLINE_CHARS = 4096
 """Of all texts together: about 1 ms of the library's time. More leave the event loop."""
 
 INLINE_WORDS_CHARS = 3 * INLINE_CHARS
-"""The same by words."""
+"""The same by words that are known; those that are not take what the library takes."""
 
 
 class _ModelFile(msgspec.Struct):

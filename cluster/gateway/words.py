@@ -3,11 +3,12 @@
     text ──► parts between added tokens ──► words, cut by the tokenizer's own pattern ──► each word's tokens, asked of the model once
 
 Byte-level BPE does not look beyond a word. Words are cut as `re` cuts them: for ASCII alone, of which all agree what a letter is, and by
-PATTERNS alone, whose meaning is known. For a tokenizer of any other kind there are no Words.
+PATTERNS alone, whose meaning is known. For a tokenizer of any other kind there are no Words, nor for one that says anything else of PROBES.
 """
 
+import os
 import re
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import msgspec
@@ -30,6 +31,8 @@ PATTERNS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]| ?[^\sa-zA-Z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }  # fmt: skip
 """As tokenizers have them, and the same of ASCII alone as `re` has it."""
+
+PROBES = ("", "a", " Don't\tstop,  12345\r\n\n x=y ", "".join(map(chr, range(128))))
 
 GPT2_PATTERN = next(iter(PATTERNS))
 CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
@@ -64,12 +67,12 @@ class _TokensOfWord(dict[str, tuple[int, ...]]):
 
 
 class Words:
-    def __init__(self, tokenizer: Tokenizer, pattern: str, added_tokens: list[dict[str, Any]]) -> None:
+    def __init__(self, tokenizer: Tokenizer, pattern: str, added: dict[str, int]) -> None:
+        self._tokenizer = tokenizer
         self._tokens_of = _TokensOfWord(tokenizer)
         self._words_of = re.compile(PATTERNS[pattern], re.ASCII).findall
-        self._added: dict[str, int] = {token["content"]: token["id"] for token in added_tokens}
-        longest_first = sorted(filter(None, self._added), key=len, reverse=True)
-        self._parts_of = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
+        self._added = added
+        self._parts_of = re.compile(f"({longest_of(sorted(added)) if added else '(?!)'})").split
         self._first, self._last = _specials(tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
@@ -79,6 +82,11 @@ class Words:
         for added, part in zip(others[::2], others[1::2], strict=True):
             token_ids += (self._added[added], *self._plain(part))
         return (*self._first, *token_ids, *self._last) if add_special_tokens else tuple(token_ids)
+
+    def agrees(self, text: str) -> bool:
+        """With the library, about a text of ASCII."""
+        both = ((add, self._tokenizer.encode(text, add_special_tokens=add).ids) for add in (False, True))
+        return all(list(self.encode(text, add_special_tokens=add)) == token_ids for add, token_ids in both)
 
     def _plain(self, part: str) -> list[int]:
         return list(chain.from_iterable(map(self._tokens_of.__getitem__, self._words_of(part))))
@@ -90,8 +98,20 @@ def words_of(tokenizer: Tokenizer, file: TokenizerFile) -> Words | None:
     is_plain_bpe = file.model.type == "BPE" and not file.model.dropout
     keeps_ascii = file.normalizer is None or file.normalizer["type"] == "NFC"
     stand_alone = not any(token[key] for token in file.added_tokens for key in ("lstrip", "rstrip", "single_word", "normalized"))
-    is_known = pattern in PATTERNS and is_plain_bpe and keeps_ascii and stand_alone
-    return Words(tokenizer, pattern, file.added_tokens) if is_known else None
+    if not (pattern in PATTERNS and is_plain_bpe and keeps_ascii and stand_alone):
+        return None
+    contents = [token["content"] for token in file.added_tokens if token["content"]]         # the library may have other ids than the file
+    added = {content: number for content in contents if (number := tokenizer.token_to_id(content)) is not None}
+    words = Words(tokenizer, pattern, added)
+    return words if all(map(words.agrees, (*PROBES, " ".join(filter(str.isascii, contents))))) else None
+
+
+def longest_of(contents: list[str]) -> str:
+    """A pattern that finds the longest of them, ascending and distinct, in one pass however many there are."""
+    start = os.path.commonprefix(contents)  # noqa: RUF071 - character by character is meant
+    tails = [content[len(start) :] for content in contents]
+    branches = [longest_of(list(group)) for _, group in groupby(filter(None, tails), key=lambda tail: tail[0])]
+    return re.escape(start) + (f"(?:{'|'.join(branches)}){'?' if '' in tails else ''}" if branches else "")
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str:
@@ -111,7 +131,7 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str:
 
 
 def _specials(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What comes before any text, and after it."""
+    """What comes before any text, and after it; that this can be told at all is for PROBES to say."""
     bare, whole = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
-    first = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    first = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return whole[:first], whole[first + len(bare) :]

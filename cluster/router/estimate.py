@@ -14,7 +14,7 @@ import math
 from msgspec import Struct
 
 from ...engine.load import SHARE_HORIZON_S
-from ...engine.pace import MIN_SHARE, beside_s, enough_rows
+from ...engine.pace import beside_s, enough_rows
 from ...engine.predictor import PRIOR
 from ...messages.steps import FIRST_BEND, SECOND_BEND, StepModel, attended_pairs
 from .policy import WorkerLoad
@@ -23,6 +23,8 @@ MAX_PREFILL_SHARE = 0.95
 
 MOST_LED = 8
 """Steps, with nobody's prompt before the request's done, for which what decodes lend is followed."""
+
+ROUNDING = 1e-9
 
 
 class Work(Struct, frozen=True, gc=False):
@@ -77,15 +79,15 @@ class Steps(Struct, frozen=True, gc=False):
         num_full, rest = divmod(tokens, self.most)
         return num_full * self.one_s(self.most) + (self.one_s(rest) if rest else 0.0)
 
-    def ahead(self, lead_s: float) -> float:
-        """Tokens in a step whose decodes are so far ahead of their pace, or behind it."""
-        room_s, least_s = self.beside_s + lead_s, self.shared_s / MIN_SHARE
-        tokens = self.model.tokens_within(room_s if room_s > least_s else least_s, self.pairs_each, self.count)
+    def led(self, lead_s: float) -> float:
+        """Tokens in a step whose decodes are so far ahead of their pace."""
+        tokens = self.model.tokens_within(self.beside_s + lead_s, self.pairs_each, self.count)
         return self.budget if tokens > self.budget else tokens if tokens > 1 else 1.0
 
     def lead_after(self, lead_s: float, tokens: float) -> float:
         """Of the next step's decodes. If there was room for more tokens, a prompt has ended and decodes, with nothing to lend."""
-        return lead_s + self.beside_s - (self.one_s(tokens) - self.shared_s) if tokens >= self.budget else 0.0
+        left_s = lead_s + self.beside_s - (self.one_s(tokens) - self.shared_s)
+        return left_s if left_s > 0 and tokens >= self.budget else 0.0
 
 
 class PrefillEstimate(Struct, frozen=True, gc=False):
@@ -118,75 +120,118 @@ class DecodeSide(Struct, frozen=True, gc=False):
 
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
-    """Step by step, as the worker plans them: what has come when a step is planned may be in it, and is done when all of the step is.
-
-    Each step is planned (`closes_s`) when the one before it begins, and begins (`begins_s`) when that one has ended."""
+    """Step by step, as the worker plans them: what has come when a step is planned may be in it, and is done when all of the step is."""
     model, waiting, arrives_s = model_of(worker), worker.num_waiting_tokens, worker.message_s
-    uncached: float = work.num_tokens - num_cached
-    pairs = attended_pairs(num_cached, work.num_tokens - num_cached)
+    own: float = work.num_tokens - num_cached
     age_s = 0.0 if worker.reported_at is None else now - worker.reported_at + arrives_s
     unseen, unseen_at_most = _unseen_tokens(worker, inflow, age_s)
     sent = worker.num_sent_tokens + unseen
     ahead, num_ahead = _ahead(worker, work, now)
-    steps = _steps(worker, model, work, (pairs + worker.prefill_pairs) / (uncached + waiting), ahead + sent + uncached)
-    begins_s, closes_s, is_shared = worker.busy_s - age_s, worker.plans_in_s - age_s, worker.num_decoding > 0
+    pairs_each = (attended_pairs(num_cached, work.num_tokens - num_cached) + worker.prefill_pairs) / (own + waiting)
+    steps = _steps(worker, model, work, pairs_each, ahead + sent + own)
+    closes_s, begins_s = worker.plans_in_s - age_s, worker.busy_s - age_s
     backlog_s = begins_s + steps.all_s(waiting) if waiting else begins_s
     backlog_s = (backlog_s if backlog_s > 0 else 0.0) + model.full_token_s * unseen_at_most
-    own_s, spare_s = steps.one_s(uncached) - steps.shared_s, steps.all_s(unseen_at_most - unseen)
-    most, enough = steps.most, steps.enough
-    each = most                                                  # tokens in each step of those ahead: one prompt's, if that is enough
-    if num_ahead > 1 and not is_shared:
-        each = min(most, max(enough, ahead / num_ahead))
-    lead_s = worker.lead_s if worker.lead_s < 0 or not worker.num_expected else 0.0          # who joins has nothing to lend
-    while closes_s <= arrives_s and ahead:                       # steps that are planned before the request comes
+    own_s, spare_s = steps.one_s(own) - steps.shared_s, steps.all_s(unseen_at_most - unseen) if unseen_at_most else 0.0
+
+    prompt = ahead / num_ahead if ahead else sent                # tokens of each of those ahead
+    each, room = steps.most, steps.most                          # tokens in a step: of those ahead, and in the request's last one
+    if num_ahead > 1 and not steps.count:
+        each = min(room, max(steps.enough, prompt))
+    lead_s = worker.lead_s if steps.count and not worker.num_expected else 0.0               # who joins has nothing to lend
+    if closes_s <= arrives_s:
+        sent_s = 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s
+        closes_s, begins_s, lead_s, ahead, sent = _until_it_comes(
+            steps, closes_s, begins_s, lead_s, ahead, sent, each, prompt, arrives_s, sent_s
+        )
+    if begins_s < arrives_s:
+        begins_s = arrives_s
+    before, last, led = ahead + sent, own, 0.0
+    if lead_s:
+        joins_at = -1.0                                          # nobody's prompt is before it
+        if before:
+            joins_at = sent + (math.ceil(ahead / prompt - ROUNDING) - 1) * prompt if ahead else 0.0
+        closes_s, begins_s, before, last, led = _while_led(steps, closes_s, begins_s, lead_s, before, own, joins_at)
+    if led:
+        last, room = before + last, led
+    elif before or last > room:
+        closes_s, begins_s, last = _in_the_long_run(steps, closes_s, begins_s, before, last, each)
+    if closes_s > arrives_s and last < steps.enough:             # prompts that come later share the last step
+        free, later = (steps.enough if steps.enough < room else room) - last, inflow.tokens_per_s * (closes_s - arrives_s)
+        last += later if later < free else free
+    return PrefillEstimate(backlog_s, own_s, begins_s + steps.one_s(last) + arrives_s, spare_s)
+
+
+# What follows goes from a plan's (closes_s, begins_s, …) to a later one's. A step is planned when the one before it begins: at `closes_s`,
+# after which nothing goes into it, the next one is, and begins at `begins_s`. `before`: tokens that come before the request's `own`.
+
+
+def _until_it_comes(
+    steps: Steps, closes_s: float, begins_s: float, lead_s: float, ahead: float, sent: float, each: float, prompt: float,
+    arrives_s: float, sent_s: float,
+) -> tuple[float, float, float, float, float]:  # fmt: skip
+    """The steps that are planned before the request is there; `sent_s`: when the first of what is on its way comes."""
+    joins_at = ahead - prompt                                    # so much is left when the first of those ahead has ended
+    while closes_s <= arrives_s and ahead:
         first = each
         if lead_s:
-            first = steps.ahead(lead_s)
+            first = steps.led(lead_s)
             lead_s = steps.lead_after(lead_s, ahead if ahead < first else first)
         if ahead < first:
             first = ahead
         closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
-    if closes_s <= arrives_s and is_shared and steps.shared_s > 0:                           # then decodes alone go on
+        if ahead <= joins_at:
+            lead_s = 0.0
+    if closes_s <= arrives_s and steps.count and steps.shared_s > 0:                         # then decodes alone go on
         num_more = math.ceil((arrives_s - begins_s) / steps.shared_s) if begins_s < arrives_s else 0
         closes_s = begins_s + num_more * steps.shared_s
         begins_s, lead_s = closes_s + steps.shared_s, lead_s + (1 + num_more) * steps.beside_s
-    if sent and closes_s <= arrives_s and not (ahead or is_shared):                          # it was planned when it came
-        first = min(sent, each)
-        closes_s = max(begins_s, 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s)
+    elif closes_s <= arrives_s and sent and not (ahead or steps.count):                      # it is planned when it comes
+        first, closes_s = min(sent, each), max(begins_s, sent_s)
         begins_s, sent = closes_s + steps.one_s(first), sent - first
-    before = ahead + sent
-    if begins_s < arrives_s:
-        begins_s = arrives_s
-    num_led = MOST_LED if is_shared else 0
-    while lead_s and num_led:
-        num_led, first = num_led - 1, steps.ahead(lead_s)
-        if 0 < before < first:                                   # a prompt ends in it
-            first = max(before, min(first, enough))
-        if before + uncached <= first:
-            most = each = first
+    return closes_s, begins_s, lead_s, ahead, sent
+
+
+def _while_led(
+    steps: Steps, closes_s: float, begins_s: float, lead_s: float, before: float, own: float, joins_at: float
+) -> tuple[float, float, float, float, float]:
+    """The steps with room that decodes lend, until `joins_at` is left before the request, when a prompt has ended and decodes → last, the
+    room of the one in which the request ends, if it is one of them, else 0."""
+    for _ in range(MOST_LED):
+        room = steps.led(lead_s)
+        if 0 < before < room:                                    # a prompt ends in it
+            room = max(before, min(room, steps.enough))
+        if before + own <= room:
+            return closes_s, begins_s, before, own, room
+        closes_s, begins_s = begins_s, begins_s + steps.one_s(room)
+        lead_s = steps.lead_after(lead_s, room)
+        if before > room:
+            before -= room
+        else:
+            before, own = 0.0, own - (room - before)
+        if not lead_s or before <= joins_at:
             break
-        closes_s, begins_s = begins_s, begins_s + steps.one_s(first)
-        lead_s = steps.lead_after(lead_s, first)
-        before, uncached = max(0.0, before - first), uncached - max(0.0, first - before)
-    last, room = uncached, most
+    return closes_s, begins_s, before, own, 0.0
+
+
+def _in_the_long_run(
+    steps: Steps, closes_s: float, begins_s: float, before: float, own: float, each: float
+) -> tuple[float, float, float]:
+    """The steps before the last, as full as they may be → when that is planned, when it begins, and its tokens."""
+    most = room = steps.most
     if before:
         num_full, rest = divmod(before, each)
         if num_full:
             each_s = steps.one_s(each)
             closes_s, begins_s = begins_s + (num_full - 1) * each_s, begins_s + num_full * each_s
-        if rest:
-            last, room = rest + uncached, max(rest, min(enough, most))
-    if last > room:
-        if room < most:
-            closes_s, begins_s, last = begins_s, begins_s + steps.one_s(room), last - room
-        num_before = math.ceil(last / most) - 1
-        if num_before:
-            most_s = steps.one_s(most)
-            last -= num_before * most
-            closes_s, begins_s = begins_s + (num_before - 1) * most_s, begins_s + num_before * most_s
-    if closes_s > arrives_s and last < enough:
-        last += min(min(enough, most) - last, inflow.tokens_per_s * (closes_s - arrives_s))
-    return PrefillEstimate(backlog_s, own_s, begins_s + steps.one_s(last) + worker.message_s, spare_s)
+        if rest:                                                 # a prompt ends in the next one
+            own, room = rest + own, max(rest, min(steps.enough, most))
+    if own > room and room < most:
+        closes_s, begins_s, own = begins_s, begins_s + steps.one_s(room), own - room
+    if own > most:
+        num_full, most_s = math.ceil(own / most) - 1, steps.one_s(most)
+        closes_s, begins_s, own = begins_s + (num_full - 1) * most_s, begins_s + num_full * most_s, own - num_full * most
+    return closes_s, begins_s, own
 
 
 def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> DecodeSide:
@@ -261,7 +306,8 @@ def _unseen_tokens(worker: WorkerLoad, inflow: Inflow, age_s: float) -> tuple[fl
 
 
 def _ahead(worker: WorkerLoad, work: Work, now: float) -> tuple[float, int]:
-    """Of the worker's queue, what is due no later than this request: tokens, and of how many prompts, with one that is under way."""
+    """Of the worker's queue, what is due no later than this request: tokens, and of how many prompts, with one that is under way
+    (of a long queue, of how many groups: queue_by_slack)."""
     ahead = worker.num_waiting_tokens - worker.num_sent_tokens
     if not worker.queue or worker.reported_at is None:
         return ahead, 1

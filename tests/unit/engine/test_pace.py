@@ -168,8 +168,23 @@ def test_what_a_step_leaves_of_its_room_is_lent_to_the_next_one_until_somebody_j
     assert pacer.lead_s == pytest.approx(AIM * 0.02 - MODEL.step_s(StepFeatures(count, attended_pairs(0, count), 1, 1001)))
     pacer.joined()
     assert pacer.lead_s == 0.0
+
+
+def test_a_late_decode_lends_nothing_though_prompts_get_their_least():
+    now, sequence = [7.0], decode(0.02)
+    pacer = Pacer(lambda: now[0], lambda: MODEL)
+    pacer.room([sequence], 2048)
+    now[0] += 0.1
+    room = pacer.room([sequence], 2048)
+    assert room.seconds > 0
+    pacer.planned(room)
+    assert pacer.lead_s == 0.0
+
+
+def test_nobody_who_was_promised_no_pace_lends():
+    pacer = Pacer(lambda: 7.0, lambda: MODEL)
     pacer.planned(StepRoom(2048))
-    assert pacer.lead_s == 0.0, "nobody was promised a pace"
+    assert pacer.lead_s == 0.0
 
 
 @given(st.lists(st.sampled_from([0.012, 0.02, 0.05, None]), min_size=1, max_size=60), st.integers(1, 4096))

@@ -261,6 +261,14 @@ class TestRefusals:
         assert str(MAX_HEAD_BYTES) in line.output.decode()
         assert line.exchanges == []
 
+    @in_loop
+    async def test_what_follows_the_end_of_a_head_in_the_same_read_is_not_of_it(self):
+        line = Line(swallow)
+        body = b"x" * 2 * MAX_HEAD_BYTES
+        await line.feed(b"GET / HTTP/1.1\r\n", b"\r\nPOST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert 431 not in line.statuses
+        assert line.exchanges[0].method == "GET"
+
     @pytest.mark.parametrize("trailers", [b"X: " + b"x" * 2 * MAX_HEAD_BYTES, b"X: y\r\n" * MAX_HEAD_BYTES])
     @in_loop
     async def test_trailers_without_an_end(self, trailers):

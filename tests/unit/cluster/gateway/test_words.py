@@ -1,6 +1,7 @@
 """Words must say what the library says, of any ASCII text, or not be there."""
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from diptych.cluster.gateway import words
-from diptych.cluster.gateway.words import GPT2_PATTERN, PATTERNS, TokenizerFile, Words, words_of
+from diptych.cluster.gateway.words import GPT2_PATTERN, PATTERNS, TokenizerFile, Words, longest_of, words_of
 from diptych.models.embedded.path import embedded_model_path
 
 EMBEDDED: dict[str, Any] = json.loads((embedded_model_path() / "tokenizer.json").read_text())
@@ -74,6 +75,37 @@ def test_without_added_tokens():
     tokenizer, known = load(added_tokens=[], post_processor=None)
     assert known is not None
     assert list(known.encode("<s> so", add_special_tokens=True)) == tokenizer.encode("<s> so").ids
+
+
+NESTED = ["<|a|>", "<|a|>b", "<|a", "a|>", "<s", "s>", "[PAD]"]
+
+
+def test_added_tokens_within_each_other_and_others_than_the_file_says():
+    """The library gives ids of its own where the file's are taken, or the vocabulary has the token."""
+    like = EMBEDDED["added_tokens"][0]
+    added = [*EMBEDDED["added_tokens"], *(like | {"id": 9000 - i, "content": content} for i, content in enumerate(NESTED))]
+    tokenizer, known = load(added_tokens=added)
+    assert known is not None
+
+    @given(st.lists(st.sampled_from([*NESTED, *TAGS, "<", "a", "|>", " "]), max_size=8).map("".join))
+    def check(text):
+        assert list(known.encode(text, add_special_tokens=True)) == tokenizer.encode(text).ids
+
+    check()
+
+
+def test_what_says_anything_else_of_a_probe_is_left_to_the_library():
+    """Without a token for `a` it cannot be told what is put before a text, and what after it."""
+    model = EMBEDDED["model"]
+    merges = [merge for merge in model["merges"] if "a" not in "".join(merge)]
+    vocab = {token: number for token, number in model["vocab"].items() if "a" not in token}
+    assert load(model=model | {"vocab": vocab, "merges": merges})[1] is None
+
+
+@given(st.sets(st.text("ab<|", min_size=1, max_size=5), min_size=1, max_size=12), st.text("ab<|", max_size=20))
+def test_the_longest_of_many_is_found_first(contents, text):
+    naive = "|".join(map(re.escape, sorted(contents, key=len, reverse=True)))
+    assert re.split(f"({longest_of(sorted(contents))})", text) == re.split(f"({naive})", text)
 
 
 def test_full_it_begins_anew_and_long_words_are_not_kept(monkeypatch):

@@ -12,7 +12,7 @@ from diptych.cluster.router.goodput import PATIENCE_S, Goodput, GoodputOptions
 from diptych.cluster.router.load_view import LoadView
 from diptych.cluster.router.policy import ClusterView, Objectives, Path, Queue, Refuse, RoutingRequest, WorkerLoad
 from diptych.cluster.router.registry import PolicyOptions, make_policy
-from diptych.engine.pace import MIN_SHARE, beside_s, enough_rows
+from diptych.engine.pace import beside_s, enough_rows
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
 from diptych.messages.requests import LoadReport, Route, WorkerRef
@@ -366,7 +366,7 @@ class TestEstimates:
         left_share=st.floats(0.02, 1),
         age_s=st.floats(0, 0.05),
         is_ahead=st.booleans(),
-        lead_s=st.floats(-0.01, 0.05),
+        lead_s=st.floats(0, 0.05),
     )
     def test_a_worker_that_decodes_goes_on_after_its_report(self, decoding, tpot_s, waiting, own, left_share, age_s, is_ahead, lead_s):
         """Against the worker itself, told step by step: with nothing else to do it plans decodes alone, which get ahead of their pace and
@@ -378,13 +378,14 @@ class TestEstimates:
         ends = [now + first_s, now + first_s + decode_s] if is_ahead else [now + first_s]
         while sum(queue) > 1e-9 or not came:
             while len(ends) < 2 and (sum(queue) > 1e-9 or not came):
-                room_s = max(beside_s(decode_s, tpot_s) + lead_s, decode_s / MIN_SHARE)
+                room_s = beside_s(decode_s, tpot_s) + lead_s
                 most = max(1.0, min(2048 - decoding, FLAT.tokens_within(room_s, 0, decoding)))
                 first = min(queue[0], most)
                 count = min(sum(queue), max(first, min(most, enough)) if 0 < queue[0] == first else most)
                 queue = [queue[0] - first, queue[1] - (count - first)]
                 prompts_s = FLAT.prefill_s(count, 0, decoding)
-                lead_s = 0.0 if 0 < count < 2048 - decoding else lead_s + beside_s(decode_s, tpot_s) - prompts_s
+                has_joined = 0 < count < 2048 - decoding or (first > 0 and queue[0] == 0)
+                lead_s = 0.0 if has_joined else max(0.0, lead_s + beside_s(decode_s, tpot_s) - prompts_s)
                 ends.append(max(ends[-1], now) + decode_s + prompts_s)
             if not came and message_s <= ends[0]:
                 now, queue[1], came = message_s, own, True
