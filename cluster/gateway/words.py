@@ -97,7 +97,7 @@ def words_of(tokenizer: Tokenizer, file: TokenizerFile) -> Words | None:
     pattern = _pattern(file.pre_tokenizer or {})
     is_plain_bpe = file.model.type == "BPE" and not file.model.dropout
     keeps_ascii = file.normalizer is None or file.normalizer["type"] == "NFC"
-    stand_alone = not any(token[key] for token in file.added_tokens for key in ("lstrip", "rstrip", "single_word", "normalized"))
+    stand_alone = not any(token.get(key) for token in file.added_tokens for key in ("lstrip", "rstrip", "single_word", "normalized"))
     if not (pattern in PATTERNS and is_plain_bpe and keeps_ascii and stand_alone):
         return None
     contents = [token["content"] for token in file.added_tokens if token["content"]]         # the library may have other ids than the file
