@@ -45,6 +45,7 @@ class StepRoom:
     free: int = 0                             # tokens more whose rows cost nothing: the step is padded to them in any case
     spare_s: float = math.inf                 # for what such tokens attend to, which does cost
     enough: float = math.inf                  # rows: a step in which a prompt ends takes no more, for that prompt would wait for them
+    beyond_s: float = 0.0                     # of `seconds`, what prompts get though decodes have no time for them
 
     @property
     def is_empty(self) -> bool:
@@ -129,7 +130,6 @@ class Pacer:
         self._busy_s = busy_s
         self._padded = padded
         self.lead_s = 0.0                     # how far ahead the tightest decode will be when the steps under way have ended
-        self._beyond_s = 0.0                  # of the room, what prompts get though decodes have no time for them
         self._lengths = deque[int](maxlen=MEMORY)
         self._are_short = False
 
@@ -147,16 +147,16 @@ class Pacer:
         slack_s = min((self._slack_s(sequence, begins_at) for sequence in decodes), default=math.inf)
         decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
         enough = enough_rows(model, decode_s)
-        self._beyond_s = 0.0
         if math.isinf(slack_s):
             return StepRoom(max_tokens, rows=len(decodes), padded=self._padded, enough=enough)
-        room_s = max(slack_s - decode_s, decode_s / MIN_SHARE)
-        self._beyond_s = room_s - (slack_s - decode_s)
-        return StepRoom(max_tokens, room_s, 1, model, len(decodes), self._padded, spare_s=room_s / SPARE_SHARE, enough=enough)
+        left_s = slack_s - decode_s
+        room_s = max(left_s, decode_s / MIN_SHARE)
+        spare_s, beyond_s = room_s / SPARE_SHARE, room_s - left_s
+        return StepRoom(max_tokens, room_s, 1, model, len(decodes), self._padded, spare_s=spare_s, enough=enough, beyond_s=beyond_s)
 
     def planned(self, room: StepRoom) -> None:
         """What a step's prompts left of its room is the lead of the next one's decodes."""
-        self.lead_s = max(0.0, room.seconds - self._beyond_s) if math.isfinite(room.seconds) else 0.0
+        self.lead_s = max(0.0, room.seconds - room.beyond_s) if math.isfinite(room.seconds) else 0.0
 
     def joined(self) -> None:
         """A decode more, which has nothing to lend yet."""

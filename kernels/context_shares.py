@@ -72,10 +72,10 @@ def chunk_cut(fewest_tiles: int, kv_heads: int, max_context: int, num_programs: 
     return ChunkCut(room if room >= 2 * fewest_tiles and max_context >= 2 * FEWEST_KEYS else 0)
 
 
-def num_programs(pairs: int, splits: int, num_sms: int) -> int:
+def num_programs(pairs: int, splits: int, num_sms: int, is_listed: bool = False) -> int:
     """As few on each multiprocessor as contexts that are not cut need; all that it can have at once, where the first of them take the
     shares that are listed; one for each item where the GPU has to come back for more anyway."""
-    if are_listed(pairs, splits, num_sms):
+    if is_listed:
         return resident(pairs, num_sms) * num_sms
     if splits == 1 or pairs > resident(pairs, num_sms) * num_sms:
         return pairs * splits

@@ -79,7 +79,8 @@ def decode_attention(
     if splits > 1:
         partial = torch.empty(num_sequences, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         log_sums = torch.empty(num_sequences, num_heads, splits, dtype=torch.float32, device=q.device)
-    _decode_kernel[(num_programs(num_sequences * kv_heads, splits, num_sms),)](
+    is_listed = paging.share_list is not None
+    _decode_kernel[(num_programs(num_sequences * kv_heads, splits, num_sms, is_listed),)](
         out, partial, log_sums, q, kv_pool, None if kv_scales is None else kv_scales[layer],
         paging.query_starts, paging.context_lens, paging.block_tables, paging.share_tokens, paging.share_list, scale * LOG2_E,
         num_sequences, kv_heads, splits,
@@ -89,7 +90,7 @@ def decode_attention(
         num_warps=tile.num_warps, num_stages=tile.num_stages, **overlapping(),
     )  # fmt: skip
     if splits > 1:
-        num_cut = num_sequences if paging.share_list is None else min(num_sequences, triton.cdiv(num_sms, kv_heads))
+        num_cut = min(num_sequences, triton.cdiv(num_sms, kv_heads)) if is_listed else num_sequences
         _merge_kernel[(num_cut, num_heads)](
             out, partial, log_sums, paging.query_starts, paging.context_lens, paging.share_tokens, paging.share_list, num_sequences,
             out.stride(0), out.stride(1), splits,

@@ -6,12 +6,14 @@ Kernels are timed as CUDA graphs, as the engine runs them: launched one by one, 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...kernels.context_shares import share_tokens
 from ...kernels.ops import Ops, Paging
 from ...kernels.sampling import Draws, sample
 from ...kernels.selection import ops_for
@@ -71,7 +73,11 @@ class _Kernels:
         self._device, self._dtype = pool.device, pool.dtype
 
     def decode_attention(self, batch: int, context: int) -> Row:
-        paging, q = self._paging(batch, context, 1), self._random(batch, self._model.num_heads, self._model.head_dim)
+        """Contexts are cut as in a step of the engine."""
+        num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+        share = torch.tensor([share_tokens([context] * batch, self._model.num_kv_heads, num_sms)], dtype=torch.int32, device=self._device)
+        paging = self._ops.begin_step(replace(self._paging(batch, context, 1), share_tokens=share), self._pool)
+        q = self._random(batch, self._model.num_heads, self._model.head_dim)
         num_bytes = batch * context * 2 * self._model.num_kv_heads * self._model.head_dim * self._dtype.itemsize
         return self._row("decode attention", f"b{batch} ctx {context}", lambda: self._attend(q, paging), num_bytes, 0)
 

@@ -68,7 +68,6 @@ class _TokensOfWord(dict[str, tuple[int, ...]]):
 
 class Words:
     def __init__(self, tokenizer: Tokenizer, pattern: str, added: dict[str, int]) -> None:
-        self._tokenizer = tokenizer
         self._tokens_of = _TokensOfWord(tokenizer)
         self._words_of = re.compile(PATTERNS[pattern], re.ASCII).findall
         self._added = added
@@ -82,11 +81,6 @@ class Words:
         for added, part in zip(others[::2], others[1::2], strict=True):
             token_ids += (self._added[added], *self._plain(part))
         return (*self._first, *token_ids, *self._last) if add_special_tokens else tuple(token_ids)
-
-    def agrees(self, text: str) -> bool:
-        """With the library, about a text of ASCII."""
-        both = ((add, self._tokenizer.encode(text, add_special_tokens=add).ids) for add in (False, True))
-        return all(list(self.encode(text, add_special_tokens=add)) == token_ids for add, token_ids in both)
 
     def _plain(self, part: str) -> list[int]:
         return list(chain.from_iterable(map(self._tokens_of.__getitem__, self._words_of(part))))
@@ -103,7 +97,9 @@ def words_of(tokenizer: Tokenizer, file: TokenizerFile) -> Words | None:
     contents = [token["content"] for token in file.added_tokens if token["content"]]         # the library may have other ids than the file
     added = {content: number for content in contents if (number := tokenizer.token_to_id(content)) is not None}
     words = Words(tokenizer, pattern, added)
-    return words if all(map(words.agrees, (*PROBES, " ".join(filter(str.isascii, contents))))) else None
+    probes = [(text, add) for text in (*PROBES, " ".join(filter(str.isascii, contents))) for add in (False, True)]
+    by_words = [list(words.encode(text, add_special_tokens=add)) for text, add in probes]
+    return words if by_words == [tokenizer.encode(text, add_special_tokens=add).ids for text, add in probes] else None
 
 
 def longest_of(contents: list[str]) -> str:

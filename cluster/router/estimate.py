@@ -25,6 +25,7 @@ MOST_LED = 8
 """Steps, with nobody's prompt before the request's done, for which what decodes lend is followed."""
 
 ROUNDING = 1e-9
+"""Of how many prompts are still whole."""
 
 
 class Work(Struct, frozen=True, gc=False):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness.kernel_checks import AttentionCase, Device, attention_inputs, expected_attention, relative_error
 
 from diptych.kernels.context_shares import most_shares, share_tokens
-from diptych.kernels.decode_attention import DecodeTile, decode_attention
+from diptych.kernels.decode_attention import DecodeTile, decode_attention, with_share_list
 from diptych.kernels.ops import Paging
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, MAX_CONTEXT = 32, 8, 128, 64, 16_384
@@ -59,9 +59,12 @@ class Batch:
         self.out = torch.empty(batch, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
     def time_us(self, splits: int, tile: DecodeTile) -> float:
+        num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+        paging = with_share_list(self.paging, KV_HEADS, splits, num_sms)
+
         def round_trip() -> None:
             for layer in range(self.layers):
-                decode_attention(self.out, self.q, self.pool, layer, self.paging, SCALE, None, None, splits, tile)
+                decode_attention(self.out, self.q, self.pool, layer, paging, SCALE, None, None, splits, tile, num_sms)
 
         return 1e3 * float(do_bench_cudagraph(round_trip, rep=10, return_mode="median")) / self.layers
 
