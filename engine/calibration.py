@@ -21,11 +21,15 @@ from .prompt_steps import MOST_TOKENS
 from .scheduler import Chunk, StepPlan
 from .sequence import Sequence
 
+GREEDY = SamplingParams(max_tokens=2, seed=0, temperature=0.0)
+SCORED = replace(GREEDY, prompt_logprobs=0)
+ALL_EXTRAS = replace(GREEDY, logprobs=1, frequency_penalty=1.0, logit_bias={0: 1.0})
 NOBODY = WorkerRef(WorkerId("calibration"), Epoch(0), Address(""))
 ROUNDS = 40
 """How often the fit is told the grid: by then the prior no longer counts."""
 
 ROWS_APART = 256               # of the steps that no graph takes
+SCORED_ROWS = (17, 48, 100, 1000)    # of logits: with each the product of the head is another kernel
 
 CUT_CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -46,7 +50,7 @@ def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], flo
 def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
     """One of each kind of step that a GPU compiles something for, so that no request waits for a compiler: short and long prompts, several
     prompts that fill a step, the end of a long one, and decodes of few and many sequences, with short and long contexts, beside a prompt.
-    The latter ask for logprobs, which the host computes: otherwise a graph would take the step, and all its kernels are compiled already.
+    The latter ask for their prompts' logprobs: otherwise a graph would take the step, and all its kernels are compiled already.
 
     Steps too large for a graph come in many sizes: a library picks its kernels by the number of rows, and CUDA loads each when it is first
     launched, once the device is idle. The host would wait for the step before (up to 0.2 s, seen on an H100)."""
@@ -58,9 +62,10 @@ def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
     pair = min(2, limits.max_sequences)
     for num_tokens in range(MOST_TOKENS + ROWS_APART, budget, ROWS_APART):
         runner.launch(_plan([_prompt(num_tokens // pair, limits)] * pair), None).wait()
-    for chunk in (_prompt(min(17, budget), limits), _chunk(longest, min(2, budget), limits)):
-        runner.launch(_plan([_with_logprobs(chunk)]), None).wait()
-    beside, contexts, count = _with_logprobs(_prompt(min(17, budget), limits)), _contexts(longest), 1
+    beside, *scored = (_prompt(min(count, budget), limits, SCORED) for count in SCORED_ROWS)
+    for chunk in (beside, *scored, _chunk(longest, min(2, budget), limits, SCORED), _prompt(min(17, budget), limits, ALL_EXTRAS)):
+        runner.launch(_plan([chunk]), None).wait()
+    contexts, count = _contexts(longest), 1
     while count < min(limits.max_sequences, limits.max_step_tokens - 17):
         for context in contexts if count == 1 else (1, longest):
             runner.launch(_plan([*[_decode(context, limits)] * count, beside]), None).wait()
@@ -93,23 +98,17 @@ def _grid(limits: EngineLimits) -> Iterator[StepPlan]:
         yield _plan([_prompt(max(1, tokens), limits)])
 
 
-def _with_logprobs(chunk: Chunk) -> Chunk:
-    request = chunk.sequence.request
-    chunk.sequence.request = replace(request, sampling=replace(request.sampling, logprobs=0))
-    return chunk
-
-
 def _plan(chunks: list[Chunk]) -> StepPlan:
     return StepPlan(tuple(chunks), (), ())
 
 
-def _prompt(num_tokens: int, limits: EngineLimits) -> Chunk:
-    return Chunk(_sequence(num_tokens, limits), 0, num_tokens)
+def _prompt(num_tokens: int, limits: EngineLimits, sampling: SamplingParams = GREEDY) -> Chunk:
+    return Chunk(_sequence(num_tokens, limits, sampling), 0, num_tokens)
 
 
-def _chunk(end: int, num_tokens: int, limits: EngineLimits) -> Chunk:
+def _chunk(end: int, num_tokens: int, limits: EngineLimits, sampling: SamplingParams) -> Chunk:
     """The last tokens of a prompt of `end` tokens: its context may be cut for attention, that of a short prompt is not."""
-    sequence = _sequence(end, limits)
+    sequence = _sequence(end, limits, sampling)
     sequence.num_computed = end - num_tokens
     return Chunk(sequence, sequence.num_computed, num_tokens)
 
@@ -121,12 +120,12 @@ def _decode(context: int, limits: EngineLimits) -> Chunk:
     return Chunk(sequence, sequence.num_computed, 1)
 
 
-def _sequence(num_tokens: int, limits: EngineLimits) -> Sequence:
+def _sequence(num_tokens: int, limits: EngineLimits, sampling: SamplingParams = GREEDY) -> Sequence:
     request = GenerateRequest(
         request_id=RequestId("calibration"),
         gateway=Address(""),
         token_ids=(0,) * num_tokens,
-        sampling=SamplingParams(max_tokens=2, seed=0, temperature=0.0),
+        sampling=sampling,
         route=Route(decode=NOBODY),
         timeout_s=math.inf,
     )

@@ -2,15 +2,16 @@
 
     launch(plan) ─┬─ decodes alone ─► one upload, one CUDA graph (decode_graphs.py) ─────┐
                   ├─ any prompt ────► one upload, some CUDA graphs (prompt_graphs.py) ────┼─► sampled ──► pinned host memory, event
-                  └─ what these do not take ─► one upload, kernel by kernel ──────────────┘
+                  └─ what these do not take ─► one upload, kernel by kernel ──────────────┘      ▲
+                                                          logits ──► device_sampler.py ──────────┘ for rows that want more than a draw
     launch(next plan) … its PENDING tokens are read from `sampled` by row
     outputs.wait() ◄── event
 
-Nothing between launch and wait needs the host. The exception are requests whose sampling or scores the device has no kernel for
-(penalties, biases, log-probabilities): their steps are sampled by `sampler.py`, and the engine plans no step ahead of their tokens.
-A draw is in fp32 here and in fp64 there, from the same uniform number: they can part where two tokens' cumulative weights are that close.
+Nothing between launch and wait needs the host. A draw is in fp32 here and in fp64 in `sampler.py`, from the same uniform number: they can
+part where two tokens' cumulative weights are that close.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -28,12 +29,15 @@ from ..messages.errors import PoolTooSmall
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from .decode_graphs import DecodeGraphs, DecodeRow
+from .device_sampler import DeviceSampler, Scores
+from .draw import DRAWN_AGAIN, Draw, columns, draw_of
 from .engine import EngineLimits
-from .model_runner import ChunkOutput, Computed, StepOutputs, logit_span, outputs_of
+from .model_runner import ChunkOutput, StepOutputs, logit_span
 from .packing import pack
 from .prompt_graphs import PromptGraphs
 from .prompt_steps import PromptStep
-from .sampler import Sampled, uniform
+from .row_extras import CountSlots, changed_rows, scored_rows
+from .sampler import Sampled
 from .scheduler import Chunk, StepPlan
 from .sequence import Sequence as Seq
 from .staging import DEPTH, Staging
@@ -46,14 +50,21 @@ class Queued:
     event: Any                     # torch.cuda.Event, whose methods have no types
     tokens: Tensor                 # [R] int64, pinned: of the chunks that sample, in order; -1: logits not finite
     samples: tuple[bool, ...]      # of each chunk
+    scores: Scores | None
 
     def is_ready(self) -> bool:
         return bool(self.event.query())
 
     def wait(self) -> list[ChunkOutput]:
         self.event.synchronize()
-        tokens = iter(self.tokens.tolist())
-        return [_output(next(tokens)) if samples else ChunkOutput(None) for samples in self.samples]
+        tokens = self.tokens.tolist()
+        drawn = iter(tokens)
+        if self.scores is None:
+            return [_output(next(drawn)) if samples else ChunkOutput(None) for samples in self.samples]
+        return [
+            _scored(next(drawn) if samples else None, prompt, sampled)
+            for samples, (prompt, sampled) in zip(self.samples, self.scores.of_chunks(tokens), strict=True)
+        ]
 
 
 class CudaRunner:
@@ -70,6 +81,8 @@ class CudaRunner:
         self._staging = Staging(64 * (limits.max_step_tokens + limits.max_sequences), device)
         self._tokens = [torch.zeros(limits.max_sequences, dtype=torch.int64, pin_memory=True) for _ in range(DEPTH)]
         self._turn = 0
+        self._slots = CountSlots(limits.max_sequences, model.config.vocab_size)
+        self._sampler = DeviceSampler(self._sampled, model.config.vocab_size)
         self._graphs = DecodeGraphs(model, pool, self._sampled, limits.max_sequences, limits.max_model_len)
         self._prompt_graphs = PromptGraphs(model, pool, self._sampled, limits, layer_group)
         try:
@@ -83,115 +96,99 @@ class CudaRunner:
     def padded_rows(self) -> Sequence[int]:
         return self._prompt_graphs.padded_rows
 
-    def needs_tokens(self, sequence: Seq) -> bool:
-        sampling = sequence.request.sampling
-        return (
-            sampling.logprobs is not None
-            or sampling.prompt_logprobs is not None
-            or bool(sampling.logit_bias)
-            or sampling.repetition_penalty != 1
-            or sampling.presence_penalty != 0
-            or sampling.frequency_penalty != 0
-            or (bool(sampling.stop_token_ids) and sequence.num_outputs < sampling.min_tokens)
-        )
-
     @torch.inference_mode()
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
-        chunks, on_host = plan.chunks, any(self.needs_tokens(chunk.sequence) for chunk in plan.chunks)
-        logits: Tensor | None
-        if all(chunk.count == 1 and chunk.samples for chunk in chunks) and len(chunks) <= self._graphs.max_batch:
-            logits, bounds = self._decode(chunks, on_layer)
-        else:
-            logits, bounds = self._prefill(chunks, on_layer, sampled_here=not on_host)
+        chunks, spans = plan.chunks, [logit_span(chunk) for chunk in plan.chunks]
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        changed, fresh = changed_rows(sampling, self._slots)
+        again = frozenset(() if changed is None else changed.sequences)
+        draws = [DRAWN_AGAIN if sequence in again else draw_of(sequence) for sequence in sampling]
+        if len(sampling) == len(chunks) <= self._graphs.max_batch and all(chunk.count == 1 for chunk in chunks):
+            logits = drawn_from = self._decode(chunks, draws, on_layer)
+        else:
+            logits, drawn_from = self._prefill(chunks, spans, draws, on_layer)
+        if fresh is not None:
+            self._sampler.count(fresh)
+        if changed is not None:
+            self._sampler.draw_changed(drawn_from, changed)
+        scored = scored_rows(chunks, spans, self._model.config.vocab_size)
+        scores = None if scored is None else self._sampler.score(logits, scored)
         self._row_of = {sequence: row for row, sequence in enumerate(sampling)}
-        return self._on_host(chunks, logits, bounds) if logits is not None and on_host else self._queue(chunks, len(sampling))
+        return self._queue(chunks, len(sampling), scores)
 
     def replay_last(self, num_sequences: int) -> None:
         """Queues the graph of that batch once more, on what it was last given: for a benchmark."""
         self._graphs.replay_last(num_sequences)
 
-    def _decode(self, chunks: Sequence[Chunk], on_layer: Callable[[int], None] | None) -> tuple[Tensor, Sequence[int]]:
-        logits = self._graphs.replay([self._decode_row(chunk) for chunk in chunks])
+    def _decode(self, chunks: Sequence[Chunk], draws: Sequence[Draw], on_layer: Callable[[int], None] | None) -> Tensor:
+        logits = self._graphs.replay([self._decode_row(chunk, draw) for chunk, draw in zip(chunks, draws, strict=True)])
         if on_layer is not None:
             for layer in range(self._num_layers):
                 on_layer(layer)
-        return logits, range(len(chunks) + 1)
+        return logits
 
-    def _decode_row(self, chunk: Chunk) -> DecodeRow:
-        sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+    def _decode_row(self, chunk: Chunk, draw: Draw) -> DecodeRow:
+        sequence = chunk.sequence
         source = self._row_of[sequence] if sequence.is_pending else -1
-        return DecodeRow(
-            context=chunk.end,
-            source=source,
-            token=max(0, sequence.token_ids[chunk.start]),
-            blocks=sequence.blocks,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            fraction=uniform(sampling.seed, sequence.num_outputs) if sampling.temperature > 0 else 0.0,
-        )
+        return DecodeRow(chunk.end, source, max(0, sequence.token_ids[chunk.start]), sequence.blocks, draw)
 
     def _prefill(
-        self, chunks: Sequence[Chunk], on_layer: Callable[[int], None] | None, sampled_here: bool
-    ) -> tuple[Tensor | None, Sequence[int]]:
-        """→ logits [R, vocab], and where each chunk's begin in them; None: they were sampled."""
-        spans = [logit_span(chunk) for chunk in chunks]
-        step = self._prompt_step(chunks, spans)
-        if sampled_here and (shape := self._prompt_graphs.shape_of(step)) is not None:
-            self._prompt_graphs.replay(shape, step, on_layer)
-            return None, ()
-        return self._kernel_by_kernel(step, on_layer, sampled_here), [0, *accumulate(len(span) for span in spans)]
+        self, chunks: Sequence[Chunk], spans: Sequence[range], draws: Sequence[Draw], on_layer: Callable[[int], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        """→ logits of all spans [N, vocab], and of the rows that were sampled [R, vocab]."""
+        step = self._prompt_step(chunks, spans, draws)
+        has_scored = any(len(span) != chunk.samples for chunk, span in zip(chunks, spans, strict=True))
+        if not has_scored and (shape := self._prompt_graphs.shape_of(step)) is not None:
+            logits = self._prompt_graphs.replay(shape, step, on_layer)
+            return logits, logits
+        lasts = [end - 1 for end, chunk in zip(accumulate(map(len, spans)), chunks, strict=True) if chunk.samples]
+        return self._kernel_by_kernel(step, np.array(lasts, dtype=np.int64), on_layer)
 
-    def _prompt_step(self, chunks: Sequence[Chunk], spans: Sequence[range]) -> PromptStep:
+    def _prompt_step(self, chunks: Sequence[Chunk], spans: Sequence[range], draws: Sequence[Draw]) -> PromptStep:
         packed = pack(chunks, spans, self.pool.layout.block_size)
         pending = [i for i, chunk in enumerate(chunks) if chunk.samples and chunk.sequence.is_pending]
         rows = packed.query_starts[1:][pending].astype(np.int64) - 1          # a pending token is its chunk's last
         sources = np.array([self._row_of[chunks[i].sequence] for i in pending], dtype=np.int64)
         share = share_tokens([chunk.end for chunk in chunks if chunk.count == 1], self.pool.layout.num_kv_heads, self._num_sms)
-        return PromptStep(packed, rows, sources, *_draws([chunk for chunk in chunks if chunk.samples]), share)
+        return PromptStep(packed, rows, sources, *columns(draws), share)
 
-    def _kernel_by_kernel(self, step: PromptStep, on_layer: Callable[[int], None] | None, sampled_here: bool) -> Tensor:
+    def _kernel_by_kernel(
+        self, step: PromptStep, sampled_rows: NDArray[np.int64], on_layer: Callable[[int], None] | None
+    ) -> tuple[Tensor, Tensor]:
         packed = step.packed
         arrays = [packed.token_ids, packed.positions, packed.slots, packed.query_starts, packed.context_lens, packed.block_tables]
         share = np.array([step.share_tokens], dtype=np.int32)
-        uploaded = self._staging.upload([*arrays, packed.logit_rows, step.pending_rows, step.sources, step.aligned_real, step.top_k, share])
-        pending_rows, sources, real, top_k, share_on_device = uploaded[7:]
+        uploaded = self._staging.upload(
+            [*arrays, packed.logit_rows, step.pending_rows, step.sources, step.aligned_real, step.top_k, share, sampled_rows]
+        )
+        pending_rows, sources, real, top_k, share_on_device, sampled_there = uploaded[7:]
         token_ids, positions, slots, starts, contexts, tables, logit_rows = uploaded[:7]
         shape = step.has_single_rows, step.is_whole_prompt
         batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, *shape, share_on_device)
         if len(sources):
             batch.token_ids[pending_rows] = self._sampled[sources].clamp_min(0)
         logits = self._model.forward(batch, self.pool.tensor, on_layer)
-        if sampled_here and len(logits):
+        drawn_from = logits if len(sampled_rows) == len(logits) else logits[sampled_there]
+        if len(drawn_from):
             temperature, top_p, min_p, fraction = real
             draws = Draws(temperature, top_k, top_p, min_p, fraction)
-            sample(logits, draws, refuse_infinite=True, out=self._sampled[: len(logits)])
-        return logits
+            sample(drawn_from, draws, refuse_infinite=True, out=self._sampled[: len(drawn_from)])
+        return logits, drawn_from
 
-    def _on_host(self, chunks: Sequence[Chunk], logits: Tensor, bounds: Sequence[int]) -> Computed:
-        outputs = outputs_of(chunks, logits, bounds)
-        tokens = [output.sampled.token_id if output.sampled else -1 for output, c in zip(outputs, chunks, strict=True) if c.samples]
-        self._sampled[: len(tokens)] = torch.tensor(tokens, device=self._device)
-        return Computed(outputs)
-
-    def _queue(self, chunks: Sequence[Chunk], num_sampled: int) -> Queued:
+    def _queue(self, chunks: Sequence[Chunk], num_sampled: int, scores: Scores | None) -> Queued:
         self._turn = (self._turn + 1) % DEPTH
         tokens = self._tokens[self._turn][:num_sampled]
         tokens.copy_(self._sampled[:num_sampled], non_blocking=True)
         event: Any = torch.cuda.Event()             # type: ignore[no-untyped-call]
         event.record()
-        return Queued(event, tokens, tuple(chunk.samples for chunk in chunks))
-
-
-def _draws(chunks: Sequence[Chunk]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """What `Draws` needs: [4, R] fp32 of temperature, top_p, min_p and fraction; [R] int32 of top_k."""
-    params = [chunk.sequence.request.sampling for chunk in chunks]
-    fractions = [uniform(p.seed, chunk.sequence.num_outputs) for p, chunk in zip(params, chunks, strict=True)]
-    columns = [p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params], fractions
-    return np.array(columns, dtype=np.float32), np.array([p.top_k for p in params], dtype=np.int32)
+        return Queued(event, tokens, tuple(chunk.samples for chunk in chunks), scores)
 
 
 def _output(token: int) -> ChunkOutput:
     return ChunkOutput(None, is_finite=False) if token < 0 else ChunkOutput(Sampled(token))
+
+
+def _scored(token: int | None, prompt: tuple[Sampled, ...], sampled: Sampled | None) -> ChunkOutput:
+    if token == -1 or any(math.isnan(each.logprob) for each in prompt if each.logprob is not None):
+        return ChunkOutput(None, is_finite=False)
+    return ChunkOutput(sampled or (None if token is None else Sampled(token)), prompt)

@@ -4,8 +4,7 @@
                                                       ▲                                    │
                                                       └── tokens that the host has not seen ┘
 
-A batch takes the next larger graph; the rows over are padding, which reads and writes no block. All graphs share one memory pool, so the
-logits of a replay stand until the next one.
+A batch takes the next larger graph; the rows over are padding, which reads and writes no block. All graphs share one memory pool.
 """
 
 from bisect import bisect_left
@@ -23,6 +22,8 @@ from ..kernels.sampling import Draws, sample
 from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
+from .draw import Draw
+from .graph_results import standing
 from .staging import Staging
 
 SMALL_BATCHES = (1, 2, 4, 8)
@@ -42,11 +43,7 @@ class DecodeRow(Struct, frozen=True):
     source: int                 # row of the step before that sampled its token; -1: `token` is it
     token: int
     blocks: Sequence[int]
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    fraction: float             # the draw's uniform number
+    draw: Draw
 
 
 class DecodeGraphs:
@@ -85,10 +82,11 @@ class DecodeGraphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 logits = self._step(size)
-            self._graphs[size] = graph, logits
+            self._graphs[size] = graph, standing(logits)
+            del logits
 
     def replay(self, rows: list[DecodeRow]) -> Tensor:
-        """Queues the step → logits [len(rows), vocab] fp32, until the next replay; tokens are in `sampled`."""
+        """Queues the step → logits [len(rows), vocab], until the next replay; tokens are in `sampled`."""
         size = self._sizes[bisect_left(self._sizes, len(rows))]
         self._stage(rows, size)
         graph, logits = self._graphs[size]
@@ -109,11 +107,11 @@ class DecodeGraphs:
         header[2, :n] = [row.token for row in rows]
         lengths = [len(row.blocks) for row in rows]
         header[3, 1:n] = np.cumsum(lengths[:-1])
-        numbers[4, :n] = [row.temperature for row in rows]
-        header[5, :n] = [row.top_k for row in rows]
-        numbers[6, :n] = [row.top_p for row in rows]
-        numbers[7, :n] = [row.min_p for row in rows]
-        numbers[8, :n] = [row.fraction for row in rows]
+        numbers[4, :n] = [row.draw.temperature for row in rows]
+        header[5, :n] = [row.draw.top_k for row in rows]
+        numbers[6, :n] = [row.draw.top_p for row in rows]
+        numbers[7, :n] = [row.draw.min_p for row in rows]
+        numbers[8, :n] = [row.draw.fraction for row in rows]
         header[9] = share_tokens([row.context for row in rows], self._pool.layout.num_kv_heads, self._num_sms)
         begin, end = header.size, header.size + sum(lengths)
         host.numpy()[4 * begin : 4 * end].view(np.int32)[:] = [block for row in rows for block in row.blocks]

@@ -129,17 +129,11 @@ class Engine:
     @property
     def may_plan(self) -> bool:
         """Whether the next step can be planned now: with a step under way, only by a runner that runs ahead, while nobody has to make
-        room (a preempted sequence starts over from its tokens, which the host must know) and nobody is sampled on the host."""
+        room (a preempted sequence starts over from its tokens, which the host must know)."""
         if not self._under_way:
             return True
-        running = self.scheduler.running
-        return (
-            self.runner.runs_ahead
-            and len(self._under_way) == 1
-            and self.scheduler.can_grow_all
-            and not self.scheduler.may_preempt
-            and not any(s.is_pending and self.runner.needs_tokens(s) for s in running)
-        )
+        is_one_ahead = self.runner.runs_ahead and len(self._under_way) == 1
+        return is_one_ahead and self.scheduler.can_grow_all and not self.scheduler.may_preempt
 
     @property
     def is_ready(self) -> bool:

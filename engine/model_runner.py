@@ -22,7 +22,6 @@ from ..models.transformer import Transformer
 from .packing import Ints, pack
 from .sampler import Sampled, SamplingRow, sample, score
 from .scheduler import Chunk, StepPlan
-from .sequence import Sequence
 
 
 class ChunkOutput(Struct, frozen=True):
@@ -54,10 +53,6 @@ class ModelRunner(Protocol):
         """`on_layer(i)` is called once layer i's KV of this step is in the pool (on a GPU: queued to be, on the current stream)."""
         ...
 
-    def needs_tokens(self, sequence: Sequence) -> bool:
-        """Whether the sequence can only be computed on when the host knows all of its tokens."""
-        ...
-
 
 @dataclass(frozen=True)
 class Computed:
@@ -81,9 +76,6 @@ class SyncRunner(ABC):
 
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
         return Computed(self.execute(plan, on_layer))
-
-    def needs_tokens(self, sequence: Sequence) -> bool:
-        return True
 
 
 class TorchRunner(SyncRunner):
@@ -142,12 +134,16 @@ def _wants_prompt_logprobs(chunk: Chunk) -> bool:
     return request.sampling.prompt_logprobs is not None and chunk.start < request.num_prompt_tokens
 
 
-def _prompt_scores(chunk: Chunk, logits: torch.Tensor) -> tuple[Sampled, ...]:
+def scored_prompt(chunk: Chunk) -> tuple[int, ...]:
+    """The tokens of the prompt that follow on the chunk's first ones, if their log-probabilities are asked for."""
     if not _wants_prompt_logprobs(chunk):
         return ()
     request = chunk.sequence.request
-    following = request.token_ids[chunk.start + 1 : min(chunk.end + 1, request.num_prompt_tokens)]
-    num_top = request.sampling.prompt_logprobs or 0
+    return request.token_ids[chunk.start + 1 : min(chunk.end + 1, request.num_prompt_tokens)]
+
+
+def _prompt_scores(chunk: Chunk, logits: torch.Tensor) -> tuple[Sampled, ...]:
+    following, num_top = scored_prompt(chunk), chunk.sequence.request.sampling.prompt_logprobs or 0
     return tuple(score(logits[: len(following)], following, [num_top] * len(following)))
 
 

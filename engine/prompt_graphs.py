@@ -20,6 +20,7 @@ from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from .engine import EngineLimits
 from .graph_choice import replay_s
+from .graph_results import standing
 from .prompt_steps import PromptStep, StepInputs, StepShape, fast_shapes, fill, inputs_within, padded_rows, shape_for, step_shapes
 from .staging import Staging
 
@@ -30,6 +31,7 @@ class _Captured:
     layers: list[int]                    # after which each piece but the last ends
     inputs: list[StepInputs[NDArray[Any]]]      # one for each buffer of the staging
     num_bytes: int
+    logits: Tensor                       # [sequences, vocab], until the next replay
     seconds: float                       # that a step of padding takes
 
 
@@ -68,8 +70,8 @@ class PromptGraphs:
     def shape_of(self, step: PromptStep) -> StepShape | None:
         return shape_for(self.shapes, len(step.packed.token_ids), len(step.packed.context_lens), step.has_single_rows)
 
-    def replay(self, shape: StepShape, step: PromptStep, on_layer: Callable[[int], None] | None) -> None:
-        """Queues the step; its R tokens are then the first in `sampled`."""
+    def replay(self, shape: StepShape, step: PromptStep, on_layer: Callable[[int], None] | None) -> Tensor:
+        """Queues the step; its R tokens are then the first in `sampled` → logits, of which the first R rows are theirs."""
         captured = self._captured[shape]
         host = self._staging.next()
         fill(captured.inputs[self._staging.turn], step)
@@ -82,6 +84,7 @@ class PromptGraphs:
         last.replay()
         if on_layer is not None and not captured.layers:
             on_layer(self._pool.layout.num_layers - 1)
+        return captured.logits
 
     def _capture(self, shape: StepShape, memory: Any) -> _Captured:
         inputs, num_bytes = inputs_within(self._buffer, shape, self._max_blocks)
@@ -101,12 +104,12 @@ class PromptGraphs:
                 pieces[-1].capture_begin(pool=memory)
 
         pieces[-1].capture_begin(pool=memory)
-        self._step(inputs, shape, cut)
+        logits = standing(self._step(inputs, shape, cut))
         pieces[-1].capture_end()
         hosts = [_arrays(inputs_within(buffer, shape, self._max_blocks)[0]) for buffer in self._staging.buffers]
-        return _Captured(pieces, layers, hosts, num_bytes, replay_s(pieces))
+        return _Captured(pieces, layers, hosts, num_bytes, logits, replay_s(pieces))
 
-    def _step(self, inputs: StepInputs[Tensor], shape: StepShape, on_layer: Callable[[int], None] | None) -> None:
+    def _step(self, inputs: StepInputs[Tensor], shape: StepShape, on_layer: Callable[[int], None] | None) -> Tensor:
         if shape.has_single_rows:
             inputs.token_ids.scatter_(0, inputs.pending_rows, self._sampled[inputs.sources].clamp_min(0))
         batch = ForwardBatch(
@@ -124,6 +127,7 @@ class PromptGraphs:
         temperature, top_p, min_p, fraction = inputs.real
         draws = Draws(temperature, inputs.top_k, top_p, min_p, fraction)
         sample(logits, draws, refuse_infinite=True, out=self._sampled[: shape.sequences])
+        return logits
 
 
 def _arrays(inputs: StepInputs[Tensor]) -> StepInputs[NDArray[Any]]:

@@ -82,13 +82,7 @@ def _mix(x: int) -> int:
 
 
 def _is_plain_greedy(row: SamplingRow) -> bool:
-    return row.params.temperature == 0 and not (
-        row.params.logit_bias
-        or row.params.repetition_penalty != 1
-        or row.params.presence_penalty
-        or row.params.frequency_penalty
-        or _stops_masked(row)
-    )
+    return row.params.temperature == 0 and not (row.params.logit_bias or row.params.is_penalised or _stops_masked(row))
 
 
 def _stops_masked(row: SamplingRow) -> bool:

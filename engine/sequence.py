@@ -36,6 +36,7 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)   # the request's; here, for it is asked for at every step
     token_ids: list[int] = field(init=False)     # request.token_ids, then what was sampled here, PENDING if a step under way will say
     due_at: float = field(init=False)            # engine clock: what urgency goes by
+    is_plain: bool = field(init=False)           # nothing but draws are asked for: no changed logits, no log-probabilities
     num_computed: int = 0                        # leading tokens whose KV is in `blocks`
     num_cached: int = 0                          # of those, taken from the prefix cache when the sequence was admitted first
     blocks: list[BlockId] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.token_ids)
         self.num_prompt_tokens = self.request.num_prompt_tokens
+        self.is_plain = self.request.sampling.is_plain
         self._num_given = len(self.token_ids)
         received_at = self.deadline - self.request.timeout_s
         slack_s = self.ttft_deadline - received_at

@@ -8,13 +8,21 @@
 
 A key is a logit's bits as an unsigned number of the same order. The search fixes two bits of it in a pass over the row (a radix select),
 so 16 passes, or 8 of logits of 16 bits, find it whatever the values are; a row is read from L2 after the first. Among tokens of the cut's
-own key the lower ids are kept, as many as the filter has room for. A program takes a row; weights are relative to the likeliest token's
-and fp32.
+own key the lower ids are kept, as many as the filter has room for. Weights are relative to the likeliest token's and fp32.
+
+Passes are bound by arithmetic, so several programs share a row while there are multiprocessors for them:
+
+    program 0   ▓▓▓▓│ meet │▓▓▓▓│ meet │ …     each computes some of the row's GROUPS groups of tokens, and stores each group's sums;
+    program 1   ▓▓▓▓│      │▓▓▓▓│      │ …     all of them then add up the same sums in the same order
+
+So what comes out does not depend on how many programs there are, and a row's token not on its batch mates. They wait for each other, hence
+all of a launch must be on the device at once: there are never more than multiprocessors, and what runs beside them ends by itself.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -23,8 +31,9 @@ from torch import Tensor
 
 from .overlap import after_predecessor, overlapping
 
-TILE = 8192
+TILE_BYTES = 16384              # of logits: what a program has in registers at once
 NUM_WARPS = 16
+GROUPS = tl.constexpr(8)        # of a row's tokens, as long as each other; a power of two
 
 
 @dataclass(frozen=True)
@@ -38,84 +47,159 @@ class Draws:
     fraction: Tensor          # [R] fp32 in [0, 1]: the row's uniform number
 
 
-def sample(logits: Tensor, draws: Draws, tile: int = TILE, refuse_infinite: bool = False, out: Tensor | None = None) -> Tensor:
+def sample(
+    logits: Tensor, draws: Draws, tile: int | None = None, refuse_infinite: bool = False, out: Tensor | None = None,
+    programs: int | None = None,
+) -> Tensor:  # fmt: skip
     """logits [R, vocab] bf16, fp16 or fp32, penalties and masks (-inf) already in it, none NaN → token ids [R] int64.
 
     With `refuse_infinite`, for logits as they come from a model, a row that holds NaN or an infinity gets -1. They are written to `out`,
-    if there is one.
+    if there is one. `programs` that share a row: 1, 2, 4 or 8; None: as many as fit. Launches of one device must not run side by side.
     """
-    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
-    if len(logits):
-        _sample_kernel[(len(logits),)](
-            token_ids, logits, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.fraction,
-            logits.shape[1], logits.stride(0), REFUSE_INFINITE=refuse_infinite, TILE=tile, num_warps=NUM_WARPS,
-            **overlapping(),
+    num_rows, vocab = logits.shape
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if out is None else out
+    if num_rows:
+        phases = 6 + logits.element_size() * 8            # a search takes half as many as a key has bits, and there are two
+        sums = torch.empty(num_rows, phases, 3, GROUPS.value, dtype=torch.float32, device=logits.device)
+        programs = programs or _programs(num_rows, logits.device)
+        _sample_kernel[(programs, num_rows)](
+            token_ids, sums, _arrivals(logits.device), logits,
+            draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.fraction, vocab, logits.stride(0),
+            REFUSE_INFINITE=refuse_infinite, PHASES=phases, PROGRAMS=programs,
+            TILE=tile or TILE_BYTES // logits.element_size(), num_warps=NUM_WARPS, **overlapping(),
         )  # fmt: skip
     return token_ids
 
 
+def _programs(num_rows: int, device: torch.device) -> int:
+    """To share a row. The interpreter runs programs one after the other: none may wait for another there."""
+    return next((count for count in (8, 4, 2) if count * num_rows <= _multiprocessors(device)), 1)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Of the programs of each row that several share: zero between launches."""
+    return torch.zeros(_multiprocessors(device) // 2, dtype=torch.int32, device=device)
+
+
 @triton.jit
 def _sample_kernel(
-    token_ids, logits, temperature, top_k, top_p, min_p, fraction, vocab, row_stride,
-    REFUSE_INFINITE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    token_ids, sums, arrivals, logits, temperature, top_k, top_p, min_p, fraction, vocab, row_stride,
+    REFUSE_INFINITE: tl.constexpr, PHASES: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_predecessor(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * row_stride
+    row = tl.program_id(1).to(tl.int64)
     heat, k = tl.load(temperature + row), tl.load(top_k + row)
-    most, best = _largest(logits, vocab, TILE)
+    span = tl.cdiv(tl.cdiv(vocab, TILE), GROUPS) * TILE
+    shared = (logits + row * row_stride, vocab, span, sums + row * (PHASES * 3 * GROUPS), arrivals + row)
+    most, best, is_finite = _largest(shared, PROGRAMS, TILE)
     token = best
+    is_mine = tl.program_id(0) == 0
+    phase = tl.full([], 1, tl.int32)
     if heat > 0.0:
+        scale = 1.4426950408889634 / heat
         cut = tl.full([], 0, tl.uint32)     # below every key: all tokens are above it
         ties = vocab * 1.0                 # how many tokens of the cut's own key are kept
         share = 1.0                         # the same, as a part of them
         if (k > 0) & (k < vocab):
-            cut = _cut(logits, vocab, most, heat, cut, share, k.to(tl.float32), False, TILE)
-            above, level = _around(logits, vocab, most, heat, cut, cut, share, False, TILE)
+            cut, phase = _cut(shared, phase, most, scale, cut, share, k.to(tl.float32), False, PROGRAMS, TILE)
+            above, level, phase = _around(shared, phase, most, scale, cut, cut, share, False, PROGRAMS, TILE)
             ties = k.to(tl.float32) - above
             share = ties / level
         p = tl.load(top_p + row)
         if p < 1.0:
-            above, level = _around(logits, vocab, most, heat, cut, cut, share, True, TILE)
+            above, level, phase = _around(shared, phase, most, scale, cut, cut, share, True, PROGRAMS, TILE)
             target = tl.maximum(p * (above + level), 1e-30)         # one token at least
-            nucleus = _cut(logits, vocab, most, heat, cut, share, target, True, TILE)
-            above, level = _around(logits, vocab, most, heat, nucleus, cut, share, True, TILE)
-            room = tl.maximum(tl.ceil((target - above) / _weight_of(nucleus, most, heat, logits.dtype.element_ty)), 1.0)
+            nucleus, phase = _cut(shared, phase, most, scale, cut, share, target, True, PROGRAMS, TILE)
+            above, level, phase = _around(shared, phase, most, scale, nucleus, cut, share, True, PROGRAMS, TILE)
+            room = tl.maximum(tl.ceil((target - above) / _weight_of(nucleus, most, scale, logits.dtype.element_ty)), 1.0)
             ties = tl.where(nucleus == cut, tl.minimum(room, ties), room)
             cut = nucleus
-        token = _draw(logits, vocab, most, heat, cut, ties, tl.load(min_p + row), tl.load(fraction + row), best, TILE)
+        floor, at = tl.load(min_p + row), tl.load(fraction + row)
+        token, is_mine, phase = _draw(shared, phase, most, scale, cut, ties, floor, at, best, PROGRAMS, TILE)
     if REFUSE_INFINITE:
-        token = tl.where(_is_finite(logits, vocab, TILE), token, -1)
-    tl.store(token_ids + row, token.to(tl.int64))
+        token = tl.where(is_finite, token, -1)
+    tl.store(token_ids + row, token.to(tl.int64), mask=is_mine)
+    _part(shared, phase, PROGRAMS)
 
 
 @triton.jit
-def _is_finite(logits, vocab, TILE: tl.constexpr):
-    """A finite number times 0 is 0; NaN and the infinities become NaN, which no sum loses."""
-    zeros = tl.zeros([TILE], tl.float32)
-    for start in range(0, vocab, TILE):
-        ids = start + tl.arange(0, TILE)
-        zeros += tl.load(logits + ids, mask=ids < vocab, other=0.0).to(tl.float32) * 0.0
-    return tl.sum(zeros, 0) == 0.0
+def _meet(shared, phase, PROGRAMS: tl.constexpr):
+    """All programs of the row have stored their sums of this phase. → the next one."""
+    arrivals = shared[4]
+    tl.debug_barrier()
+    if PROGRAMS > 1:
+        tl.atomic_add(arrivals, 1, sem="release")
+        while tl.atomic_add(arrivals, 0, sem="acquire") < PROGRAMS * (phase + 1):
+            pass
+        tl.debug_barrier()
+    return phase + 1
 
 
 @triton.jit
-def _largest(logits, vocab, TILE: tl.constexpr):
-    """The largest logit and the lowest id that has it."""
-    most = tl.full([TILE], float("-inf"), tl.float32)
-    first = tl.zeros([TILE], tl.int32)
-    for start in range(0, vocab, TILE):
-        ids = start + tl.arange(0, TILE)
-        values = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        first = tl.where(values > most, ids, first)
-        most = tl.maximum(most, values)
+def _part(shared, phase, PROGRAMS: tl.constexpr):
+    """Whoever leaves last leaves zero."""
+    arrivals = shared[4]
+    if PROGRAMS > 1:
+        is_last = tl.atomic_add(arrivals, 1) == PROGRAMS * (phase + 1) - 1
+        tl.store(arrivals, 0, mask=is_last)
+
+
+@triton.jit
+def _store(shared, phase, which: tl.constexpr, group, value):
+    sums = shared[3]
+    tl.store(sums + (phase * 3 + which) * GROUPS + group, value)
+
+
+@triton.jit
+def _of_groups(shared, phase, which: tl.constexpr):
+    """[GROUPS], what was stored before they met. Not from L1, where the line may lie as it was."""
+    sums = shared[3]
+    return tl.load(sums + (phase * 3 + which) * GROUPS + tl.arange(0, GROUPS), cache_modifier=".cg")
+
+
+@triton.jit
+def _mine(PROGRAMS: tl.constexpr):
+    """The first of this program's groups, and the one behind the last."""
+    each: tl.constexpr = GROUPS // PROGRAMS
+    return tl.program_id(0) * each, (tl.program_id(0) + 1) * each
+
+
+@triton.jit
+def _largest(shared, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+    """The largest logit, the lowest id that has it, and whether all logits are finite: such a number times 0 is 0, NaN and the infinities
+    become NaN, which no sum loses."""
+    logits, vocab, span = shared[0], shared[1], shared[2]
+    begin, end = _mine(PROGRAMS)
+    for group in range(begin, end):
+        most = tl.full([TILE], float("-inf"), tl.float32)
+        first = tl.zeros([TILE], tl.int32)
+        zeros = tl.zeros([TILE], tl.float32)
+        for start in range(group * span, tl.minimum((group + 1) * span, vocab), TILE):
+            ids = start + tl.arange(0, TILE)
+            values = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+            first = tl.where(values > most, ids, first)
+            most = tl.maximum(most, values)
+            zeros += tl.where(ids < vocab, values * 0.0, 0.0)
+        largest = tl.max(most, 0)
+        _store(shared, 0, 0, group, largest)
+        _store(shared, 0, 1, group, tl.min(tl.where(most == largest, first, vocab - 1), 0).to(tl.float32))
+        _store(shared, 0, 2, group, tl.sum(zeros, 0))
+    _meet(shared, 0, PROGRAMS)
+    most = _of_groups(shared, 0, 0)
     largest = tl.max(most, 0)
-    return largest, tl.min(tl.where(most == largest, first, vocab - 1), 0)
+    best = tl.min(tl.where(most == largest, _of_groups(shared, 0, 1), vocab - 1.0), 0).to(tl.int32)
+    return largest, best, tl.sum(_of_groups(shared, 0, 2), 0) == 0.0
 
 
 @triton.jit
-def _keys(logits, start, vocab, most, heat, TILE: tl.constexpr):
-    """A tile's ids, keys (0 past the vocabulary, more for every token) and weights."""
+def _keys(logits, start, vocab, most, scale, TILE: tl.constexpr):
+    """A tile's keys, 0 past the vocabulary and more for every token, and weights."""
     ids = start + tl.arange(0, TILE)
     values = tl.load(logits + ids, mask=ids < vocab, other=float("-inf"))
     if values.dtype.primitive_bitwidth == 32:
@@ -126,16 +210,16 @@ def _keys(logits, start, vocab, most, heat, TILE: tl.constexpr):
         bits = values.to(tl.uint16, bitcast=True).to(tl.uint32)
         bits = tl.where((bits & 0x7FFF) == 0, 0, bits)
         keys = tl.where((bits >> 15) == 1, bits ^ 0xFFFF, bits | 0x8000)
-    return ids, tl.where(ids < vocab, keys, 0), tl.exp((values.to(tl.float32) - most) / heat)
+    return tl.where(ids < vocab, keys, 0), tl.exp2((values.to(tl.float32) - most) * scale)
 
 
 @triton.jit
-def _weight_of(key, most, heat, dtype: tl.constexpr):
+def _weight_of(key, most, scale, dtype: tl.constexpr):
     if dtype.primitive_bitwidth == 32:
         value = tl.where((key >> 31) == 1, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
     else:
         value = tl.where((key >> 15) == 1, key & 0x7FFF, key ^ 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    return tl.exp((value - most) / heat)
+    return tl.exp2((value - most) * scale)
 
 
 @triton.jit
@@ -148,65 +232,103 @@ def _measure(keys, weights, cut, share, MASS: tl.constexpr):
 
 
 @triton.jit
-def _cut(logits, vocab, most, heat, cut, share, target, MASS: tl.constexpr, TILE: tl.constexpr):
+def _cut(shared, phase, most, scale, cut, share, target, MASS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
     """The largest key whose tokens, with all of larger keys, measure `target` or more."""
+    logits, vocab, span = shared[0], shared[1], shared[2]
+    begin, end = _mine(PROGRAMS)
     found = tl.full([], 0, tl.uint32)
     bits: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth
     unit = tl.full([], 1 << (bits - 2), tl.uint32)
     for _pass in range(bits // 2):
-        one = tl.zeros([TILE], tl.float32)
-        two = tl.zeros([TILE], tl.float32)
-        three = tl.zeros([TILE], tl.float32)
-        for start in range(0, vocab, TILE):
-            _, keys, weights = _keys(logits, start, vocab, most, heat, TILE)
-            measure = _measure(keys, weights, cut, share, MASS)
-            one += tl.where(keys >= (found | unit), measure, 0.0)
-            two += tl.where(keys >= (found | (unit << 1)), measure, 0.0)
-            three += tl.where(keys >= (found | unit | (unit << 1)), measure, 0.0)
-        digit = (tl.sum(one, 0) >= target).to(tl.uint32) + (tl.sum(two, 0) >= target).to(tl.uint32)
-        found |= (digit + (tl.sum(three, 0) >= target).to(tl.uint32)) * unit
+        for group in range(begin, end):
+            one = tl.zeros([TILE], tl.float32)
+            two = tl.zeros([TILE], tl.float32)
+            three = tl.zeros([TILE], tl.float32)
+            for start in range(group * span, tl.minimum((group + 1) * span, vocab), TILE):
+                keys, weights = _keys(logits, start, vocab, most, scale, TILE)
+                measure = _measure(keys, weights, cut, share, MASS)
+                one += tl.where(keys >= (found | unit), measure, 0.0)
+                two += tl.where(keys >= (found | (unit << 1)), measure, 0.0)
+                three += tl.where(keys >= (found | unit | (unit << 1)), measure, 0.0)
+            _store(shared, phase, 0, group, tl.sum(one, 0))
+            _store(shared, phase, 1, group, tl.sum(two, 0))
+            _store(shared, phase, 2, group, tl.sum(three, 0))
+        behind = _meet(shared, phase, PROGRAMS)
+        digit = (tl.sum(_of_groups(shared, phase, 0), 0) >= target).to(tl.uint32)
+        digit += (tl.sum(_of_groups(shared, phase, 1), 0) >= target).to(tl.uint32)
+        digit += (tl.sum(_of_groups(shared, phase, 2), 0) >= target).to(tl.uint32)
+        found |= digit * unit
         unit = unit >> 2
-    return found
+        phase = behind
+    return found, phase
 
 
 @triton.jit
-def _around(logits, vocab, most, heat, pivot, cut, share, MASS: tl.constexpr, TILE: tl.constexpr):
+def _around(shared, phase, most, scale, pivot, cut, share, MASS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
     """The measure of the tokens above the pivot, and of those at it."""
-    above = tl.zeros([TILE], tl.float32)
-    level = tl.zeros([TILE], tl.float32)
-    for start in range(0, vocab, TILE):
-        _, keys, weights = _keys(logits, start, vocab, most, heat, TILE)
-        measure = _measure(keys, weights, cut, share, MASS)
-        above += tl.where(keys > pivot, measure, 0.0)
-        level += tl.where(keys == pivot, measure, 0.0)
-    return tl.sum(above, 0), tl.sum(level, 0)
+    behind = _measure_around(shared, phase, most, scale, pivot, cut, share, MASS, PROGRAMS, TILE)
+    return tl.sum(_of_groups(shared, phase, 0), 0), tl.sum(_of_groups(shared, phase, 1), 0), behind
 
 
 @triton.jit
-def _draw(logits, vocab, most, heat, cut, ties, floor, fraction, best, TILE: tl.constexpr):
-    """Two passes: how much is kept, and which token holds `fraction` of it; `best` if rounding leaves none."""
-    total = 0.0
-    seen = 0.0
-    for start in range(0, vocab, TILE):
-        _, keys, weights = _keys(logits, start, vocab, most, heat, TILE)
-        kept, seen = _kept(keys, weights, cut, ties, floor, seen)
-        total += tl.sum(kept, 0)
-    target = total * fraction
-    passed = 0.0
-    seen = 0.0
+def _measure_around(shared, phase, most, scale, pivot, cut, share, MASS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+    """The same, of each group: the first two sums of this phase."""
+    logits, vocab, span = shared[0], shared[1], shared[2]
+    begin, end = _mine(PROGRAMS)
+    for group in range(begin, end):
+        above = tl.zeros([TILE], tl.float32)
+        level = tl.zeros([TILE], tl.float32)
+        for start in range(group * span, tl.minimum((group + 1) * span, vocab), TILE):
+            keys, weights = _keys(logits, start, vocab, most, scale, TILE)
+            measure = _measure(keys, weights, cut, share, MASS)
+            above += tl.where(keys > pivot, measure, 0.0)
+            level += tl.where(keys == pivot, measure, 0.0)
+        _store(shared, phase, 0, group, tl.sum(above, 0))
+        _store(shared, phase, 1, group, tl.sum(level, 0))
+    return _meet(shared, phase, PROGRAMS)
+
+
+@triton.jit
+def _draw(shared, phase, most, scale, cut, ties, floor, fraction, best, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+    """How much of each group is kept, then which token holds `fraction` of it all; `best` if rounding leaves none. → the token, whether it
+    is this program's to store, the phase."""
+    logits, vocab, span = shared[0], shared[1], shared[2]
+    begin, end = _mine(PROGRAMS)
+    groups = tl.arange(0, GROUPS)
+    at_cut = tl.zeros([GROUPS], tl.float32)         # tokens of each group
+    if cut > 0:
+        phase = _measure_around(shared, phase, most, scale, cut, tl.full([], 0, tl.uint32), 1.0, False, PROGRAMS, TILE)
+        at_cut = _of_groups(shared, phase - 1, 1)
+    for group in range(begin, end):
+        total = 0.0
+        seen = tl.sum(tl.where(groups < group, at_cut, 0.0), 0)
+        for start in range(group * span, tl.minimum((group + 1) * span, vocab), TILE):
+            keys, weights = _keys(logits, start, vocab, most, scale, TILE)
+            kept, seen = _kept(keys, weights, cut, ties, floor, seen)
+            total += tl.sum(kept, 0)
+        _store(shared, phase, 0, group, total)
+    _meet(shared, phase, PROGRAMS)
+    kept_of = _of_groups(shared, phase, 0)
+    target = tl.sum(kept_of, 0) * fraction
+    exceeding = tl.min(tl.where((tl.cumsum(kept_of, 0) > target) & (kept_of > 0.0), groups, GROUPS), 0)
+    chosen = tl.where(exceeding < GROUPS, exceeding, tl.max(tl.where(kept_of > 0.0, groups, 0), 0))
+    passed = tl.sum(tl.where(groups < chosen, kept_of, 0.0), 0)
+    seen = tl.sum(tl.where(groups < chosen, at_cut, 0.0), 0)
+    is_mine = (chosen >= begin) & (chosen < end)
     token = best
-    is_found = False
-    for start in range(0, vocab, TILE):
-        ids, keys, weights = _keys(logits, start, vocab, most, heat, TILE)
-        kept, seen = _kept(keys, weights, cut, ties, floor, seen)
+    is_found = not is_mine
+    for start in range(chosen * span, tl.minimum((chosen + 1) * span, vocab), TILE):
         if not is_found:
+            ids = start + tl.arange(0, TILE)
+            keys, weights = _keys(logits, start, vocab, most, scale, TILE)
+            kept, seen = _kept(keys, weights, cut, ties, floor, seen)
             cumulative = passed + tl.cumsum(kept, 0)
             hit = tl.min(tl.where((kept > 0.0) & (cumulative > target), ids, vocab), 0)
             last = tl.max(tl.where(kept > 0.0, ids, -1), 0)         # if rounding lets no token exceed the target: the last one kept
             token = tl.where(hit < vocab, hit, tl.where(last >= 0, last, token))
             is_found = hit < vocab
             passed += tl.sum(kept, 0)
-    return token
+    return token, is_mine, phase + 1
 
 
 @triton.jit

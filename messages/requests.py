@@ -48,6 +48,17 @@ class SamplingParams(Struct, frozen=True):
     ignore_eos: bool = False                  # informs metrics; the EOS ids are then simply not in stop_token_ids
     logit_bias: dict[int, float] = {}
 
+    @property
+    def is_penalised(self) -> bool:
+        """By the tokens that there are already."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Draws from the model's own logits, and no log-probabilities."""
+        is_scored = self.logprobs is not None or self.prompt_logprobs is not None
+        return not (is_scored or self.is_penalised or self.logit_bias or (self.min_tokens and self.stop_token_ids))
+
 
 class WorkerRef(Struct, frozen=True, cache_hash=True):
     """One life of a worker and where it listens."""

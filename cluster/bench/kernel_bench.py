@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels.context_shares import share_tokens
+from ...kernels.logprobs import token_logprobs
 from ...kernels.ops import Ops, Paging
 from ...kernels.sampling import Draws, sample
 from ...kernels.selection import ops_for
@@ -63,7 +64,7 @@ def kernel_rows(model: ModelConfig, pool: Tensor, ceilings: Ceilings, quick: boo
     lengths = [length for length in lengths if -(-length // pool.shape[4]) <= len(pool)]
     rows = [bench.decode_attention(*shape) for shape in decodes] + [bench.prefill_attention(length) for length in lengths]
     rows += [row for tokens in (64, 8192) for row in bench.elementwise(8 if quick else tokens)]
-    rows += [bench.sampling(batch) for batch in ((2,) if quick else (1, 64, 256))]
+    rows += [row for batch in ((2,) if quick else (1, 64, 256)) for row in bench.sampling(batch)]
     return rows, {f"s {length}": bench.cudnn(length) for length in lengths}
 
 
@@ -110,14 +111,21 @@ class _Kernels:
             ),
         ]  # fmt: skip
 
-    def sampling(self, batch: int) -> Row:
-        """Of half greedy rows and half with top-k, top-p and min-p."""
+    def sampling(self, batch: int) -> list[Row]:
+        """Greedily, from all tokens, and with top-k, top-p and min-p; and the log-probabilities of what came and of five likeliest."""
         logits = self._random(batch, self._model.vocab_size)
-        heat = torch.tensor([0.0, 0.8] * batch, device=self._device)[:batch]
-        ones, many = torch.ones_like(heat), torch.full_like(heat, 50, dtype=torch.int32)
-        draws = Draws(heat, many, 0.9 * ones, 0.02 * ones, 0.5 * ones)
-        run = lambda: sample(logits, draws, refuse_infinite=True)      # noqa: E731
-        return self._row("sampling", f"b{batch}", run, logits.nbytes, 0)
+        at, tokens = torch.arange(batch, dtype=torch.int32, device=self._device), torch.zeros(batch, dtype=torch.int64, device=self._device)
+        five = torch.full_like(at, 5)
+        score = lambda: token_logprobs(logits, at, -1 - at, tokens, five, 5)      # noqa: E731
+
+        def draw(heat: float, top_k: int, top_p: float, min_p: float) -> Callable[[], Tensor]:
+            ones = torch.ones(batch, device=self._device)
+            draws = Draws(heat * ones, torch.full_like(at, top_k), top_p * ones, min_p * ones, 0.5 * ones)
+            return lambda: sample(logits, draws, refuse_infinite=True)
+
+        runs = {"greedy": draw(0, 0, 1, 0), "all": draw(0.8, 0, 1, 0), "filtered": draw(0.8, 50, 0.9, 0.02)}
+        rows = [self._row(f"sampling, {name}", f"b{batch}", run, logits.nbytes, 0) for name, run in runs.items()]
+        return [*rows, self._row("log-probabilities", f"b{batch}", score, logits.nbytes, 0)]
 
     def _row(self, kind: str, shape: str, run: Callable[[], object], num_bytes: float, flops: float) -> Row:
         floor_ms, bound = floor(num_bytes, flops, self._ceilings)

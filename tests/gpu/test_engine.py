@@ -50,7 +50,8 @@ class Served:
     """What came of one request."""
 
     tokens: list[int]
-    logprobs: list[float]
+    logprobs: list[float]                                  # its prompt's, then its own
+    likeliest: list[list[int]]                             # beside each of them
 
 
 def engine_on(device: str, folder: Path, **changes: Any) -> Engine:
@@ -67,7 +68,7 @@ def prompts(count: int) -> list[list[int]]:
 
 def serve(engine: Engine, wanted: list[tuple[list[int], SamplingParams]]) -> list[Served]:
     """As a worker's loop does: launched whenever a step may be planned."""
-    served = {RequestId(str(i)): Served([], []) for i in range(len(wanted))}
+    served = {RequestId(str(i)): Served([], [], []) for i in range(len(wanted))}
     for i, (prompt, sampling) in enumerate(wanted):
         engine.add(GenerateRequest(RequestId(str(i)), Address(""), tuple(prompt), sampling, Route(decode=NOBODY), 1e9), float(i))
     while engine.has_work:
@@ -76,9 +77,11 @@ def serve(engine: Engine, wanted: list[tuple[list[int], SamplingParams]]) -> lis
         if engine.is_ready:
             for step in engine.collect():
                 assert not step.broke_down
-                if step.delta is not None:
-                    served[step.delta.request_id].tokens += step.delta.token_ids
-                    served[step.delta.request_id].logprobs += [p.logprob for p in step.delta.logprobs]
+                if (delta := step.delta) is not None:
+                    scores, one = (*delta.prompt_logprobs, *delta.logprobs), served[delta.request_id]
+                    one.tokens += delta.token_ids
+                    one.logprobs += [score.logprob for score in scores]
+                    one.likeliest += [[token_id for token_id, _ in score.top] for score in scores]
     assert engine.pool.num_available == engine.pool.num_blocks
     return list(served.values())
 
@@ -146,15 +149,50 @@ def test_keys_and_values_in_fp8(folders: dict[str, Path]) -> None:
     assert ours != exact, "KV was not rounded"
 
 
-def test_tokens_sampled_on_the_host_beside_tokens_sampled_on_the_device(folders: dict[str, Path]) -> None:
-    scored = replace(GREEDY, logprobs=0)
-    punished = replace(GREEDY, repetition_penalty=1.5, presence_penalty=0.5, max_tokens=9)
-    wanted = [(prompt, (GREEDY, scored, punished)[i % 3]) for i, prompt in enumerate(prompts(9))]
-    ours = serve(engine_on("cuda", folders["qwen3"]), wanted)
-    theirs = serve(engine_on("cpu", folders["qwen3"]), wanted)
+EXTRAS: list[dict[str, Any]] = [
+    {},
+    {"logprobs": 5},
+    {"repetition_penalty": 1.5, "presence_penalty": 0.5},
+    {"frequency_penalty": 1.3, "logprobs": 0},
+    {"logit_bias": {5: 100.0, 6: 99.0}, "frequency_penalty": 60.0},      # now 5, now 6
+    {"min_tokens": 9, "stop_token_ids": tuple(range(0, 97, 2)), "logprobs": 2},
+    {"prompt_logprobs": 3},
+    {"prompt_logprobs": 0, "logprobs": 1, "logit_bias": {7: -100.0}},
+    {"temperature": 0.9, "top_p": 0.8, "presence_penalty": 1.0, "logprobs": 1},
+]
+
+
+def wishes(count: int) -> list[tuple[list[int], SamplingParams]]:
+    """`count` requests, each with some of what the device has kernels of its own for."""
+    return [(prompt, replace(GREEDY, **EXTRAS[i % len(EXTRAS)], max_tokens=9 + i % 4)) for i, prompt in enumerate(prompts(count))]
+
+
+@pytest.mark.parametrize(("family", "budget"), [("llama", 64), ("qwen3", 512), ("qwen2", 7)])
+def test_penalties_biases_masks_and_logprobs_are_those_of_the_cpu(family: str, budget: int, folders: dict[str, Path]) -> None:
+    ours = serve(engine_on("cuda", folders[family], max_step_tokens=budget), wishes(12))
+    theirs = serve(engine_on("cpu", folders[family]), wishes(12))
     assert [one.tokens for one in ours] == [one.tokens for one in theirs]
+    assert [one.likeliest for one in ours] == [one.likeliest for one in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+def test_who_wants_more_than_a_draw_is_run_ahead_of_and_disturbs_nobody(folders: dict[str, Path]) -> None:
+    engine = engine_on("cuda", folders["llama"])
+    alone = [serve(engine, [one])[0].tokens for one in wishes(9)]
+    assert [one.tokens for one in serve(engine, wishes(9))] == alone
+    assert [one.tokens for one in serve(engine, wishes(9)[::-1])][::-1] == alone
+    for prompt, sampling in wishes(9):
+        engine.add(GenerateRequest(RequestId(str(sampling)), Address(""), tuple(prompt), sampling, Route(decode=NOBODY), 1e9), 0.0)
+    engine.launch(engine.plan())
+    assert engine.may_plan, "the step after waits for a token that the host does not know"
+
+
+def test_penalties_under_preemption(folders: dict[str, Path]) -> None:
+    """Who comes back is counted anew, and its draws are the same."""
+    wanted = [(prompt, replace(GREEDY, frequency_penalty=0.7, max_tokens=60)) for prompt in prompts(8)]
+    ours = serve(engine_on("cuda", folders["llama"], num_blocks=18), wanted)
+    assert ours == serve(engine_on("cpu", folders["llama"]), wanted)
 
 
 def test_stop_tokens_end_a_sequence_that_was_computed_ahead(folders: dict[str, Path]) -> None:

@@ -29,9 +29,11 @@ from harness.kernel_checks import (
     expected_attention,
 )
 from harness.kernel_model import logits_of_steps, random_weights
-from harness.sampling_checks import check_refusal, check_sampling
+from harness.logit_checks import check_logit_changes, check_logprobs, check_logprobs_of_no_numbers, check_settling
+from harness.sampling_checks import check_refusal, check_sampling, check_sharing
 from harness.share_checks import check_items
 
+from diptych.kernels import logit_changes, logprobs
 from diptych.kernels.context_shares import ChunkCut
 from diptych.kernels.prefill_attention import PrefillTile, prefill_attention
 from diptych.kernels.selection import ops_for
@@ -276,7 +278,28 @@ def test_a_model_over_the_kernels(device: Device) -> None:
 @pytest.mark.parametrize("vocab", [1, 97, 8192, 32000, 151_936])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_sampling(vocab: int, dtype: torch.dtype, device: Device) -> None:
-    check_sampling(vocab, device, tile=8192, rows_of_each=6, dtype=dtype)
+    check_sampling(vocab, device, tile=None, rows_of_each=6, dtype=dtype)
+
+
+@pytest.mark.parametrize("vocab", [97, 9000, 128_256])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_how_many_programs_share_a_row_changes_nothing(vocab: int, dtype: torch.dtype, device: Device) -> None:
+    check_sharing(vocab, device, dtype)
+
+
+@pytest.mark.parametrize("vocab", [97, 8192, 32000, 151_936])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_changed_logits_and_logprobs(vocab: int, dtype: torch.dtype, device: Device) -> None:
+    check_logit_changes(vocab, device, logit_changes.TILE, dtype)
+    check_logprobs(vocab, device, logprobs.TILE, dtype)
+
+
+def test_what_was_refused_stays_so_and_full_counts_stay_full(device: Device) -> None:
+    check_settling(device)
+
+
+def test_there_are_no_logprobs_of_what_is_no_number(device: Device) -> None:
+    check_logprobs_of_no_numbers(128_256, device, logprobs.TILE)
 
 
 def test_blocks_beyond_32_bits_of_offset(device: Device) -> None:
@@ -290,4 +313,4 @@ def test_decode_inputs(device: Device) -> None:
 
 
 def test_logits_that_are_no_numbers_are_refused(device: Device) -> None:
-    check_refusal(128_256, device, tile=8192)
+    check_refusal(128_256, device, tile=None)

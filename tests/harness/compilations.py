@@ -48,6 +48,8 @@ def _serve(folder: str, changes: dict[str, Any]) -> tuple[int, list[str]]:
                 top_p=draw.choice((1.0, 0.9)),
                 logprobs=draw.choice((None, None, None, 0, 3)),
                 repetition_penalty=draw.choice((1.0, 1.0, 1.0, 1.3)),
+                logit_bias=draw.choice(({}, {}, {}, {3: 1.0}, dict.fromkeys(range(300), 0.5))),
+                prompt_logprobs=draw.choice((None,) * 15 + (0, 2)),
             )
             prompt = tuple(draw.randrange(1000) for _ in range(length))
             request_id = RequestId(str(draw.getrandbits(64)))

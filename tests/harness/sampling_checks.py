@@ -26,7 +26,7 @@ FILTERS = [
 ]
 
 
-def check_sampling(vocab: int, device: Device, tile: int, rows_of_each: int, dtype: torch.dtype) -> None:
+def check_sampling(vocab: int, device: Device, tile: int | None, rows_of_each: int, dtype: torch.dtype) -> None:
     """Every combination of filters, `rows_of_each` times over rows of distinct, many equal or masked logits, and once over equal ones.
 
     Equal logits with the fraction 1 give the last token that is kept: one too many or too few at a cut shows.
@@ -48,7 +48,7 @@ def check_sampling(vocab: int, device: Device, tile: int, rows_of_each: int, dty
         assert low - NEAR <= float(fractions[i]) <= high + NEAR, place
 
 
-def check_refusal(vocab: int, device: Device, tile: int) -> None:
+def check_refusal(vocab: int, device: Device, tile: int | None) -> None:
     """Logits that are no numbers give -1, wherever they are, and disturb no other row."""
     rows = torch.randn(7, vocab, generator=device.generator())
     for row, place, value in ((1, 0, torch.nan), (3, vocab - 1, torch.inf), (5, vocab // 2, -torch.inf)):
@@ -58,6 +58,24 @@ def check_refusal(vocab: int, device: Device, tile: int) -> None:
     found = sample(rows.to(device.name), draws, tile, refuse_infinite=True).tolist()
     expected = rows.argmax(1).tolist()
     assert found == [-1 if row in (1, 3, 5) else expected[row] for row in range(len(rows))]
+
+
+def check_sharing(vocab: int, device: Device, dtype: torch.dtype) -> None:
+    """However many programs share a row, and whoever is in the batch, tokens are the same; time and again, for they meet."""
+    generator = device.generator()
+    params = [SamplingParams(max_tokens=1, seed=0, **options) for options in FILTERS]
+    logits = (torch.randn(len(params), vocab, generator=generator) * 2).to(device.name, dtype)
+    logits[3, vocab // 2] = torch.nan
+    for _ in range(20):
+        fractions = torch.rand(len(params), generator=generator)
+        draws = draws_of(params, fractions, device)
+        alone, *shared = (sample(logits, draws, refuse_infinite=True, programs=count).tolist() for count in (1, 2, 4, 8))
+        assert shared == [alone] * 3, f"seed {device.seed}"
+        assert alone[3] == -1
+        many = draws_of(params * 20, fractions.repeat(20), device)
+        assert sample(logits.repeat(20, 1), many, refuse_infinite=True).tolist() == alone * 20, f"seed {device.seed}"
+        one = draws_of(params[:1], fractions[:1], device)
+        assert sample(logits[:1], one, refuse_infinite=True).tolist() == alone[:1]
 
 
 def draws_of(params: list[SamplingParams], fractions: Tensor, device: Device) -> Draws:

@@ -31,7 +31,6 @@ class Visit:
     arrives: int                    # before which turn
     aborted_at: int | None
     stops_after: int | None         # outputs
-    host_sampled: bool
     batch: bool
     hands_off: bool
 
@@ -43,7 +42,6 @@ visits = st.builds(
     arrives=st.integers(0, 8),
     aborted_at=st.none() | st.integers(0, 15),
     stops_after=st.none() | st.integers(1, 6),
-    host_sampled=st.booleans(),
     batch=st.booleans(),
     hands_off=st.booleans(),
 )
@@ -68,8 +66,7 @@ def stop_tokens(visit: Visit) -> tuple[int, ...]:
 
 
 def request(index: int, visit: Visit) -> GenerateRequest:
-    logprobs = 0 if visit.host_sampled else None
-    params = SamplingParams(max_tokens=visit.max_tokens, seed=0, stop_token_ids=stop_tokens(visit), logprobs=logprobs)
+    params = SamplingParams(max_tokens=visit.max_tokens, seed=0, stop_token_ids=stop_tokens(visit))
     kind = ServiceClass.BATCH if visit.batch else ServiceClass.DEFAULT
     prompt = tuple(visit.prompt)
     return GenerateRequest(RequestId(str(index)), Address("fake://g"), prompt, params, HERE, timeout_s=1e9, service_class=kind)
@@ -148,7 +145,7 @@ def _collect(engine: Engine, tokens: dict[str, list[int]]) -> list[Sequence]:
 
 def test_it_runs_one_step_ahead_and_no_more() -> None:
     engine, _, runner = make_engine(20)
-    plain = Visit([1, 0, 1], 8, 0, None, None, host_sampled=False, batch=False, hands_off=False)
+    plain = Visit([1, 0, 1], 8, 0, None, None, batch=False, hands_off=False)
     engine.add(request(0, plain), 0.0)
     engine.launch(engine.plan())
     assert engine.may_plan
@@ -161,7 +158,7 @@ def test_it_runs_one_step_ahead_and_no_more() -> None:
 def test_reports_say_when_the_next_step_will_be_planned() -> None:
     """At once, with one step under way; when the first of two has ended."""
     engine, _, _ = make_engine(20)
-    engine.add(request(0, Visit([1, 0, 1], 8, 0, None, None, host_sampled=False, batch=False, hands_off=False)), 0.0)
+    engine.add(request(0, Visit([1, 0, 1], 8, 0, None, None, batch=False, hands_off=False)), 0.0)
     watch, told = StepWatch(PRIOR), []
     for _ in range(2):
         plan = engine.plan()
@@ -180,17 +177,9 @@ def test_reports_say_how_far_decodes_are_ahead_of_their_pace() -> None:
     assert load_report(HERE.decode, engine, 0, StepWatch(PRIOR), 0.0).lead_s == 0.03
 
 
-def test_nobody_is_run_ahead_of_a_token_that_the_host_must_know() -> None:
-    engine, _, _ = make_engine(20)
-    scored = Visit([1, 0, 1], 8, 0, None, None, host_sampled=True, batch=False, hands_off=False)
-    engine.add(request(0, scored), 0.0)
-    engine.launch(engine.plan())
-    assert not engine.may_plan
-
-
 def test_a_sequence_that_reaches_its_length_is_not_computed_again() -> None:
     engine, _, _ = make_engine(20)
-    engine.add(request(0, Visit([1, 0], 1, 0, None, None, host_sampled=False, batch=False, hands_off=False)), 0.0)
+    engine.add(request(0, Visit([1, 0], 1, 0, None, None, batch=False, hands_off=False)), 0.0)
     engine.launch(engine.plan())
     assert engine.plan().chunks == ()
     (step,) = engine.collect()
@@ -200,7 +189,7 @@ def test_a_sequence_that_reaches_its_length_is_not_computed_again() -> None:
 
 def test_blocks_of_an_aborted_sequence_come_back_with_the_step_that_writes_to_them() -> None:
     engine, _, _ = make_engine(20)
-    engine.add(request(0, Visit([1, 0, 1], 8, 0, None, None, host_sampled=False, batch=False, hands_off=False)), 0.0)
+    engine.add(request(0, Visit([1, 0, 1], 8, 0, None, None, batch=False, hands_off=False)), 0.0)
     engine.launch(engine.plan())
     sequence = engine.find(RequestId("0"))
     assert sequence is not None
@@ -214,13 +203,13 @@ def test_pace_is_told_how_long_answers_were_and_when_sequences_came() -> None:
     """A step that was launched ahead is no part of the answer."""
     engine, _, _ = make_engine(20)
     pacer = engine.scheduler.pacer = Pacer(lambda: 0.0, lambda: PRIOR)
-    engine.add(request(0, Visit([1, 0, 1], 8, 0, None, 3, host_sampled=False, batch=False, hands_off=False)), 0.0)
+    engine.add(request(0, Visit([1, 0, 1], 8, 0, None, 3, batch=False, hands_off=False)), 0.0)
     while engine.has_work:
         while engine.may_plan and (plan := engine.plan()).chunks:
             engine.launch(plan)
         engine.collect()
     assert list(pacer._lengths) == [3]
-    plain = request(1, Visit([1, 0, 1], 8, 0, None, None, host_sampled=False, batch=False, hands_off=False))
+    plain = request(1, Visit([1, 0, 1], 8, 0, None, None, batch=False, hands_off=False))
     adopted = engine.adopt(plain, TokenDelta(plain.request_id, 0, (1,)), engine.pool.take(1) or [], 7.0)
     assert adopted.handed_over_at == 7.0
     engine.scheduler._preempt(adopted)

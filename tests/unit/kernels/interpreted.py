@@ -25,6 +25,7 @@ from harness.kernel_checks import (
     check_skinny_linear,
 )
 from harness.kernel_model import logits_of_steps, random_weights
+from harness.logit_checks import check_logit_changes, check_logprobs, check_logprobs_of_no_numbers, check_settling
 from harness.push_checks import check_push
 from harness.sampling_checks import check_refusal, check_sampling
 from harness.share_checks import check_items
@@ -218,6 +219,24 @@ def test_logits_that_are_no_numbers_are_refused(device: Device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
 def test_sampling(dtype: torch.dtype, device: Device) -> None:
     check_sampling(300, device, tile=256, rows_of_each=1, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+def test_changed_logits(dtype: torch.dtype, device: Device) -> None:
+    check_logit_changes(300, device, tile=128, dtype=dtype)
+
+
+def test_what_was_refused_stays_so_and_full_counts_stay_full(device: Device) -> None:
+    check_settling(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+def test_logprobs(dtype: torch.dtype, device: Device) -> None:
+    check_logprobs(300, device, tile=128, dtype=dtype)
+
+
+def test_there_are_no_logprobs_of_what_is_no_number(device: Device) -> None:
+    check_logprobs_of_no_numbers(300, device, tile=128)
 
 
 @pytest.mark.parametrize(("page_words", "num_pages"), [(256, 9), (1024, 3), (96, 7), (2048, 1), (64, 0), (32, 1700)])

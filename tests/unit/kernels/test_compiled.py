@@ -14,6 +14,8 @@ from diptych.kernels import (
     context_shares,
     decode_attention,
     decode_inputs,
+    logit_changes,
+    logprobs,
     norms,
     page_conversion,
     page_push,
@@ -199,12 +201,36 @@ def test_rope_write_kv(head_dim: int, kv_dtype: torch.dtype) -> None:
         assert compiled(launch).registers <= 128
 
 
-def test_sampling() -> None:
-    rows, fp32 = 64, torch.float32
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("programs", [1, 8])
+def test_sampling(programs: int, dtype: torch.dtype) -> None:
+    """Of one row at least one program for each multiprocessor, or they would wait for each other for ever."""
+    rows, fp32 = 16, torch.float32
     columns = {name: meta(rows, dtype=fp32) for name in ("temperature", "top_p", "min_p", "fraction")}
+    draws = sampling.Draws(top_k=meta(rows, dtype=torch.int32), **columns)
     with captured(sampling, "_sample_kernel") as launches:
-        sampling.sample(meta(rows, 128_256, dtype=fp32), sampling.Draws(top_k=meta(rows, dtype=torch.int32), **columns))
-    assert "ld.global.v4" in compiled(launches[0]).ptx
+        sampling.sample(meta(rows, 128_256, dtype=dtype), draws, refuse_infinite=True, programs=programs)
+    found = compiled(launches[0])
+    assert "ld.global.v4" in found.ptx
+    assert found.registers * 32 * sampling.NUM_WARPS <= REGISTERS_OF_AN_SM
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_changed_logits_and_logprobs(dtype: torch.dtype) -> None:
+    rows, vocab, int32, fp32 = 64, 128_256, torch.int32, torch.float32
+    logits, counts, sampled = meta(rows, vocab, dtype=dtype), meta(rows, vocab, dtype=torch.int16), meta(rows, dtype=torch.int64)
+    at, real = meta(rows, dtype=int32), meta(rows, dtype=fp32)
+    biases = meta(rows + 1, dtype=int32), meta(900, dtype=int32), meta(900, dtype=fp32)
+    changes = logit_changes.LogitChanges(at, at, real, real, real, *biases)
+    with captured(logit_changes, "_penalise_kernel", "_bias_kernel", "_settle_kernel") as launches:
+        logit_changes.change_logits(logits, counts, changes)
+        logit_changes.settle(sampled, sampled, counts, changes)
+    with captured(logprobs, "_logprobs_kernel") as more:
+        logprobs.token_logprobs(logits, at, at, sampled, at, 20)
+    assert len(launches + more) == 4
+    for launch in launches + more:
+        assert compiled(launch).registers <= 128
+    assert "ld.global.v4" in compiled(more[0]).ptx
 
 
 @pytest.mark.parametrize("page_bytes", [2048, 4096, 65_536, 98_304, 262_144])
