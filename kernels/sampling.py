@@ -32,6 +32,7 @@ from torch import Tensor
 from .overlap import after_predecessor, overlapping
 
 TILE_BYTES = 16384              # of logits: what a program has in registers at once
+LANES_BYTES = 512               # what a warp loads at once: sums over so many need no other warp
 NUM_WARPS = 16
 GROUPS = tl.constexpr(8)        # of a row's tokens, as long as each other; a power of two
 
@@ -59,14 +60,14 @@ def sample(
     num_rows, vocab = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if out is None else out
     if num_rows:
-        phases = 6 + logits.element_size() * 8            # a search takes half as many as a key has bits, and there are two
-        sums = torch.empty(num_rows, phases, 3, GROUPS.value, dtype=torch.float32, device=logits.device)
+        lanes = LANES_BYTES // logits.element_size()
+        tile = tile or TILE_BYTES // logits.element_size()
+        sums = torch.empty(num_rows, 2, 3, GROUPS.value, tile // lanes, dtype=torch.float32, device=logits.device)
         programs = programs or _programs(num_rows, logits.device)
         _sample_kernel[(programs, num_rows)](
             token_ids, sums, _arrivals(logits.device), logits,
             draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.fraction, vocab, logits.stride(0),
-            REFUSE_INFINITE=refuse_infinite, PHASES=phases, PROGRAMS=programs,
-            TILE=tile or TILE_BYTES // logits.element_size(), num_warps=NUM_WARPS, **overlapping(),
+            REFUSE_INFINITE=refuse_infinite, PROGRAMS=programs, LANES=lanes, TILE=tile, num_warps=NUM_WARPS, **overlapping(),
         )  # fmt: skip
     return token_ids
 
@@ -90,14 +91,14 @@ def _arrivals(device: torch.device) -> Tensor:
 @triton.jit
 def _sample_kernel(
     token_ids, sums, arrivals, logits, temperature, top_k, top_p, min_p, fraction, vocab, row_stride,
-    REFUSE_INFINITE: tl.constexpr, PHASES: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    REFUSE_INFINITE: tl.constexpr, PROGRAMS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_predecessor(PDL)
     row = tl.program_id(1).to(tl.int64)
     heat, k = tl.load(temperature + row), tl.load(top_k + row)
     span = tl.cdiv(tl.cdiv(vocab, TILE), GROUPS) * TILE
-    shared = (logits + row * row_stride, vocab, span, sums + row * (PHASES * 3 * GROUPS), arrivals + row)
-    most, best, is_finite = _largest(shared, PROGRAMS, TILE)
+    shared = (logits + row * row_stride, vocab, span, sums + row * (6 * GROUPS * (TILE // LANES)), arrivals + row)
+    most, best, is_finite = _largest(shared, PROGRAMS, LANES, TILE)
     token = best
     is_mine = tl.program_id(0) == 0
     phase = tl.full([], 1, tl.int32)
@@ -107,21 +108,21 @@ def _sample_kernel(
         ties = vocab * 1.0                 # how many tokens of the cut's own key are kept
         share = 1.0                         # the same, as a part of them
         if (k > 0) & (k < vocab):
-            cut, phase = _cut(shared, phase, most, scale, cut, share, k.to(tl.float32), False, PROGRAMS, TILE)
-            above, level, phase = _around(shared, phase, most, scale, cut, cut, share, False, PROGRAMS, TILE)
+            cut, phase = _cut(shared, phase, most, scale, cut, share, k.to(tl.float32), False, PROGRAMS, LANES, TILE)
+            above, level, phase = _around(shared, phase, most, scale, cut, cut, share, False, PROGRAMS, LANES, TILE)
             ties = k.to(tl.float32) - above
             share = ties / level
         p = tl.load(top_p + row)
         if p < 1.0:
-            above, level, phase = _around(shared, phase, most, scale, cut, cut, share, True, PROGRAMS, TILE)
+            above, level, phase = _around(shared, phase, most, scale, cut, cut, share, True, PROGRAMS, LANES, TILE)
             target = tl.maximum(p * (above + level), 1e-30)         # one token at least
-            nucleus, phase = _cut(shared, phase, most, scale, cut, share, target, True, PROGRAMS, TILE)
-            above, level, phase = _around(shared, phase, most, scale, nucleus, cut, share, True, PROGRAMS, TILE)
+            nucleus, phase = _cut(shared, phase, most, scale, cut, share, target, True, PROGRAMS, LANES, TILE)
+            above, level, phase = _around(shared, phase, most, scale, nucleus, cut, share, True, PROGRAMS, LANES, TILE)
             room = tl.maximum(tl.ceil((target - above) / _weight_of(nucleus, most, scale, logits.dtype.element_ty)), 1.0)
             ties = tl.where(nucleus == cut, tl.minimum(room, ties), room)
             cut = nucleus
         floor, at = tl.load(min_p + row), tl.load(fraction + row)
-        token, is_mine, phase = _draw(shared, phase, most, scale, cut, ties, floor, at, best, PROGRAMS, TILE)
+        token, is_mine, phase = _draw(shared, phase, most, scale, cut, ties, floor, at, best, PROGRAMS, LANES, TILE)
     if REFUSE_INFINITE:
         token = tl.where(is_finite, token, -1)
     tl.store(token_ids + row, token.to(tl.int64), mask=is_mine)
@@ -151,16 +152,39 @@ def _part(shared, phase, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def _store(shared, phase, which: tl.constexpr, group, value):
-    sums = shared[3]
-    tl.store(sums + (phase * 3 + which) * GROUPS + group, value)
+def _places(shared, phase, which: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
+    """Of a sum of every LANES tokens of a tile, of the first group. Two phases' are there: whoever stores those of the next one has met all
+    who have read those of the one before."""
+    return shared[3] + ((phase & 1) * 3 + which) * (GROUPS * (TILE // LANES)) + tl.arange(0, TILE // LANES)
 
 
 @triton.jit
-def _of_groups(shared, phase, which: tl.constexpr):
-    """[GROUPS], what was stored before they met. Not from L1, where the line may lie as it was."""
-    sums = shared[3]
-    return tl.load(sums + (phase * 3 + which) * GROUPS + tl.arange(0, GROUPS), cache_modifier=".cg")
+def _store(shared, phase, which: tl.constexpr, group, values, LANES: tl.constexpr, TILE: tl.constexpr):
+    tl.store(_places(shared, phase, which, LANES, TILE) + group * (TILE // LANES), values)
+
+
+@triton.jit
+def _stored(shared, phase, which: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
+    """[GROUPS, TILE // LANES], after they have met. Not from L1, where the line may lie as it was."""
+    places = _places(shared, phase, which, LANES, TILE)[None, :] + tl.arange(0, GROUPS)[:, None] * (TILE // LANES)
+    return tl.load(places, cache_modifier=".cg")
+
+
+@triton.jit
+def _of_groups(shared, phase, which: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
+    """[GROUPS]"""
+    return tl.sum(_stored(shared, phase, which, LANES, TILE), 1)
+
+
+@triton.jit
+def _total(shared, phase, which: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
+    return tl.sum(_of_groups(shared, phase, which, LANES, TILE), 0)
+
+
+@triton.jit
+def _ids(start, LANES: tl.constexpr, TILE: tl.constexpr):
+    """Of a tile: a warp's are side by side."""
+    return start + tl.arange(0, TILE // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
@@ -171,36 +195,36 @@ def _mine(PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def _largest(shared, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+def _largest(shared, PROGRAMS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
     """The largest logit, the lowest id that has it, and whether all logits are finite: such a number times 0 is 0, NaN and the infinities
     become NaN, which no sum loses."""
     logits, vocab, span = shared[0], shared[1], shared[2]
     begin, end = _mine(PROGRAMS)
     for group in range(begin, end):
-        most = tl.full([TILE], float("-inf"), tl.float32)
-        first = tl.zeros([TILE], tl.int32)
-        zeros = tl.zeros([TILE], tl.float32)
+        most = tl.full([TILE // LANES, LANES], float("-inf"), tl.float32)
+        first = tl.zeros([TILE // LANES, LANES], tl.int32)
+        zeros = tl.zeros([TILE // LANES, LANES], tl.float32)
         for start in range(group * span, tl.minimum((group + 1) * span, vocab), TILE):
-            ids = start + tl.arange(0, TILE)
+            ids = _ids(start, LANES, TILE)
             values = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
             first = tl.where(values > most, ids, first)
             most = tl.maximum(most, values)
             zeros += tl.where(ids < vocab, values * 0.0, 0.0)
-        largest = tl.max(most, 0)
-        _store(shared, 0, 0, group, largest)
-        _store(shared, 0, 1, group, tl.min(tl.where(most == largest, first, vocab - 1), 0).to(tl.float32))
-        _store(shared, 0, 2, group, tl.sum(zeros, 0))
+        largest = tl.max(most, 1)
+        lowest = tl.min(tl.where(most == largest[:, None], first, vocab - 1), 1)
+        _store(shared, 0, 0, group, largest, LANES, TILE)
+        _store(shared, 0, 1, group, lowest.to(tl.float32), LANES, TILE)
+        _store(shared, 0, 2, group, tl.sum(zeros, 1), LANES, TILE)
     _meet(shared, 0, PROGRAMS)
-    most = _of_groups(shared, 0, 0)
-    largest = tl.max(most, 0)
-    best = tl.min(tl.where(most == largest, _of_groups(shared, 0, 1), vocab - 1.0), 0).to(tl.int32)
-    return largest, best, tl.sum(_of_groups(shared, 0, 2), 0) == 0.0
+    most = _stored(shared, 0, 0, LANES, TILE)
+    largest = tl.max(tl.max(most, 1), 0)
+    lowest = tl.where(most == largest, _stored(shared, 0, 1, LANES, TILE), vocab - 1.0)
+    return largest, tl.min(tl.min(lowest, 1), 0).to(tl.int32), _total(shared, 0, 2, LANES, TILE) == 0.0
 
 
 @triton.jit
-def _keys(logits, start, vocab, most, scale, TILE: tl.constexpr):
-    """A tile's keys, 0 past the vocabulary and more for every token, and weights."""
-    ids = start + tl.arange(0, TILE)
+def _keys(logits, ids, vocab, most, scale):
+    """Of tokens: 0 past the vocabulary and more for all others; and their weights."""
     values = tl.load(logits + ids, mask=ids < vocab, other=float("-inf"))
     if values.dtype.primitive_bitwidth == 32:
         bits = values.to(tl.uint32, bitcast=True)
@@ -232,7 +256,10 @@ def _measure(keys, weights, cut, share, MASS: tl.constexpr):
 
 
 @triton.jit
-def _cut(shared, phase, most, scale, cut, share, target, MASS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+def _cut(
+    shared, phase, most, scale, cut, share, target, MASS: tl.constexpr,
+    PROGRAMS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The largest key whose tokens, with all of larger keys, measure `target` or more."""
     logits, vocab, span = shared[0], shared[1], shared[2]
     begin, end = _mine(PROGRAMS)
@@ -241,22 +268,22 @@ def _cut(shared, phase, most, scale, cut, share, target, MASS: tl.constexpr, PRO
     unit = tl.full([], 1 << (bits - 2), tl.uint32)
     for _pass in range(bits // 2):
         for group in range(begin, end):
-            one = tl.zeros([TILE], tl.float32)
-            two = tl.zeros([TILE], tl.float32)
-            three = tl.zeros([TILE], tl.float32)
+            one = tl.zeros([TILE // LANES, LANES], tl.float32)
+            two = tl.zeros([TILE // LANES, LANES], tl.float32)
+            three = tl.zeros([TILE // LANES, LANES], tl.float32)
             for start in range(group * span, tl.minimum((group + 1) * span, vocab), TILE):
-                keys, weights = _keys(logits, start, vocab, most, scale, TILE)
+                keys, weights = _keys(logits, _ids(start, LANES, TILE), vocab, most, scale)
                 measure = _measure(keys, weights, cut, share, MASS)
                 one += tl.where(keys >= (found | unit), measure, 0.0)
                 two += tl.where(keys >= (found | (unit << 1)), measure, 0.0)
                 three += tl.where(keys >= (found | unit | (unit << 1)), measure, 0.0)
-            _store(shared, phase, 0, group, tl.sum(one, 0))
-            _store(shared, phase, 1, group, tl.sum(two, 0))
-            _store(shared, phase, 2, group, tl.sum(three, 0))
+            _store(shared, phase, 0, group, tl.sum(one, 1), LANES, TILE)
+            _store(shared, phase, 1, group, tl.sum(two, 1), LANES, TILE)
+            _store(shared, phase, 2, group, tl.sum(three, 1), LANES, TILE)
         behind = _meet(shared, phase, PROGRAMS)
-        digit = (tl.sum(_of_groups(shared, phase, 0), 0) >= target).to(tl.uint32)
-        digit += (tl.sum(_of_groups(shared, phase, 1), 0) >= target).to(tl.uint32)
-        digit += (tl.sum(_of_groups(shared, phase, 2), 0) >= target).to(tl.uint32)
+        digit = (_total(shared, phase, 0, LANES, TILE) >= target).to(tl.uint32)
+        digit += (_total(shared, phase, 1, LANES, TILE) >= target).to(tl.uint32)
+        digit += (_total(shared, phase, 2, LANES, TILE) >= target).to(tl.uint32)
         found |= digit * unit
         unit = unit >> 2
         phase = behind
@@ -264,32 +291,38 @@ def _cut(shared, phase, most, scale, cut, share, target, MASS: tl.constexpr, PRO
 
 
 @triton.jit
-def _around(shared, phase, most, scale, pivot, cut, share, MASS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+def _around(
+    shared, phase, most, scale, pivot, cut, share, MASS: tl.constexpr,
+    PROGRAMS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The measure of the tokens above the pivot, and of those at it."""
-    behind = _measure_around(shared, phase, most, scale, pivot, cut, share, MASS, PROGRAMS, TILE)
-    return tl.sum(_of_groups(shared, phase, 0), 0), tl.sum(_of_groups(shared, phase, 1), 0), behind
+    behind = _measure_around(shared, phase, most, scale, pivot, cut, share, MASS, PROGRAMS, LANES, TILE)
+    return _total(shared, phase, 0, LANES, TILE), _total(shared, phase, 1, LANES, TILE), behind
 
 
 @triton.jit
-def _measure_around(shared, phase, most, scale, pivot, cut, share, MASS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+def _measure_around(
+    shared, phase, most, scale, pivot, cut, share, MASS: tl.constexpr,
+    PROGRAMS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The same, of each group: the first two sums of this phase."""
     logits, vocab, span = shared[0], shared[1], shared[2]
     begin, end = _mine(PROGRAMS)
     for group in range(begin, end):
-        above = tl.zeros([TILE], tl.float32)
-        level = tl.zeros([TILE], tl.float32)
+        above = tl.zeros([TILE // LANES, LANES], tl.float32)
+        level = tl.zeros([TILE // LANES, LANES], tl.float32)
         for start in range(group * span, tl.minimum((group + 1) * span, vocab), TILE):
-            keys, weights = _keys(logits, start, vocab, most, scale, TILE)
+            keys, weights = _keys(logits, _ids(start, LANES, TILE), vocab, most, scale)
             measure = _measure(keys, weights, cut, share, MASS)
             above += tl.where(keys > pivot, measure, 0.0)
             level += tl.where(keys == pivot, measure, 0.0)
-        _store(shared, phase, 0, group, tl.sum(above, 0))
-        _store(shared, phase, 1, group, tl.sum(level, 0))
+        _store(shared, phase, 0, group, tl.sum(above, 1), LANES, TILE)
+        _store(shared, phase, 1, group, tl.sum(level, 1), LANES, TILE)
     return _meet(shared, phase, PROGRAMS)
 
 
 @triton.jit
-def _draw(shared, phase, most, scale, cut, ties, floor, fraction, best, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+def _draw(shared, phase, most, scale, cut, ties, floor, fraction, best, PROGRAMS: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr):
     """How much of each group is kept, then which token holds `fraction` of it all; `best` if rounding leaves none. → the token, whether it
     is this program's to store, the phase."""
     logits, vocab, span = shared[0], shared[1], shared[2]
@@ -297,18 +330,18 @@ def _draw(shared, phase, most, scale, cut, ties, floor, fraction, best, PROGRAMS
     groups = tl.arange(0, GROUPS)
     at_cut = tl.zeros([GROUPS], tl.float32)         # tokens of each group
     if cut > 0:
-        phase = _measure_around(shared, phase, most, scale, cut, tl.full([], 0, tl.uint32), 1.0, False, PROGRAMS, TILE)
-        at_cut = _of_groups(shared, phase - 1, 1)
+        phase = _measure_around(shared, phase, most, scale, cut, tl.full([], 0, tl.uint32), 1.0, False, PROGRAMS, LANES, TILE)
+        at_cut = _of_groups(shared, phase - 1, 1, LANES, TILE)
     for group in range(begin, end):
-        total = 0.0
+        total = tl.zeros([TILE // LANES], tl.float32)
         seen = tl.sum(tl.where(groups < group, at_cut, 0.0), 0)
         for start in range(group * span, tl.minimum((group + 1) * span, vocab), TILE):
-            keys, weights = _keys(logits, start, vocab, most, scale, TILE)
+            keys, weights = _keys(logits, start + tl.arange(0, TILE), vocab, most, scale)
             kept, seen = _kept(keys, weights, cut, ties, floor, seen)
-            total += tl.sum(kept, 0)
-        _store(shared, phase, 0, group, total)
+            total += tl.sum(kept.reshape(TILE // LANES, LANES), 1)
+        _store(shared, phase, 0, group, total, LANES, TILE)
     _meet(shared, phase, PROGRAMS)
-    kept_of = _of_groups(shared, phase, 0)
+    kept_of = _of_groups(shared, phase, 0, LANES, TILE)
     target = tl.sum(kept_of, 0) * fraction
     exceeding = tl.min(tl.where((tl.cumsum(kept_of, 0) > target) & (kept_of > 0.0), groups, GROUPS), 0)
     chosen = tl.where(exceeding < GROUPS, exceeding, tl.max(tl.where(kept_of > 0.0, groups, 0), 0))
@@ -320,7 +353,7 @@ def _draw(shared, phase, most, scale, cut, ties, floor, fraction, best, PROGRAMS
     for start in range(chosen * span, tl.minimum((chosen + 1) * span, vocab), TILE):
         if not is_found:
             ids = start + tl.arange(0, TILE)
-            keys, weights = _keys(logits, start, vocab, most, scale, TILE)
+            keys, weights = _keys(logits, ids, vocab, most, scale)
             kept, seen = _kept(keys, weights, cut, ties, floor, seen)
             cumulative = passed + tl.cumsum(kept, 0)
             hit = tl.min(tl.where((kept > 0.0) & (cumulative > target), ids, vocab), 0)

@@ -176,23 +176,23 @@ def transfer(
 @app.command()
 def split(
     url: Annotated[str, endpoint_option(help="of a deployment with both roles")],
-    colocated_url: Annotated[str | None, endpoint_option(help="default: the same deployment's local path (router.debug_headers)")] = None,
+    colocated_url: Annotated[str | None, endpoint_option(help="default: its own workers, each alone (router.debug_headers)")] = None,
     model: Annotated[str | None, endpoint_option(help="default: the first that /v1/models lists")] = None,
     api_key: Annotated[str | None, endpoint_option(envvar="DIPTYCH_API_KEY")] = None,
     lengths: Annotated[str, workload_option(help="of prompts, tokens")] = "1024,4096,8192",
-    pairs: Annotated[int, workload_option(min=1, help="of requests, for each length")] = 30,
+    rounds: Annotated[int, workload_option(min=1, help="of requests, one for each way, for each length")] = 30,
     output_tokens: Annotated[int, workload_option(min=2)] = 8,
     seed: Annotated[int | None, workload_option(min=0, help="default: drawn, so that no prefix cache knows the prompts")] = None,
     vocab_size: Annotated[int | None, prompt_option(min=1, help="default: from /v1/models")] = None,
     json: Annotated[Path | None, report_option()] = None,
 ) -> None:
-    """Compare TTFT and the second token of split and colocated, request by request, on idle workers."""
+    """Compare TTFT and the second token of a split with those of one worker, request by request, on idle workers."""
     from .split_bench import SplitBench, run_split_bench  # not for every command that only names `bench`
 
     with _exit_codes():
         colocated = Address.parse(colocated_url, api_key) if colocated_url is not None else None
         prompts = PromptSource(PromptMode.TOKEN_IDS, vocab_size, None, _seed(seed))
-        plan = SplitBench(Address.parse(url, api_key), colocated, _numbers("--lengths", lengths), pairs, output_tokens, prompts, model)
+        plan = SplitBench(Address.parse(url, api_key), colocated, _numbers("--lengths", lengths), rounds, output_tokens, prompts, model)
         report = run_split_bench(plan, Console())
         if json is not None:
             _save(json, report)

@@ -1,14 +1,16 @@
-"""`diptych bench split`: what a split costs one client on an idle pair, against the same prompt computed where it is decoded.
+"""`diptych bench split`: what a split costs one client on an idle pair, against the same prompt served by one worker.
 
-    each prompt length: [split, colocated], [colocated, split], …    one request at a time, each with a prompt of its own
+    each prompt length: [split, local, alone], [local, alone, split], …    one request at a time, each with a prompt of its own
 
-Either one deployment serves both, and the header `x-diptych-path` says which way (`router: {debug_headers: true}`), or a second URL is
-colocated. Requests take turns, so that both ways meet the same machine at the same time; of TTFT the difference within each pair counts.
+*Local* is the decode worker by itself, *alone* the prefill worker: that one computes the prompt on the same device as the split does, so
+what a split's first token takes longer is the handoff, where devices differ as much as those of one kind do. The header `x-diptych-path`
+says which way (`router: {debug_headers: true}`); or a second URL is *colocated*, and there are two. Requests take turns, so that all ways
+meet the same machine at the same time; of TTFT the difference within each round counts.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +29,7 @@ from .record import Outcome, RequestRecord
 from .workload import TimedRequest, Workload
 from .writer import PromptSource, RequestWriter
 
-WARM_UPS = 2                    # pairs of each length
+WARM_UPS = 2                    # rounds of each length
 PAUSE_S = 0.05                  # between two requests: what the one before left behind is over
 
 
@@ -36,7 +38,7 @@ class SplitBench:
     split: Address
     colocated: Address | None           # None: the same deployment, told by header
     lengths: tuple[int, ...]            # tokens of a prompt
-    pairs: int                          # of each length
+    rounds: int                         # of each length
     output_tokens: int
     prompts: PromptSource
     model: str | None = None
@@ -53,21 +55,28 @@ class Latencies(Struct, frozen=True):
     later_p50: float                    # from token to token after that
 
 
-class SplitRow(Struct, frozen=True):
-    prompt_tokens: int
-    pairs: int
-    split: Latencies
-    colocated: Latencies
-    difference_ms: float                # TTFT split minus TTFT colocated within a pair: median,
+class Other(Struct, frozen=True):
+    """A way that the split is compared with."""
+
+    name: str                           # local, alone; colocated
+    latencies: Latencies
+    difference_ms: float                # TTFT split minus this one's within a round: median,
     difference_p25_ms: float            # and quartiles
     difference_p75_ms: float
+
+
+class SplitRow(Struct, frozen=True):
+    prompt_tokens: int
+    rounds: int
+    split: Latencies
+    others: list[Other]
 
 
 class SplitReport(Struct, frozen=True):
     model: str
     seed: int                           # of the prompts
     split_url: str
-    colocated_url: str
+    colocated_url: str | None
     rows: list[SplitRow]
 
 
@@ -80,21 +89,24 @@ def run_split_bench(bench: SplitBench, console: Console) -> SplitReport:
 
 
 async def _measure(bench: SplitBench, console: Console) -> SplitReport:
-    ways = [await _way(bench, path) for path in Path]
+    ways = await _ways(bench)
     try:
         rows = []
         for salt, length in enumerate(bench.lengths):
-            pairs = await _pairs(ways, bench, length, salt)
-            rows.append(summary(length, pairs[WARM_UPS:]))
-            console.print(f"{length} tokens: {rows[-1].difference_ms:+.2f} ms", style="dim", highlight=False)
+            rounds = await _rounds(ways, bench, length, salt)
+            rows.append(summary(length, {way.name: [each[i] for each in rounds[WARM_UPS:]] for i, way in enumerate(ways)}))
+            found = ", ".join(f"{other.difference_ms:+.2f} ms to {other.name}" for other in rows[-1].others)
+            console.print(f"{length} tokens: {found}", style="dim", highlight=False)
     finally:
         for way in ways:
             way.client.close()
-    return SplitReport(ways[0].card.id, bench.prompts.seed, str(ways[0].client.address), str(ways[1].client.address), rows)
+    colocated_url = None if bench.colocated is None else str(bench.colocated)
+    return SplitReport(ways[0].card.id, bench.prompts.seed, str(bench.split), colocated_url, rows)
 
 
 @dataclass(frozen=True)
 class Way:
+    name: str
     client: HttpClient
     card: ModelCard
     writer: RequestWriter
@@ -109,32 +121,44 @@ class Way:
         return record
 
 
-async def _way(bench: SplitBench, path: Path) -> Way:
-    headers = (f"{PATH_HEADER}: {path}",) if bench.colocated is None else ()
-    client = HttpClient(bench.split if bench.colocated is None or path is Path.SPLIT else bench.colocated)
+async def _ways(bench: SplitBench) -> list[Way]:
+    """The split comes first."""
+    if bench.colocated is None:
+        return [await _way(bench, path, bench.split, (f"{PATH_HEADER}: {path}",)) for path in Path]
+    return [await _way(bench, "split", bench.split), await _way(bench, "colocated", bench.colocated)]
+
+
+async def _way(bench: SplitBench, name: str, address: Address, headers: tuple[str, ...] = ()) -> Way:
+    client = HttpClient(address)
     card = await find_model(client, bench.model)
-    return Way(client, card, RequestWriter(client.address, card, bench.prompts, headers))
+    return Way(name, client, card, RequestWriter(client.address, card, bench.prompts, headers))
 
 
-async def _pairs(ways: Sequence[Way], bench: SplitBench, length: int, salt: int) -> list[list[RequestRecord]]:
-    """One record a way, in the order of `ways`; who comes first alternates."""
-    timed = TimedRequest(0.0, length, bench.output_tokens)
-    count = WARM_UPS + bench.pairs
-    workload = Workload(f"prompts of {length}", (timed,) * (len(ways) * count))
+async def _rounds(ways: Sequence[Way], bench: SplitBench, length: int, salt: int) -> list[list[RequestRecord]]:
+    """One record a way, in the order of `ways`; each comes first in turn."""
+    timed, num_ways = TimedRequest(0.0, length, bench.output_tokens), len(ways)
+    count = WARM_UPS + bench.rounds
+    workload = Workload(f"prompts of {length}", (timed,) * (num_ways * count))
     raw = [way.writer.write(workload, salt) for way in ways]
-    pairs = []
+    rounds = []
     with no_collection():
         for i in range(count):
-            order = range(len(ways)) if i % 2 else range(len(ways))[::-1]
-            records = {way: await ways[way].ask(timed, raw[way][len(ways) * i + way], bench.deadline_s) for way in order}
-            pairs.append([records[way] for way in range(len(ways))])
-    return pairs
+            order = [(i + way) % num_ways for way in range(num_ways)]
+            records = {way: await ways[way].ask(timed, raw[way][num_ways * i + way], bench.deadline_s) for way in order}
+            rounds.append([records[way] for way in range(num_ways)])
+    return rounds
 
 
-def summary(length: int, pairs: Sequence[Sequence[RequestRecord]]) -> SplitRow:
-    split, colocated = zip(*pairs, strict=True)
-    low, median, high = np.quantile([_ttft_ms(one) - _ttft_ms(other) for one, other in pairs], [0.25, 0.5, 0.75])
-    return SplitRow(length, len(pairs), _latencies(split), _latencies(colocated), float(median), float(low), float(high))
+def summary(length: int, records: Mapping[str, Sequence[RequestRecord]]) -> SplitRow:
+    """`records` of each way by round, the split's first."""
+    (_, split), *others = records.items()
+    return SplitRow(length, len(split), _latencies(split), [_other(name, split, those) for name, those in others])
+
+
+def _other(name: str, split: Sequence[RequestRecord], those: Sequence[RequestRecord]) -> Other:
+    differences = [_ttft_ms(one) - _ttft_ms(other) for one, other in zip(split, those, strict=True)]
+    low, median, high = np.quantile(differences, [0.25, 0.5, 0.75])
+    return Other(name, _latencies(those), float(median), float(low), float(high))
 
 
 def _latencies(records: Iterable[RequestRecord]) -> Latencies:
@@ -151,12 +175,17 @@ def _ttft_ms(record: RequestRecord) -> float:
 
 
 def print_split(report: SplitReport, console: Console) -> None:
-    console.print(f"{report.model}: split at {report.split_url}, colocated at {report.colocated_url}", highlight=False)
+    beside = f", colocated at {report.colocated_url}" if report.colocated_url else ""
+    console.print(f"{report.model}: split at {report.split_url}{beside}", highlight=False)
     titles = "TTFT p50", "p90", "token 0 to 1 p50", "p90", "later"
-    table = Table("prompt", "", *titles, "split −", title="milliseconds, as the client sees them; split minus colocated: TTFT, quartiles")
+    table = Table("prompt", "", *titles, "split −", title="milliseconds, as the client sees them; split minus that way's TTFT: quartiles")
     for row in report.rows:
-        difference = f"{row.difference_p25_ms:+.2f} {row.difference_ms:+.2f} {row.difference_p75_ms:+.2f}"
-        for name, way, last in (("split", row.split, difference), ("colocated", row.colocated, "")):
-            figures = way.ttft_p50, way.ttft_p90, way.second_p50, way.second_p90, way.later_p50
-            table.add_row(str(row.prompt_tokens) if last else "", name, *(f"{ms:.2f}" for ms in figures), last)
+        table.add_row(str(row.prompt_tokens), "split", *_figures(row.split), "")
+        for other in row.others:
+            difference = f"{other.difference_p25_ms:+.2f} {other.difference_ms:+.2f} {other.difference_p75_ms:+.2f}"
+            table.add_row("", other.name, *_figures(other.latencies), difference)
     console.print(table)
+
+
+def _figures(way: Latencies) -> list[str]:
+    return [f"{ms:.2f}" for ms in (way.ttft_p50, way.ttft_p90, way.second_p50, way.second_p90, way.later_p50)]

@@ -37,5 +37,5 @@ def path_asked(exchange: Exchange, allowed: bool) -> Path | None:
     if not allowed:
         raise BadRequest(f"the header {PATH_HEADER} is only taken where the spec says router.debug_headers", param=PATH_HEADER)
     if text not in list(Path):
-        raise BadRequest(f"the header {PATH_HEADER} must be {' or '.join(Path)}, not {text!r}", param=PATH_HEADER)
+        raise BadRequest(f"the header {PATH_HEADER} must be one of {', '.join(Path)}, not {text!r}", param=PATH_HEADER)
     return Path(text)

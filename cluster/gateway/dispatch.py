@@ -190,7 +190,8 @@ class Dispatcher:
 
     def _route(self, generation: Generation) -> None:
         now = self._clock()
-        explanation = self._policy.decide(generation.routing_request(), self._loads.view(now), now)
+        request = generation.routing_request()
+        explanation = self._policy.decide(request, self._loads.view(now, request.path), now)
         self._log.decided(generation, explanation, now)
         match explanation.decision:
             case Route() as decision:

@@ -23,7 +23,7 @@ from ...messages.ids import RequestId
 from ...messages.membership import Member, Membership, Role
 from ...messages.requests import LoadReport, Route, WorkerRef
 from ...messages.steps import StepFeatures, attended_pairs
-from .policy import ClusterView, WorkerLoad
+from .policy import ClusterView, Path, WorkerLoad
 
 SETTLE_S = 0.05
 """After which a request that no report has named was lost, or is one that its worker refused."""
@@ -231,12 +231,12 @@ class LoadView:
         worker = self._workers.get(ref)
         return worker is not None and worker.report is not None and worker.report.num_waiting_tokens > 0
 
-    def view(self, now: float) -> ClusterView:
-        """The workers that live and are not draining, in Membership's order. With no decode worker among them those of the prefill pool
-        stand in: they serve whole requests by themselves."""
+    def view(self, now: float, path: Path | None = None) -> ClusterView:
+        """The workers that live and are not draining, in Membership's order. With no decode worker among them, or if a request asks for
+        that path, those of the prefill pool stand in: they serve whole requests by themselves."""
         prefill, decode = self._loads(Role.PREFILL, now), self._loads(Role.DECODE, now)
-        if not decode:
-            prefill, decode = decode, prefill
+        if not decode or path is Path.ALONE:
+            prefill, decode = (), prefill
         return ClusterView(
             prefill=prefill,
             decode=decode,

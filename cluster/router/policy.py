@@ -33,6 +33,7 @@ NO_OBJECTIVES = Objectives()
 class Path(StrEnum):
     SPLIT = "split"                           # a prefill worker computes the prompt
     LOCAL = "local"                           # whoever decodes does
+    ALONE = "alone"                           # a prefill worker does, and decodes: only if it is asked for
 
 
 class RoutingRequest(Struct, frozen=True):
@@ -87,14 +88,14 @@ class ClusterView(Struct, frozen=True):
 
 def prefill_pool(request: RoutingRequest, view: ClusterView, local_only: bool) -> tuple[WorkerLoad, ...]:
     """Who may compute the prompt, beside the decode worker itself. What the request asks for goes before `local_only`."""
-    is_local = local_only if request.path is None else request.path is Path.LOCAL
+    is_local = local_only if request.path is None else request.path is not Path.SPLIT
     return () if is_local else view.prefill
 
 
 def what_is_missing(request: RoutingRequest, view: ClusterView) -> str | None:
     """Without which there is no route at all."""
     if not view.decode:
-        return "no worker is alive and takes requests"
+        return f"no {'prefill ' if request.path is Path.ALONE else ''}worker is alive and takes requests"
     if request.path is Path.SPLIT and not view.prefill:
         return "no prefill worker is alive beside a decode worker, and the request asks for one"
     return None

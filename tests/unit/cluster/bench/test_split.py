@@ -30,38 +30,42 @@ def record(ttft_ms: float, *gaps_ms: float) -> RequestRecord:
     return RequestRecord(8, len(chunks), 0.0, 0.0, at_s[-1], Outcome.OK, chunks=chunks, last_token_s=at_s[-1], output_tokens=len(chunks))
 
 
-def test_the_difference_is_taken_within_pairs() -> None:
-    """The machine becomes slower by 100 ms a pair, which the difference does not see."""
-    pairs = [[record(100 * i + 13, 9, 5, 5), record(100 * i + 10, 6, 5, 4)] for i in range(5)]
-    row = summary(1024, pairs)
-    assert (row.prompt_tokens, row.pairs) == (1024, 5)
-    assert (row.difference_ms, row.difference_p25_ms, row.difference_p75_ms) == pytest.approx((3, 3, 3))
+def test_the_difference_is_taken_within_rounds() -> None:
+    """The machine becomes slower by 100 ms a round, which the difference does not see."""
+    split = [record(100 * i + 13, 9, 5, 5) for i in range(5)]
+    local, alone = ([record(100 * i + ttft, 6, 5, 4) for i in range(5)] for ttft in (10, 12))
+    row = summary(1024, {"split": split, "local": local, "alone": alone})
+    assert (row.prompt_tokens, row.rounds) == (1024, 5)
     assert (row.split.ttft_p50, row.split.second_p50, row.split.later_p50) == pytest.approx((213, 9, 5))
-    assert (row.colocated.ttft_p90, row.colocated.second_p90, row.colocated.later_p50) == pytest.approx((370, 6, 4.5))
+    assert [other.name for other in row.others] == ["local", "alone"]
+    for other, difference, ttft_p90 in zip(row.others, (3, 1), (370, 372), strict=True):
+        assert (other.difference_ms, other.difference_p25_ms, other.difference_p75_ms) == pytest.approx((difference,) * 3)
+        assert (other.latencies.ttft_p90, other.latencies.second_p90, other.latencies.later_p50) == pytest.approx((ttft_p90, 6, 4.5))
 
 
 def test_two_tokens_have_no_later_ones() -> None:
-    row = summary(8, [[record(2, 1), record(2, 1)]])
+    row = summary(8, {"split": [record(2, 1)], "local": [record(2, 1)]})
     assert row.split.later_p50 != row.split.later_p50
 
 
-def test_paths_take_turns_with_prompts_of_their_own(stub, tmp_path: Path) -> None:
-    result = invoke("--url", stub.url, "--lengths", "8,16", "--pairs", 3, "--output-tokens", 4, "--json", tmp_path / "split.json")
+def test_ways_take_turns_with_prompts_of_their_own(stub, tmp_path: Path) -> None:
+    result = invoke("--url", stub.url, "--lengths", "8,16", "--rounds", 3, "--output-tokens", 4, "--json", tmp_path / "split.json")
     assert result.exit_code == 0, result.output
     paths = [headers["x-diptych-path"] for headers in stub.headers if "x-diptych-path" in headers]
-    assert len(paths) == 2 * 2 * (WARM_UPS + 3)
-    assert paths[:8] == ["local", "split", "split", "local"] * 2
+    assert len(paths) == 2 * 3 * (WARM_UPS + 3)
+    assert paths[:9] == ["split", "local", "alone", "local", "alone", "split", "alone", "split", "local"]
     prompts = [tuple(body["prompt"]) for body in stub.bodies]
     assert len(set(prompts)) == len(prompts)
-    assert [len(prompt) for prompt in prompts] == [8] * 10 + [16] * 10
+    assert [len(prompt) for prompt in prompts] == [8] * 15 + [16] * 15
     report = json.loads((tmp_path / "split.json").read_text())
-    assert [(row["prompt_tokens"], row["pairs"]) for row in report["rows"]] == [(8, 3), (16, 3)]
-    assert report["split_url"] == report["colocated_url"] == stub.url
+    assert [(row["prompt_tokens"], row["rounds"]) for row in report["rows"]] == [(8, 3), (16, 3)]
+    assert (report["split_url"], report["colocated_url"]) == (stub.url, None)
+    assert [other["name"] for other in report["rows"][0]["others"]] == ["local", "alone"]
 
 
 def test_each_run_has_prompts_that_no_cache_knows(stub) -> None:
     for _ in range(2):
-        assert invoke("--url", stub.url, "--lengths", "8", "--pairs", 1).exit_code == 0
+        assert invoke("--url", stub.url, "--lengths", "8", "--rounds", 1).exit_code == 0
     prompts = [tuple(body["prompt"]) for body in stub.bodies]
     assert len(set(prompts)) == len(prompts)
 
@@ -69,10 +73,10 @@ def test_each_run_has_prompts_that_no_cache_knows(stub) -> None:
 def test_a_second_deployment_needs_no_header(stub) -> None:
     """Both names lead to the stub here."""
     other = stub.url.replace("127.0.0.1", "localhost")
-    assert invoke("--url", stub.url, "--colocated-url", other, "--lengths", "8", "--pairs", 2).exit_code == 0
+    assert invoke("--url", stub.url, "--colocated-url", other, "--lengths", "8", "--rounds", 2).exit_code == 0
     assert not any("x-diptych-path" in headers for headers in stub.headers)
     hosts = [headers["host"].split(":")[0] for headers in stub.headers[2:]]
-    assert hosts == ["localhost", "127.0.0.1", "127.0.0.1", "localhost"] * 2
+    assert hosts == ["127.0.0.1", "localhost", "localhost", "127.0.0.1"] * 2
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_a_second_deployment_needs_no_header(stub) -> None:
 )
 def test_what_cannot_be_compared_ends_the_run(stub, behaviour, fault, said) -> None:
     stub.behave = lambda index: behaviour(**{"cached_share": 0.0} | fault)
-    result = invoke("--url", stub.url, "--lengths", "8", "--pairs", 1)
+    result = invoke("--url", stub.url, "--lengths", "8", "--rounds", 1)
     assert result.exit_code == 2
     assert said in result.output
 

@@ -131,12 +131,13 @@ class TestDebugHeaders:
     @in_loop
     async def test_a_request_can_name_its_path(self, tmp_path, policy):
         async with House(tmp_path, policy=policy, debug_headers=True) as house:
-            for path, route in (("split", "prefill-0>decode-0"), ("local", "decode-0")) * 2:
+            for path, route in (("split", "prefill-0>decode-0"), ("local", "decode-0"), ("alone", "prefill-0")) * 2:
                 reply = await house.post("/v1/completions", ASK, {"x-diptych-path": path})
                 assert (reply.status, reply.headers["x-diptych-route"]) == (200, route)
 
     @pytest.mark.parametrize(
-        ("on", "path", "why"), [(True, "sideways", "must be split or local, not 'sideways'"), (False, "local", "router.debug_headers")]
+        ("on", "path", "why"),
+        [(True, "sideways", "must be one of split, local, alone, not 'sideways'"), (False, "local", "router.debug_headers")],
     )
     @in_loop
     async def test_a_path_that_cannot_be_asked_for_is_refused(self, tmp_path, on, path, why):

@@ -72,9 +72,9 @@ class TestChoice:
         cluster = view([load("p0", waiting=waiting)], [load("d0", decoding=decoding), load("d1")])
         asked = msgspec.structs.replace(REQUEST, path=path)
         explanation = policy(local_only=local_only, seed=seed).decide(asked, cluster, 0.0)
-        assert {each.route.prefill is None for each in explanation.predictions} == {path is Path.LOCAL}
+        assert {each.route.prefill is None for each in explanation.predictions} == {path is not Path.SPLIT}
         if isinstance(explanation.decision, Route):
-            assert (explanation.decision.prefill is None) == (path is Path.LOCAL)
+            assert (explanation.decision.prefill is None) == (path is not Path.SPLIT)
 
     def test_a_request_that_asks_for_a_prefill_worker_waits_for_one(self):
         asked = msgspec.structs.replace(REQUEST, path=Path.SPLIT)

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.cluster.router.load_view import SETTLE_S, LoadView
+from diptych.cluster.router.policy import Path
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
 from diptych.messages.requests import LoadReport, Route, WorkerRef
@@ -145,6 +146,13 @@ def test_prefill_workers_stand_in_while_nobody_decodes():
     view.heard(D0, None, 3.6)
     assert [[w.ref for w in pool] for pool in (view.view(3.6).prefill, view.view(3.6).decode)] == [[P0], [D0]]
     assert view.view(9.0).decode == view.view(9.0).prefill == ()
+
+
+def test_a_prefill_worker_alone_may_be_asked_for():
+    view = loads(P0, D0)
+    assert [[w.ref for w in pool] for pool in (view.view(0.0, Path.ALONE).prefill, view.view(0.0, Path.ALONE).decode)] == [[], [P0]]
+    assert [w.ref for w in view.view(0.0, Path.LOCAL).decode] == [D0]
+    assert loads(D0).view(0.0, Path.ALONE).decode == ()
 
 
 def test_a_draining_worker_lives_and_gets_nothing_new():

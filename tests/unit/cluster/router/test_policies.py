@@ -46,12 +46,17 @@ class TestEveryPolicyPerPool:
         view, policy = ClusterView(pool("prefill", 2), pool("decode", 2)), make_policy(name, PolicyOptions(local_path=local_path))
         for path in Path:
             asked = msgspec.structs.replace(REQUEST, path=path)
-            assert {route.prefill is None for route in routes(policy, view, 10, asked)} == {path is Path.LOCAL}
+            assert {route.prefill is None for route in routes(policy, view, 10, asked)} == {path is not Path.SPLIT}
 
     def test_waits_for_a_prefill_worker_if_a_request_asks_for_one(self, name):
         asked = msgspec.structs.replace(REQUEST, path=Path.SPLIT)
         decision = make_policy(name, PolicyOptions()).choose(asked, ClusterView((), pool("decode", 2)), 0.0)
         assert decision == Queue("no prefill worker is alive beside a decode worker, and the request asks for one")
+
+    def test_says_whom_it_waits_for_if_a_request_asks_for_a_prefill_worker_alone(self, name):
+        asked = msgspec.structs.replace(REQUEST, path=Path.ALONE)
+        decision = make_policy(name, PolicyOptions()).choose(asked, ClusterView((), ()), 0.0)
+        assert decision == Queue("no prefill worker is alive and takes requests")
 
     def test_says_at_least_its_choice(self, name):
         view = ClusterView(pool("prefill", 2), pool("decode", 2))
