@@ -98,7 +98,7 @@ class CudaRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
-        chunks, spans = plan.chunks, [logit_span(chunk) for chunk in plan.chunks]
+        chunks = plan.chunks
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         changed, fresh = changed_rows(sampling, self._slots)
         again = frozenset(() if changed is None else changed.sequences)
@@ -106,12 +106,12 @@ class CudaRunner:
         if len(sampling) == len(chunks) <= self._graphs.max_batch and all(chunk.count == 1 for chunk in chunks):
             logits = drawn_from = self._decode(chunks, draws, on_layer)
         else:
-            logits, drawn_from = self._prefill(chunks, spans, draws, on_layer)
+            logits, drawn_from = self._prefill(chunks, draws, on_layer)
         if fresh is not None:
             self._sampler.count(fresh)
         if changed is not None:
             self._sampler.draw_changed(drawn_from, changed)
-        scored = scored_rows(chunks, spans, self._model.config.vocab_size)
+        scored = scored_rows(chunks, self._model.config.vocab_size)
         scores = None if scored is None else self._sampler.score(logits, scored)
         self._row_of = {sequence: row for row, sequence in enumerate(sampling)}
         return self._queue(chunks, len(sampling), scores)
@@ -133,9 +133,10 @@ class CudaRunner:
         return DecodeRow(chunk.end, source, max(0, sequence.token_ids[chunk.start]), sequence.blocks, draw)
 
     def _prefill(
-        self, chunks: Sequence[Chunk], spans: Sequence[range], draws: Sequence[Draw], on_layer: Callable[[int], None] | None
+        self, chunks: Sequence[Chunk], draws: Sequence[Draw], on_layer: Callable[[int], None] | None
     ) -> tuple[Tensor, Tensor]:
-        """→ logits of all spans [N, vocab], and of the rows that were sampled [R, vocab]."""
+        """→ logits of all `logit_span`s [N, vocab], and of the rows that were sampled [R, vocab]."""
+        spans = [logit_span(chunk) for chunk in chunks]
         step = self._prompt_step(chunks, spans, draws)
         has_scored = any(len(span) != chunk.samples for chunk, span in zip(chunks, spans, strict=True))
         if not has_scored and (shape := self._prompt_graphs.shape_of(step)) is not None:

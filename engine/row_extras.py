@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.token_counts import IN_PROMPT, MOST_COUNTED
-from .model_runner import scored_prompt
+from .model_runner import logit_span, scored_prompt
 from .sampler import Sampled
 from .scheduler import Chunk
 from .sequence import Sequence as Seq
@@ -150,15 +150,15 @@ class ScoredRows:
             yield prompt, next(scores) if is_sampled else None
 
 
-def scored_rows(chunks: Sequence[Chunk], spans: Sequence[range], vocab: int) -> ScoredRows | None:
-    """`spans[i]`: the positions of chunk i whose logits there are. None: nobody wants any."""
+def scored_rows(chunks: Sequence[Chunk], vocab: int) -> ScoredRows | None:
+    """None: nobody wants any."""
     if all(chunk.sequence.is_plain for chunk in chunks):
         return None
     rows, tokens, num_top = list[int](), list[int](), list[int]()
     num_prompt, is_sampled = list[int](), list[bool]()
     first, num_sampled = 0, 0
-    for chunk, span in zip(chunks, spans, strict=True):
-        sampling = chunk.sequence.request.sampling
+    for chunk in chunks:
+        sampling, span = chunk.sequence.request.sampling, logit_span(chunk)
         following = scored_prompt(chunk)
         wants_sampled = chunk.samples and sampling.logprobs is not None
         rows += [*range(first, first + len(following)), *([first + len(span) - 1] if wants_sampled else [])]

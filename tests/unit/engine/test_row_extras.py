@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.engine.model_runner import logit_span
 from diptych.engine.row_extras import NO_SLOT, CountSlots, changed_rows, scored_rows
 from diptych.engine.sampler import Sampled
 from diptych.engine.scheduler import Chunk
@@ -131,7 +130,7 @@ def test_scores_find_their_way_back_to_their_chunks() -> None:
     prompt = sequence([1, 2, 3, 4], prompt_logprobs=1, logprobs=2)
     half, plain, scored = sequence([5, 6, 7], prompt_logprobs=0), sequence([8]), sequence([9], logprobs=0)
     chunks = [Chunk(plain, 0, 1), Chunk(prompt, 0, 4), Chunk(half, 0, 2), Chunk(scored, 0, 1)]
-    rows = scored_rows(chunks, [logit_span(chunk) for chunk in chunks], VOCAB)
+    rows = scored_rows(chunks, VOCAB)
     assert rows is not None
     assert rows.rows.tolist() == [1, 2, 3, 4, 5, 6, 7]          # of plain's 1 row of logits, prompt's 4, half's 2 and scored's 1
     assert rows.tokens.tolist() == [2, 3, 4, -2, 6, 7, -3]      # the second and the third that are sampled
@@ -153,4 +152,4 @@ def test_scores_find_their_way_back_to_their_chunks() -> None:
 def test_nothing_is_made_for_a_step_of_plain_rows(options: dict[str, Any]) -> None:
     chunks = [Chunk(sequence([1, 2], **options), 0, 2)]
     assert changed_rows([chunk.sequence for chunk in chunks], CountSlots(NUM_SLOTS, VOCAB)) == (None, None)
-    assert scored_rows(chunks, [range(1, 2)], VOCAB) is None
+    assert scored_rows(chunks, VOCAB) is None
