@@ -106,12 +106,12 @@ class Engine:
         self, request: GenerateRequest, first: TokenDelta, blocks: list[BlockId], now: float, hashes: Seq[BlockHash] = ()
     ) -> Sequence:
         """To be decoded after `first`, with the KV of request.token_ids in `blocks` (held by the caller until now); `hashes` are those
-        of its full blocks that are known already."""
+        of its full blocks that are known already. The prefix cache learns of them after its first step, for which a client waits."""
         sequence = self._admit_to_books(request, now, hands_off=False)
         sequence.blocks = blocks
         sequence.hashes = list(hashes)
         sequence.was_admitted = True
-        self.scheduler.computed(Chunk(sequence, 0, len(request.token_ids)))
+        sequence.num_computed = len(request.token_ids)
         sequence.token_ids += first.token_ids
         sequence.handed_over_at = now
         self.scheduler.adopt(sequence)

@@ -260,10 +260,12 @@ def test_a_sequence_that_ends_with_its_first_token_is_not_parked() -> None:
 def test_adopted_blocks_are_matched_by_others() -> None:
     engine, pool = make_engine()
     adopt(engine, pool, request("theirs", [1] * 9))
+    [first] = engine.execute(engine.plan())
     engine.add(request("ours", [1] * 9), now=0.0)
     deltas = finish_all(engine)
     assert deltas["ours"][0].num_cached_tokens == 8
-    assert tokens_of(deltas["theirs"]) == tokens_of(deltas["ours"])[1:]
+    assert first.delta is not None
+    assert [*first.delta.token_ids, *tokens_of(deltas["theirs"])] == tokens_of(deltas["ours"])[1:]
 
 
 def test_what_is_adopted_is_checked_like_what_is_added() -> None:
