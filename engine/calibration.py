@@ -50,7 +50,8 @@ def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], flo
 def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
     """One of each kind of step that a GPU compiles something for, so that no request waits for a compiler: short and long prompts, several
     prompts that fill a step, the end of a long one, and decodes of few and many sequences, with short and long contexts, beside a prompt.
-    The latter ask for their prompts' logprobs: otherwise a graph would take the step, and all its kernels are compiled already.
+    The latter ask for their prompts' logprobs: otherwise a graph would take the step, and all its kernels are compiled already. And decodes
+    that ask for all that is done outside of graphs: how many there are decides how many programs share a row that is sampled.
 
     Steps too large for a graph come in many sizes: a library picks its kernels by the number of rows, and CUDA loads each when it is first
     launched, once the device is idle. The host would wait for the step before (up to 0.2 s, seen on an H100)."""
@@ -65,11 +66,18 @@ def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
     beside, *scored = (_prompt(min(count, budget), limits, SCORED) for count in SCORED_ROWS)
     for chunk in (beside, *scored, _chunk(longest, min(2, budget), limits, SCORED), _prompt(min(17, budget), limits, ALL_EXTRAS)):
         runner.launch(_plan([chunk]), None).wait()
+    for count in _batches(min(limits.max_sequences, limits.max_step_tokens)):
+        runner.launch(_plan([_decode(1, limits, ALL_EXTRAS) for _ in range(count)]), None).wait()
     contexts, count = _contexts(longest), 1
     while count < min(limits.max_sequences, limits.max_step_tokens - 17):
         for context in contexts if count == 1 else (1, longest):
             runner.launch(_plan([*[_decode(context, limits)] * count, beside]), None).wait()
         count *= 2
+
+
+def _batches(most: int) -> list[int]:
+    """1, 2, 4 … and the largest."""
+    return sorted({*(1 << power for power in range(most.bit_length())), most})
 
 
 def _contexts(longest: int) -> list[int]:
@@ -113,8 +121,8 @@ def _chunk(end: int, num_tokens: int, limits: EngineLimits, sampling: SamplingPa
     return Chunk(sequence, sequence.num_computed, num_tokens)
 
 
-def _decode(context: int, limits: EngineLimits) -> Chunk:
-    sequence = _sequence(max(1, context), limits)
+def _decode(context: int, limits: EngineLimits, sampling: SamplingParams = GREEDY) -> Chunk:
+    sequence = _sequence(max(1, context), limits, sampling)
     sequence.num_computed = len(sequence.token_ids)
     sequence.token_ids.append(0)
     return Chunk(sequence, sequence.num_computed, 1)

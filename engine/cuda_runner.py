@@ -36,7 +36,7 @@ from .model_runner import ChunkOutput, StepOutputs, logit_span
 from .packing import pack
 from .prompt_graphs import PromptGraphs
 from .prompt_steps import PromptStep
-from .row_extras import CountSlots, changed_rows, scored_rows
+from .row_extras import CountSlots, changed_rows, counted, scored_rows
 from .sampler import Sampled
 from .scheduler import Chunk, StepPlan
 from .sequence import Sequence as Seq
@@ -81,11 +81,11 @@ class CudaRunner:
         self._staging = Staging(64 * (limits.max_step_tokens + limits.max_sequences), device)
         self._tokens = [torch.zeros(limits.max_sequences, dtype=torch.int64, pin_memory=True) for _ in range(DEPTH)]
         self._turn = 0
-        self._slots = CountSlots(limits.max_sequences, model.config.vocab_size)
-        self._sampler = DeviceSampler(self._sampled, model.config.vocab_size)
+        self._slots = CountSlots(limits.max_sequences)
         self._graphs = DecodeGraphs(model, pool, self._sampled, limits.max_sequences, limits.max_model_len)
         self._prompt_graphs = PromptGraphs(model, pool, self._sampled, limits, layer_group)
         try:
+            self._sampler = DeviceSampler(self._sampled, model.config.vocab_size, limits.max_model_len)
             with torch.cuda.device(device):
                 self._graphs.capture()
                 self._prompt_graphs.capture()
@@ -107,8 +107,8 @@ class CudaRunner:
             logits = drawn_from = self._decode(chunks, draws, on_layer)
         else:
             logits, drawn_from = self._prefill(chunks, draws, on_layer)
-        if fresh is not None:
-            self._sampler.count(fresh)
+        if fresh:
+            self._sampler.count(counted(fresh, self._model.config.vocab_size))
         if changed is not None:
             self._sampler.draw_changed(drawn_from, changed)
         scored = scored_rows(chunks, self._model.config.vocab_size)

@@ -15,12 +15,16 @@ from torch import Tensor
 from ..kernels.logit_changes import LogitChanges, change_logits, settle
 from ..kernels.logprobs import token_logprobs
 from ..kernels.sampling import Draws, sample
+from ..messages.requests import MAX_LOGPROBS
 from .draw import columns, draw_of
 from .row_extras import ChangedRows, Fresh, ScoredRows
 from .sampler import Sampled
+from .scheduler import MAX_SCORED_TOKENS
 from .staging import DEPTH, Staging
 
-FIRST_BYTES = 1 << 16    # of the buffers, which grow with what is asked for
+CHANGED_BYTES = 1 << 16    # of a step's rows and biases; a buffer grows if there are more
+COUNT_BYTES = 10           # of a token that is counted: where, and how often
+ROW_BYTES = 12             # of a score asked for
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,20 @@ class Scores:
 class DeviceSampler:
     """`sampled` [max_sequences] int64 on the device: the tokens of a step; -1 where logits were not finite."""
 
-    def __init__(self, sampled: Tensor, vocab: int) -> None:
+    def __init__(self, sampled: Tensor, vocab: int, max_model_len: int) -> None:
         self._sampled = sampled
+        most_scored = MAX_SCORED_TOKENS + len(sampled)
         self._counts = torch.zeros(len(sampled), vocab, dtype=torch.int16, device=sampled.device)
-        self._changes, self._fresh, self._scored = (Staging(FIRST_BYTES, sampled.device) for _ in range(3))     # each used once a step
-        self._back = [torch.empty(FIRST_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(DEPTH)]
+        sizes = CHANGED_BYTES, COUNT_BYTES * max_model_len + CHANGED_BYTES, ROW_BYTES * most_scored + CHANGED_BYTES
+        self._changes, self._fresh, self._scored = (Staging(size, sampled.device) for size in sizes)     # each used once a step
+        most_back = 4 * most_scored * (1 + 2 * MAX_LOGPROBS)
+        self._back = [torch.empty(most_back, dtype=torch.uint8, pin_memory=True) for _ in range(DEPTH)]
         self._turn = 0
 
     def draw_changed(self, logits: Tensor, changed: ChangedRows) -> None:
         """logits [R, vocab], row by row what is sampled."""
         real, top_k = columns([draw_of(sequence) for sequence in changed.sequences])
-        arrays = [changed.rows, changed.slots, *changed.penalties, changed.bias_starts, changed.bias_ids, changed.biases]
-        *there, k, temperature, top_p, min_p, fraction = self._changes.upload([*arrays, top_k, *real])
+        *there, k, temperature, top_p, min_p, fraction = self._changes.upload([*changed.arrays, top_k, *real])
         changes = LogitChanges(*there)
         tokens = sample(change_logits(logits, self._counts, changes), Draws(temperature, k, top_p, min_p, fraction))
         settle(self._sampled, tokens, self._counts, changes)
@@ -66,14 +72,8 @@ class DeviceSampler:
         rows, tokens, num_top = self._scored.upload([scored.rows, scored.tokens, scored.num_top])
         logprobs, ids = token_logprobs(logits, rows, tokens, self._sampled, num_top, scored.most_top)
         self._turn = (self._turn + 1) % DEPTH
-        there = self._pinned(logprobs.nbytes + ids.nbytes)
-        logprobs_there, ids_there = there[: logprobs.nbytes], there[logprobs.nbytes : logprobs.nbytes + ids.nbytes]
-        return Scores(scored, _copied(logprobs, logprobs_there), _copied(ids, ids_there))
-
-    def _pinned(self, num_bytes: int) -> Tensor:
-        if num_bytes > len(self._back[self._turn]):
-            self._back[self._turn] = torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=True)
-        return self._back[self._turn]
+        there, split, end = self._back[self._turn], logprobs.nbytes, logprobs.nbytes + ids.nbytes
+        return Scores(scored, _copied(logprobs, there[:split]), _copied(ids, there[split:end]))
 
 
 def _copied(source: Tensor, target: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How much of a GPU is left for KV: the model is run once at its largest step, and what that took is known from then on.
 
-    room = share · total − (weights, the largest step's activations, whatever else is on the GPU)
+    room = share · total − (weights, the largest step's activations, whatever else is on the GPU) − what sampling takes beside them
 
 What torch has reserved by then it keeps, so nothing that a step needs later competes with the pool.
 """
@@ -16,6 +16,9 @@ from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from ..models.weights import ModelWeights, Param
 from .config import EngineConfig
+from .scheduler import MAX_SCORED_TOKENS
+
+COUNT_BYTES, CHANGED_BYTES = 2, 4         # of a token's count, and of a logit that is changed: int16 and fp32
 
 
 def require_room_for_weights(plan: ModelWeights[Param], dtype: torch.dtype, device: torch.device) -> None:
@@ -27,16 +30,22 @@ def require_room_for_weights(plan: ModelWeights[Param], dtype: torch.dtype, devi
         raise ModelError(f"the weights take {sizes}")
 
 
-def kv_room(model: Transformer, layout: KVLayout, engine: EngineConfig, device: torch.device) -> int:
-    """Bytes. Raises PoolTooSmall with the numbers if nothing is left."""
+def kv_room(model: Transformer, dtype: torch.dtype, layout: KVLayout, engine: EngineConfig, device: torch.device) -> int:
+    """Bytes; `dtype` is the model's. Raises PoolTooSmall with the numbers if nothing is left."""
     _largest_step(model, layout, engine, device)
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
-    room = int(engine.gpu_memory * total) - (total - free)
+    room = int(engine.gpu_memory * total) - (total - free) - sampling_bytes(model.config.vocab_size, dtype, engine)
     if room <= 0:
         taken = f"{(total - free) / 2**30:.1f} GiB are taken by weights, the largest step and other processes"
         raise PoolTooSmall(f"no room for KV: {taken}, {engine.gpu_memory:.0%} of {total / 2**30:.1f} GiB may be")
     return room
+
+
+def sampling_bytes(vocab: int, dtype: torch.dtype, engine: EngineConfig) -> int:
+    """Counts of tokens, and logits of rows that are changed and of prompts that are scored, as many as there can be in a step."""
+    changed = engine.max_sequences * (COUNT_BYTES + CHANGED_BYTES + dtype.itemsize)
+    return vocab * (changed + min(MAX_SCORED_TOKENS, engine.max_step_tokens) * dtype.itemsize)
 
 
 def _largest_step(model: Transformer, layout: KVLayout, engine: EngineConfig, device: torch.device) -> None:

@@ -85,7 +85,7 @@ def build_replica(config: WorkerConfig, transport: TransportBundle | None = None
         require_room_for_weights(weight_plan(model_config), dtype, device)
     model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ops)
     if num_blocks is None:
-        room = kv_room(model, layout, engine, device) - (STAGING_BYTES[device.type] if layout_there != layout else 0)
+        room = kv_room(model, dtype, layout, engine, device) - (STAGING_BYTES[device.type] if layout_there != layout else 0)
         num_blocks = _blocks_in(room, "what the model leaves of the GPU,", layout)
     limits = _limits(engine, model_config, num_blocks)
     transport = transport or _transports(config, config.worker_id)

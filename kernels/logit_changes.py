@@ -90,8 +90,8 @@ def _bias_kernel(
     end = tl.load(bias_starts + at + 1)
     for start in range(tl.load(bias_starts + at), end, TILE):
         places = start + tl.arange(0, TILE)
-        there = places < end
-        ids = tl.load(bias_ids + places, mask=there, other=0)
+        ids = tl.load(bias_ids + places, mask=places < end, other=vocab)
+        there = ids < vocab                   # a stop token may be one that the model cannot sample
         values = tl.load(logits + ids, mask=there, other=0.0).to(tl.float32) + tl.load(biases + places, mask=there, other=0.0)
         values = _penalised(values, ids, there, counts, slots + at, repetition + at, presence + at, frequency + at, vocab)
         tl.store(changed + at * vocab + ids, values, mask=there)

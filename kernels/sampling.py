@@ -16,7 +16,8 @@ Passes are bound by arithmetic, so several programs share a row while there are 
     program 1   ▓▓▓▓│      │▓▓▓▓│      │ …     all of them then add up the same sums in the same order
 
 So what comes out does not depend on how many programs there are, and a row's token not on its batch mates. They wait for each other, hence
-all of a launch must be on the device at once: there are never more than multiprocessors, and what runs beside them ends by itself.
+all of a launch must be on the device at once: there are never more than multiprocessors, and what runs beside them ends by itself. (Two
+processes that sample on one GPU at the same time, through MPS, could hold each other up for ever: a worker has its GPU for itself.)
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -64,6 +65,8 @@ def sample(
         tile = tile or TILE_BYTES // logits.element_size()
         sums = torch.empty(num_rows, 2, 3, GROUPS.value, tile // lanes, dtype=torch.float32, device=logits.device)
         programs = programs or _programs(num_rows, logits.device)
+        assert tile >= lanes, f"a tile of {tile} logits is less than what a warp loads, {lanes}"
+        assert programs == 1 or logits.device.type != "cuda" or programs * num_rows <= _multiprocessors(logits.device)
         _sample_kernel[(programs, num_rows)](
             token_ids, sums, _arrivals(logits.device), logits,
             draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.fraction, vocab, logits.stride(0),

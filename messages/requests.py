@@ -29,6 +29,10 @@ class ServiceClass(StrEnum):
     BATCH = "batch"        # fills what is idle, is late rather than refused, gives its memory up first
 
 
+MAX_LOGPROBS = 20
+"""Alternatives beside a token."""
+
+
 class SamplingParams(Struct, frozen=True):
     """How one sequence is sampled. Ranges are the gateway's to check; workers rely on them."""
 
@@ -41,7 +45,7 @@ class SamplingParams(Struct, frozen=True):
     repetition_penalty: float = 1.0           # over prompt and output
     presence_penalty: float = 0.0             # over output
     frequency_penalty: float = 0.0            # over output
-    logprobs: int | None = None               # alternatives beside the chosen token; None: no logprobs at all
+    logprobs: int | None = None               # alternatives beside the chosen token, MAX_LOGPROBS at most; None: no logprobs at all
     prompt_logprobs: int | None = None        # the same for every prompt token but the first
     min_tokens: int = 0                       # stop tokens are masked until so many are out
     stop_token_ids: tuple[int, ...] = ()      # includes the model's EOS unless ignore_eos

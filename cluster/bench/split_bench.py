@@ -1,17 +1,18 @@
 """`diptych bench split`: what a split costs one client on an idle pair, against the same prompt served by one worker.
 
-    each prompt length: [split, local, alone], [local, alone, split], …    one request at a time, each with a prompt of its own
+    each prompt length: [split, local, alone], [split, alone, local], …    one request at a time, each with a prompt of its own
 
-*Local* is the decode worker by itself, *alone* the prefill worker: that one computes the prompt on the same device as the split does, so
-what a split's first token takes longer is the handoff, where devices differ as much as those of one kind do. The header `x-diptych-path`
-says which way (`router: {debug_headers: true}`); or a second URL is *colocated*, and there are two. Requests take turns, so that all ways
-meet the same machine at the same time; of TTFT the difference within each round counts.
+*Local* is the decode worker by itself, *alone* the prefill worker. With one of each, *alone* computes the prompt on the device that
+computes it for the split, and what the split's first token takes longer is the handoff; two devices of one kind can differ by more than
+that. The header `x-diptych-path` says which way (`router: {debug_headers: true}`); or a second URL is *colocated*, and there are two ways.
+Requests take turns in all orders, so that all ways meet the same machine, as busy as it is; of TTFT the difference within a round counts.
 """
 
 import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import uvloop
@@ -29,7 +30,7 @@ from .record import Outcome, RequestRecord
 from .workload import TimedRequest, Workload
 from .writer import PromptSource, RequestWriter
 
-WARM_UPS = 2                    # rounds of each length
+WARM_UPS = 6                    # rounds of each length: each order once
 PAUSE_S = 0.05                  # between two requests: what the one before left behind is over
 
 
@@ -135,15 +136,15 @@ async def _way(bench: SplitBench, name: str, address: Address, headers: tuple[st
 
 
 async def _rounds(ways: Sequence[Way], bench: SplitBench, length: int, salt: int) -> list[list[RequestRecord]]:
-    """One record a way, in the order of `ways`; each comes first in turn."""
+    """One record a way, in the order of `ways`; they are asked in all orders in turn."""
     timed, num_ways = TimedRequest(0.0, length, bench.output_tokens), len(ways)
     count = WARM_UPS + bench.rounds
     workload = Workload(f"prompts of {length}", (timed,) * (num_ways * count))
     raw = [way.writer.write(workload, salt) for way in ways]
-    rounds = []
+    rounds, orders = [], list(permutations(range(num_ways)))
     with no_collection():
         for i in range(count):
-            order = [(i + way) % num_ways for way in range(num_ways)]
+            order = orders[i % len(orders)]
             records = {way: await ways[way].ask(timed, raw[way][num_ways * i + way], bench.deadline_s) for way in order}
             rounds.append([records[way] for way in range(num_ways)])
     return rounds

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
+from ...messages.requests import MAX_LOGPROBS
 from .errors import BadRequest
 
 MAX_STOPS = 16
-MAX_LOGPROBS = 20
 MAX_N = 128
 
 Body = TypeVar("Body", bound="_Common")

@@ -64,7 +64,7 @@ class ChoiceExplanation(Struct, frozen=True):
     promised_tpot_s: float | None
     attempts: tuple[AttemptExplanation, ...]
     state: GenerationState
-    path: str | None                          # split or local, of the last attempt
+    path: str | None                          # split, local or alone, of the last attempt
     ttft_s: float | None                      # as measured, since the HTTP request came
     tpot_s: float | None
     num_outputs: int

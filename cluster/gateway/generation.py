@@ -168,7 +168,11 @@ class Generation:
     def start_attempt(self, route: Route, gateway: Address, now: float) -> GenerateRequest:
         """The next attempt continues after what has been delivered, with the same seed."""
         self.num_attempts += 1
-        self.path, self.route = Path.LOCAL if route.prefill is None else Path.SPLIT, route
+        self.route = route
+        if route.prefill is not None:
+            self.path = Path.SPLIT
+        else:
+            self.path = Path.ALONE if self.prompt.path is Path.ALONE else Path.LOCAL
         request_id = RequestId(f"{self.prompt.name}-{self.num_attempts}")
         self.attempt = Attempt(request_id, route, InOrder(len(self.outputs)), progress_at=now)
         self.move(GenerationState.RUNNING)

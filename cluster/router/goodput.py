@@ -75,7 +75,7 @@ class Goodput:
         explanation = self._explain(request, view, now, hashes)
         decision = explanation.decision
         if isinstance(decision, Route):
-            self._flows[_pool_of(decision, view)].add(len(request.token_ids), now)
+            self._flows[_pool_of(request, decision, view)].add(len(request.token_ids), now)
             self._index.insert(hashes, *([decision.decode] if decision.prefill is None else [decision.prefill, decision.decode]))
         return explanation
 
@@ -260,9 +260,10 @@ def _beside_its_prompts(worker: WorkerLoad) -> WorkerLoad:
     return structs.replace(worker, num_free_blocks=worker.num_free_blocks - math.ceil(waiting / worker.block_size))
 
 
-def _pool_of(route: Route, view: ClusterView) -> str:
+def _pool_of(request: RoutingRequest, route: Route, view: ClusterView) -> str:
     """Whose worker computes the prompt. A route's ends are the view's own."""
-    return "prefill" if route.prefill is not None or any(route.decode is worker.ref for worker in view.prefill) else "decode"
+    stays = request.path is Path.ALONE or any(route.decode is worker.ref for worker in view.prefill)
+    return "prefill" if stays or route.prefill is not None else "decode"
 
 
 def _room_in_s(request: RoutingRequest, work: Work, best_s: float) -> float:

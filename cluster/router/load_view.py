@@ -232,8 +232,8 @@ class LoadView:
         return worker is not None and worker.report is not None and worker.report.num_waiting_tokens > 0
 
     def view(self, now: float, path: Path | None = None) -> ClusterView:
-        """The workers that live and are not draining, in Membership's order. With no decode worker among them, or if a request asks for
-        that path, those of the prefill pool stand in: they serve whole requests by themselves."""
+        """The workers that live and are not draining, in Membership's order. Those of the prefill pool stand in where no decode worker is
+        among them, or where a request's `path` is ALONE: they serve whole requests by themselves."""
         prefill, decode = self._loads(Role.PREFILL, now), self._loads(Role.DECODE, now)
         if not decode or path is Path.ALONE:
             prefill, decode = (), prefill

@@ -33,7 +33,7 @@ NO_OBJECTIVES = Objectives()
 class Path(StrEnum):
     SPLIT = "split"                           # a prefill worker computes the prompt
     LOCAL = "local"                           # whoever decodes does
-    ALONE = "alone"                           # a prefill worker does, and decodes: only if it is asked for
+    ALONE = "alone"                           # whoever decodes does, and that is a prefill worker: the view of `LoadView` is made for it
 
 
 class RoutingRequest(Struct, frozen=True):

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from harness.decode_inputs_checks import check_decode_inputs
+from harness.device_sampler_checks import check_device_sampler
 from harness.kernel_checks import (
     REFERENCE,
     AttentionCase,
@@ -300,6 +301,11 @@ def test_what_was_refused_stays_so_and_full_counts_stay_full(device: Device) -> 
 
 def test_there_are_no_logprobs_of_what_is_no_number(device: Device) -> None:
     check_logprobs_of_no_numbers(128_256, device, logprobs.TILE)
+
+
+@pytest.mark.parametrize("vocab", [300, 128_256])
+def test_a_gpus_sampler(vocab: int, device: Device) -> None:
+    check_device_sampler(vocab, device)
 
 
 def test_blocks_beyond_32_bits_of_offset(device: Device) -> None:

@@ -7,7 +7,7 @@ import torch
 from harness.kernel_checks import Device, assert_close
 from torch import Tensor
 
-from diptych.engine.row_extras import ChangedRows, CountSlots, Fresh, changed_rows
+from diptych.engine.row_extras import ChangedRows, CountSlots, Fresh, changed_rows, counted
 from diptych.engine.sampler import SamplingRow, _adjusted, score
 from diptych.engine.sequence import Sequence
 from diptych.kernels.logit_changes import LogitChanges, change_logits, settle
@@ -38,20 +38,20 @@ def wishes(vocab: int) -> list[dict[str, Any]]:
 
 def check_logit_changes(vocab: int, device: Device, tile: int, dtype: torch.dtype) -> None:
     """Three steps: tokens that a step samples are counted by the next, without being told of."""
-    generator, slots = device.generator(), CountSlots(NUM_SLOTS, vocab)
-    sequences = [_sequence(i, vocab, options, generator) for i, options in enumerate(wishes(vocab))]
+    generator, slots = device.generator(), CountSlots(NUM_SLOTS)
+    sequences = [sequence_of(i, vocab, options, generator) for i, options in enumerate(wishes(vocab))]
     counts = torch.full((NUM_SLOTS, vocab), STALE, dtype=torch.int16, device=device.name)
     sampled = torch.zeros(len(sequences), dtype=torch.int64, device=device.name)
     for step in range(3):
         logits = (3 * torch.randn(len(sequences), vocab, generator=generator)).to(dtype)
         changed, fresh = changed_rows(sequences, slots)
         assert changed is not None
-        assert (fresh is None) == (step > 0)
-        if fresh is not None:
-            _count(counts, fresh)
+        assert bool(fresh) == (step == 0)
+        if fresh:
+            _count(counts, counted(fresh, vocab))
         changes = changes_of(changed, device)
         found = change_logits(logits.to(device.name), counts, changes, tile)
-        expected = torch.stack([_adjusted(logits[row].double(), _row(sequences[row])) for row in changed.rows.tolist()])
+        expected = torch.stack([_adjusted(logits[row].double(), row_of(sequences[row])) for row in changed.rows.tolist()])
         assert torch.equal(found.isinf().cpu(), expected.isinf()), f"other tokens are masked, seed {device.seed}"
         assert_close(found.cpu().nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0), 1e-6, device)
         sampled.copy_(logits.float().argmax(1))
@@ -110,8 +110,7 @@ def check_logprobs_of_no_numbers(vocab: int, device: Device, tile: int) -> None:
 
 
 def changes_of(changed: ChangedRows, device: Device) -> LogitChanges:
-    arrays = changed.rows, changed.slots, *changed.penalties, changed.bias_starts, changed.bias_ids, changed.biases
-    return LogitChanges(*(torch.from_numpy(array).to(device.name) for array in arrays))
+    return LogitChanges(*(torch.from_numpy(array).to(device.name) for array in changed.arrays))
 
 
 def _count(counts: Tensor, fresh: Fresh) -> None:
@@ -119,16 +118,16 @@ def _count(counts: Tensor, fresh: Fresh) -> None:
     counts.view(-1)[torch.from_numpy(fresh.places).to(counts.device)] = torch.from_numpy(fresh.counts).to(counts.device)
 
 
-def _sequence(index: int, vocab: int, options: dict[str, Any], generator: torch.Generator) -> Sequence:
+def sequence_of(index: int, vocab: int, options: dict[str, Any], generator: torch.Generator) -> Sequence:
     """Of a request that another worker has answered in part."""
     tokens = torch.randint(0, vocab, (30,), generator=generator).tolist()
-    sampling = SamplingParams(max_tokens=40, seed=index, temperature=0.0, **options)
+    sampling = SamplingParams(max_tokens=40, seed=index, **{"temperature": 0.0} | options)
     request = GenerateRequest(
         RequestId(str(index)), Address(""), tuple(tokens), sampling, Route(decode=NOBODY), math.inf, num_prior_outputs=index % 3 * 5
     )
     return Sequence(request, index, math.inf, math.inf, hands_off=False, max_len=100)
 
 
-def _row(sequence: Sequence) -> SamplingRow:
+def row_of(sequence: Sequence) -> SamplingRow:
     first = sequence.num_prompt_tokens
     return SamplingRow(sequence.request.sampling, sequence.token_ids[:first], sequence.token_ids[first:])

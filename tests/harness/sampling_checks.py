@@ -26,13 +26,15 @@ FILTERS = [
 ]
 
 
-def check_sampling(vocab: int, device: Device, tile: int | None, rows_of_each: int, dtype: torch.dtype) -> None:
+def check_sampling(
+    vocab: int, device: Device, tile: int | None, rows_of_each: int, dtype: torch.dtype, filters: list[dict[str, float]] = FILTERS
+) -> None:
     """Every combination of filters, `rows_of_each` times over rows of distinct, many equal or masked logits, and once over equal ones.
 
     Equal logits with the fraction 1 give the last token that is kept: one too many or too few at a cut shows.
     """
     generator = device.generator()
-    params = [SamplingParams(max_tokens=1, seed=0, **options) for _ in range(rows_of_each + 1) for options in FILTERS]
+    params = [SamplingParams(max_tokens=1, seed=0, **options) for _ in range(rows_of_each + 1) for options in filters]
     logits = (torch.randn(len(params), vocab, generator=generator) * 3).to(dtype).float()
     logits[1::3] = logits[1::3].round()
     logits[2::3, ::2] = -torch.inf
@@ -40,7 +42,7 @@ def check_sampling(vocab: int, device: Device, tile: int | None, rows_of_each: i
     logits[1::6][logits[1::6] == 0] *= -1   # -0 is 0
     fractions = torch.rand(len(params), generator=generator)
     fractions[::7], fractions[3::7] = 0.0, 1.0
-    logits[-len(FILTERS) :], fractions[-len(FILTERS) :] = -1.5, 1.0
+    logits[-len(filters) :], fractions[-len(filters) :] = -1.5, 1.0
     found = sample(logits.to(device.name, dtype), draws_of(params, fractions, device), tile).tolist()
     for i, (row, token) in enumerate(zip(params, found, strict=True)):
         low, high = interval(logits[i], row, token)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.engine.row_extras import NO_SLOT, CountSlots, changed_rows, scored_rows
+from diptych.engine.row_extras import counted as counts_of
 from diptych.engine.sampler import Sampled
 from diptych.engine.scheduler import Chunk
 from diptych.engine.sequence import PENDING, Sequence
@@ -38,14 +39,15 @@ class Table:
 
     def __init__(self) -> None:
         self.rows = np.full((NUM_SLOTS, VOCAB), 77, dtype=np.int16)
-        self.slots = CountSlots(NUM_SLOTS, VOCAB)
+        self.slots = CountSlots(NUM_SLOTS)
 
     def step(self, sequences: list[Sequence]) -> None:
         slots, fresh = self.slots.assign(sequences)
         assert len(set(slots)) == len(slots)
-        if fresh is not None:
-            self.rows[fresh.slots] = 0
-            self.rows.reshape(-1)[fresh.places] = fresh.counts
+        if fresh:
+            brought = counts_of(fresh, VOCAB)
+            self.rows[brought.slots] = 0
+            self.rows.reshape(-1)[brought.places] = brought.counts
         for each, slot in zip(sequences, slots, strict=True):
             known = [each.newest if token == PENDING else token for token in each.token_ids]
             assert self.rows[slot].tolist() == counted(known, each.num_prompt_tokens)
@@ -83,22 +85,20 @@ def test_counts_are_those_of_the_tokens_whoever_comes_and_goes(data: st.DataObje
 
 
 def test_a_sequence_that_was_not_in_the_step_before_is_counted_anew() -> None:
-    slots, one = CountSlots(NUM_SLOTS, VOCAB), sequence([1, 2], frequency_penalty=1.0)
-    assert slots.assign([one])[1] is not None
+    slots, one = CountSlots(NUM_SLOTS), sequence([1, 2], frequency_penalty=1.0)
+    assert slots.assign([one]) == ([0], {one: 0})
     one.token_ids.append(5)
-    assert slots.assign([one])[1] is None
+    assert slots.assign([one]) == ([0], {})
     one.token_ids.append(6)
     slots.assign([])
-    fresh = slots.assign([one])[1]
-    assert fresh is not None
+    fresh = counts_of(slots.assign([one])[1], VOCAB)
     assert fresh.places.tolist() == [1, 2, 5, 6]
     assert fresh.counts.tolist() == [IN_PROMPT, IN_PROMPT, 1, 1]
 
 
 def test_a_count_is_never_more_than_the_table_can_hold() -> None:
     one = sequence([3] + [4] * 40_000, num_outputs=40_000, frequency_penalty=1.0)
-    fresh = CountSlots(NUM_SLOTS, VOCAB).assign([one])[1]
-    assert fresh is not None
+    fresh = counts_of({one: 0}, VOCAB)
     assert fresh.counts.tolist() == [IN_PROMPT, MOST_COUNTED]
 
 
@@ -107,12 +107,12 @@ def test_only_rows_that_want_it_are_changed_and_only_penalised_ones_have_a_slot(
     biased = sequence([1], logit_bias={7: 2.0, 3: -1.0})
     penalised = sequence([1], repetition_penalty=1.5, frequency_penalty=0.25)
     masked = sequence([1], min_tokens=1, stop_token_ids=(2, 3), logit_bias={3: 9.0})
-    changed, fresh = changed_rows([plain, biased, scored, penalised, masked], CountSlots(NUM_SLOTS, VOCAB))
+    changed, fresh = changed_rows([plain, biased, scored, penalised, masked], CountSlots(NUM_SLOTS))
     assert changed is not None
-    assert fresh is not None
+    assert list(fresh) == [penalised]
     assert changed.sequences == (biased, penalised, masked)
     assert changed.rows.tolist() == [1, 3, 4]
-    assert changed.slots.tolist() == [NO_SLOT, fresh.slots[0], NO_SLOT]
+    assert changed.slots.tolist() == [NO_SLOT, fresh[penalised], NO_SLOT]
     assert changed.penalties.tolist() == [[1.0, 1.5, 1.0], [0.0, 0.0, 0.0], [0.0, 0.25, 0.0]]
     assert changed.bias_starts.tolist() == [0, 2, 2, 4]
     biases = zip(changed.bias_ids.tolist(), changed.biases.tolist(), strict=True)
@@ -120,10 +120,10 @@ def test_only_rows_that_want_it_are_changed_and_only_penalised_ones_have_a_slot(
 
 
 def test_stop_tokens_are_masked_until_enough_tokens_are_out() -> None:
-    one, slots = sequence([1, 4], num_outputs=1, min_tokens=2, stop_token_ids=(2,)), CountSlots(NUM_SLOTS, VOCAB)
+    one, slots = sequence([1, 4], num_outputs=1, min_tokens=2, stop_token_ids=(2,)), CountSlots(NUM_SLOTS)
     assert changed_rows([one], slots)[0] is not None
     one.token_ids.append(PENDING)
-    assert changed_rows([one], slots) == (None, None)
+    assert changed_rows([one], slots) == (None, {})
 
 
 def test_scores_find_their_way_back_to_their_chunks() -> None:
@@ -151,5 +151,5 @@ def test_scores_find_their_way_back_to_their_chunks() -> None:
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.3, "top_k": 4}, {"min_tokens": 3}, {"stop_token_ids": (2,)}])
 def test_nothing_is_made_for_a_step_of_plain_rows(options: dict[str, Any]) -> None:
     chunks = [Chunk(sequence([1, 2], **options), 0, 2)]
-    assert changed_rows([chunk.sequence for chunk in chunks], CountSlots(NUM_SLOTS, VOCAB)) == (None, None)
+    assert changed_rows([chunk.sequence for chunk in chunks], CountSlots(NUM_SLOTS)) == (None, {})
     assert scored_rows(chunks, VOCAB) is None

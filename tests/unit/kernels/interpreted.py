@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness.conversion_checks import ConversionCase, check_conversion, check_nothing_to_convert
 from harness.decode_inputs_checks import check_decode_inputs
+from harness.device_sampler_checks import check_device_sampler, without_pinned_memory
 from harness.interpreter import make_exact
 from harness.kernel_checks import (
     REFERENCE,
@@ -27,7 +28,7 @@ from harness.kernel_checks import (
 from harness.kernel_model import logits_of_steps, random_weights
 from harness.logit_checks import check_logit_changes, check_logprobs, check_logprobs_of_no_numbers, check_settling
 from harness.push_checks import check_push
-from harness.sampling_checks import check_refusal, check_sampling
+from harness.sampling_checks import FILTERS, check_refusal, check_sampling
 from harness.share_checks import check_items
 
 from diptych.kernels.context_shares import ChunkCut
@@ -221,6 +222,10 @@ def test_sampling(dtype: torch.dtype, device: Device) -> None:
     check_sampling(300, device, tile=256, rows_of_each=1, dtype=dtype)
 
 
+def test_sampling_from_groups_of_several_tiles(device: Device) -> None:
+    check_sampling(1300, device, tile=128, rows_of_each=1, dtype=torch.float32, filters=FILTERS[10:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
 def test_changed_logits(dtype: torch.dtype, device: Device) -> None:
     check_logit_changes(300, device, tile=128, dtype=dtype)
@@ -237,6 +242,11 @@ def test_logprobs(dtype: torch.dtype, device: Device) -> None:
 
 def test_there_are_no_logprobs_of_what_is_no_number(device: Device) -> None:
     check_logprobs_of_no_numbers(300, device, tile=128)
+
+
+def test_a_gpus_sampler(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pinned_memory(monkeypatch)
+    check_device_sampler(300, device)
 
 
 @pytest.mark.parametrize(("page_words", "num_pages"), [(256, 9), (1024, 3), (96, 7), (2048, 1), (64, 0), (32, 1700)])
