@@ -24,7 +24,7 @@ from .response_head import Headers
 JSON = ("content-type", "application/json")
 SSE: Headers = (("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-cache"))
 DONE = b"data: [DONE]\n\n"
-SLICE_S, LONG_SLICE_S, BUSY_AFTER_S = 0.000_25, 0.001, 0.1
+SLICE_S, LONG_SLICE_S, BUSY_AFTER_S, LEAST_SHARE = 0.000_25, 0.001, 0.1, 0.2
 WRITE_GRACE_S = 5.0
 """After the request's deadline, for the error to reach the client."""
 
@@ -34,7 +34,7 @@ class Turn:
 
     Answers that have not begun come first. The others wait in line, for a step's tokens can take ten milliseconds to write: every SLICE_S
     the loop looks at what has come meanwhile, requests and first tokens. Once it has been writing for BUSY_AFTER_S without an end, looking
-    costs more than it gains, and slices are longer.
+    costs more than it gains, and slices are longer. However many requests come, LEAST_SHARE of the time is for answers under way.
     """
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
@@ -42,11 +42,12 @@ class Turn:
         self._first = deque[Callable[[], None]]()
         self._others = deque[Callable[[], None]]()
         self._began: float | None = None      # writing without an end; None: nobody has news
+        self._left = 0.0                      # when the loop went elsewhere
 
     def add(self, call: Callable[[], None], is_first: bool) -> None:
         """`call` raises nothing."""
         if self._began is None:
-            self._began = self._clock()
+            self._began = self._left = self._clock()
             asyncio.get_running_loop().call_soon(self._run)
         (self._first if is_first else self._others).append(call)
 
@@ -54,11 +55,13 @@ class Turn:
         assert self._began is not None, "nobody has news"
         while self._first:
             self._first.popleft()()
-        now = self._clock()                   # however many have begun, the others get on
-        end = now + (SLICE_S if now - self._began < BUSY_AFTER_S else LONG_SLICE_S)
+        now = self._clock()
+        slice_s = SLICE_S if now - self._began < BUSY_AFTER_S else LONG_SLICE_S
+        end = now + max(slice_s, LEAST_SHARE / (1 - LEAST_SHARE) * (now - self._left))
         while self._others and now < end:
             self._others.popleft()()
             now = self._clock()
+        self._left = now
         if self._first or self._others:
             asyncio.get_running_loop().call_soon(self._run)
         else:

@@ -68,11 +68,14 @@ def check_sharing(vocab: int, device: Device, dtype: torch.dtype) -> None:
     params = [SamplingParams(max_tokens=1, seed=0, **options) for options in FILTERS]
     logits = (torch.randn(len(params), vocab, generator=generator) * 2).to(device.name, dtype)
     logits[3, vocab // 2] = torch.nan
+    most = torch.cuda.get_device_properties(device.name).multi_processor_count // len(params)
+    fitting = [count for count in (2, 4, 8) if count <= most]
     for _ in range(20):
         fractions = torch.rand(len(params), generator=generator)
         draws = draws_of(params, fractions, device)
-        alone, *shared = (sample(logits, draws, refuse_infinite=True, programs=count).tolist() for count in (1, 2, 4, 8))
-        assert shared == [alone] * 3, f"seed {device.seed}"
+        alone = sample(logits, draws, refuse_infinite=True, programs=1).tolist()
+        for count in fitting:
+            assert sample(logits, draws, refuse_infinite=True, programs=count).tolist() == alone, f"{count} programs, seed {device.seed}"
         assert alone[3] == -1
         many = draws_of(params * 20, fractions.repeat(20), device)
         assert sample(logits.repeat(20, 1), many, refuse_infinite=True).tolist() == alone * 20, f"seed {device.seed}"
