@@ -50,7 +50,7 @@ class Queued:
     event: Any                     # torch.cuda.Event, whose methods have no types
     tokens: Tensor                 # [R] int64, pinned: of the chunks that sample, in order; -1: logits not finite
     samples: tuple[bool, ...]      # of each chunk
-    scores: Scores | None
+    scores: Scores | None          # None: nobody asked for log-probabilities
 
     def is_ready(self) -> bool:
         return bool(self.event.query())

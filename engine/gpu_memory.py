@@ -18,8 +18,6 @@ from ..models.weights import ModelWeights, Param
 from .config import EngineConfig
 from .scheduler import MAX_SCORED_TOKENS
 
-COUNT_BYTES, CHANGED_BYTES = 2, 4         # of a token's count, and of a logit that is changed: int16 and fp32
-
 
 def require_room_for_weights(plan: ModelWeights[Param], dtype: torch.dtype, device: torch.device) -> None:
     """Raises ModelError with the numbers, before anything is loaded."""
@@ -35,16 +33,17 @@ def kv_room(model: Transformer, dtype: torch.dtype, layout: KVLayout, engine: En
     _largest_step(model, layout, engine, device)
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
-    room = int(engine.gpu_memory * total) - (total - free) - sampling_bytes(model.config.vocab_size, dtype, engine)
+    taken_bytes = total - free + sampling_bytes(model.config.vocab_size, dtype, engine)
+    room = int(engine.gpu_memory * total) - taken_bytes
     if room <= 0:
-        taken = f"{(total - free) / 2**30:.1f} GiB are taken by weights, the largest step and other processes"
+        taken = f"{taken_bytes / 2**30:.1f} GiB are taken by weights, the largest step, sampling and other processes"
         raise PoolTooSmall(f"no room for KV: {taken}, {engine.gpu_memory:.0%} of {total / 2**30:.1f} GiB may be")
     return room
 
 
 def sampling_bytes(vocab: int, dtype: torch.dtype, engine: EngineConfig) -> int:
     """Counts of tokens, and logits of rows that are changed and of prompts that are scored, as many as there can be in a step."""
-    changed = engine.max_sequences * (COUNT_BYTES + CHANGED_BYTES + dtype.itemsize)
+    changed = engine.max_sequences * (torch.int16.itemsize + torch.float32.itemsize + dtype.itemsize)
     return vocab * (changed + min(MAX_SCORED_TOKENS, engine.max_step_tokens) * dtype.itemsize)
 
 

@@ -91,12 +91,12 @@ class ChangedRows:
 def changed_rows(sampling: Sequence[Seq], slots: CountSlots) -> tuple[ChangedRows | None, dict[Seq, int]]:
     """Of the sequences that a step samples for, in order, and whose slots are to be `counted` before they are drawn. To be asked in every
     step: `slots` go by the step before."""
-    chosen = [(row, s) for row, s in enumerate(sampling) if not s.is_plain and _changes_logits(s)]
-    counted = [s for _, s in chosen if s.request.sampling.is_penalised]
-    assigned, fresh = slots.assign(counted)
+    chosen = [(row, s) for row, s in enumerate(sampling) if not s.is_plain and s.request.sampling.changes_logits(s.num_outputs)]
+    penalised = [s for _, s in chosen if s.request.sampling.is_penalised]
+    assigned, fresh = slots.assign(penalised)
     if not chosen:
         return None, {}
-    slot_of = dict(zip(counted, assigned, strict=True))
+    slot_of = dict(zip(penalised, assigned, strict=True))
     biases = [_biases(s) for _, s in chosen]
     params = [s.request.sampling for _, s in chosen]
     penalties = [p.repetition_penalty for p in params], [p.presence_penalty for p in params], [p.frequency_penalty for p in params]
@@ -112,19 +112,9 @@ def changed_rows(sampling: Sequence[Seq], slots: CountSlots) -> tuple[ChangedRow
     return changed, fresh
 
 
-def _changes_logits(sequence: Seq) -> bool:
-    sampling = sequence.request.sampling
-    return bool(sampling.logit_bias) or sampling.is_penalised or _masks_stops(sequence)
-
-
-def _masks_stops(sequence: Seq) -> bool:
-    sampling = sequence.request.sampling
-    return sequence.num_outputs < sampling.min_tokens and bool(sampling.stop_token_ids)
-
-
 def _biases(sequence: Seq) -> dict[int, float]:
     sampling = sequence.request.sampling
-    masked = sampling.stop_token_ids if _masks_stops(sequence) else ()
+    masked = sampling.stop_token_ids if sampling.masks_stops(sequence.num_outputs) else ()
     return sampling.logit_bias | dict.fromkeys(masked, -np.inf)
 
 

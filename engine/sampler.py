@@ -82,11 +82,7 @@ def _mix(x: int) -> int:
 
 
 def _is_plain_greedy(row: SamplingRow) -> bool:
-    return row.params.temperature == 0 and not (row.params.logit_bias or row.params.is_penalised or _stops_masked(row))
-
-
-def _stops_masked(row: SamplingRow) -> bool:
-    return len(row.output_ids) < row.params.min_tokens and bool(row.params.stop_token_ids)
+    return row.params.temperature == 0 and not row.params.changes_logits(len(row.output_ids))
 
 
 def _choose(logits: Tensor, row: SamplingRow) -> int:
@@ -107,7 +103,7 @@ def _adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
     if (params.presence_penalty or params.frequency_penalty) and row.output_ids:
         counts = Counter(row.output_ids)
         logits[list(counts)] -= params.presence_penalty + params.frequency_penalty * logits.new_tensor(list(counts.values()))
-    if _stops_masked(row):
+    if params.masks_stops(len(row.output_ids)):
         logits[list(params.stop_token_ids)] = -torch.inf
     return logits
 

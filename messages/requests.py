@@ -57,11 +57,19 @@ class SamplingParams(Struct, frozen=True):
         """By the tokens that there are already."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    def masks_stops(self, num_outputs: int) -> bool:
+        """For the token after so many."""
+        return num_outputs < self.min_tokens and bool(self.stop_token_ids)
+
+    def changes_logits(self, num_outputs: int) -> bool:
+        """For the token after so many: it is not one of the model's own distribution."""
+        return bool(self.logit_bias) or self.is_penalised or self.masks_stops(num_outputs)
+
     @property
     def is_plain(self) -> bool:
         """Draws from the model's own logits, and no log-probabilities."""
         is_scored = self.logprobs is not None or self.prompt_logprobs is not None
-        return not (is_scored or self.is_penalised or self.logit_bias or (self.min_tokens and self.stop_token_ids))
+        return not (is_scored or self.changes_logits(0))
 
 
 class WorkerRef(Struct, frozen=True, cache_hash=True):
