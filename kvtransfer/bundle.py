@@ -144,6 +144,9 @@ class TransportBundle:
         """Raises PeerGone, TransferError."""
         self._of(peer).write_pages(peer, src_pages, dst_pages, imm)
 
+    def gathers(self, peer: Peer) -> bool:
+        return self._of(peer).gathers
+
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:
         return self._of(peer).stop(peer, imm, timeout_s)
 

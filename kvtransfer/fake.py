@@ -77,6 +77,7 @@ class FakeTransport:
     page_s: float = 0.0                      # what a page that was sent counts as busy time
     busy: dict[tuple[bytes, Imm], float] = field(default_factory=dict)
     fences: bool = True                      # False: `fence` runs into its timeout
+    gathers: bool = False
 
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
         self.pool = KVPool(layout, torch.zeros(layout.shape(num_blocks), dtype=layout.dtype))

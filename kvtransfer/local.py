@@ -12,6 +12,7 @@ from .transport import KVPool, PageIds, Peer, TransferStats
 
 class LocalTransport:
     name = "local"
+    gathers = False
     stats = TransferStats()
 
     def __init__(self, device: torch.device) -> None:

@@ -65,6 +65,16 @@ class PagePlan:
             yield slice(num_out - self.num_skipped, num_ready - self.num_skipped), range(alike[0], alike[-1] + 1)
 
 
+def leave_after(layer: int, num_layers: int, layer_group: int, gathers: bool) -> bool:
+    """Whether pages leave once `layer` is computed: at the end of each group of layers, or (`gathers`) of the last two. Then most of a
+    step's pages leave in one go, with a group still to be computed beside them, and the few of that group behind it."""
+    num_done = layer + 1
+    if num_done == num_layers:
+        return True
+    return num_done % layer_group == 0 and (not gathers or num_done + layer_group >= num_layers)
+
+
 def _pages(blocks: IdArray, runs: list[tuple[slice, range]]) -> IdArray:
-    pages = [np.add.outer(np.arange(layers.start, layers.stop), blocks[index]).ravel() for index, layers in runs]
+    """Block by block: layers of one block are neighbours in memory, here and there."""
+    pages = [np.add.outer(blocks[index], np.arange(layers.start, layers.stop)).ravel() for index, layers in runs]
     return pages[0] if len(pages) == 1 else np.concatenate(pages or [blocks[:0]])

@@ -108,6 +108,7 @@ class _Queue:
 
 class ShmTransport:
     name = "shm"
+    gathers = False
 
     def __init__(self, cluster: str, worker_id: WorkerId, epoch: Epoch) -> None:
         self._cluster = cluster

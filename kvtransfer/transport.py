@@ -67,6 +67,11 @@ class Transport(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a step's pages should leave late and together: being used at all costs its links something, beside what is moved."""
+        ...
+
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
         """This process's own pool, in memory that peers can reach. Raises ClusterError with the sizes if there is no room."""
         ...

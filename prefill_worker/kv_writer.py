@@ -18,7 +18,7 @@ from ..engine.scheduler import Chunk, StepPlan
 from ..engine.sequence import Sequence
 from ..engine.worker import ATTENTION_S
 from ..kvtransfer.bundle import TransportBundle
-from ..kvtransfer.plan import PagePlan
+from ..kvtransfer.plan import PagePlan, leave_after
 from ..kvtransfer.session import HandoffState, Session
 from ..kvtransfer.staging import StagedPages, Staging
 from ..kvtransfer.transport import KVPool, Peer
@@ -111,11 +111,10 @@ class KVWriter:
 
     def layer_finished(self, plan: StepPlan, layer: int) -> None:
         """Layer `layer` of the step under way is in the pool: a finished group of layers leaves."""
-        if (layer + 1) % self._layer_group == 0 or layer + 1 == self._layout.num_layers:
-            for chunk in plan.chunks:
-                handoff = self._handoffs.get(chunk.sequence.id)
-                if handoff is not None:
-                    self._write(handoff, range(layer + 1), self._num_ready_after(chunk))     # earlier ones too: accepted late
+        for chunk in plan.chunks:
+            handoff = self._handoffs.get(chunk.sequence.id)
+            if handoff is not None and leave_after(layer, self._layout.num_layers, self._layer_group, self._gathers(handoff)):
+                self._write(handoff, range(layer + 1), self._num_ready_after(chunk))     # earlier ones too: accepted late
 
     def chunk_finished(self, chunk: Chunk, delta: TokenDelta | None, now: float) -> None:
         handoff = self._handoffs.get(chunk.sequence.id)
@@ -282,6 +281,10 @@ class KVWriter:
         handoff.announced = True
         handoff.session.deadline = now + self._timeout_s
         self._post.send(handoff.decode.address, KVLanded(handoff.ticket, self._me, num_pages, first))
+
+    def _gathers(self, handoff: Outgoing) -> bool:
+        """What is converted first needs pages of a small pool, which have to come back."""
+        return handoff.peer is not None and self._staging is None and self._transport.gathers(handoff.peer)
 
     def _write(self, handoff: Outgoing, layers: range, num_ready: int) -> None:
         """Starts what is due; a failure is only noted, since the engine may be in the middle of a step."""

@@ -262,8 +262,9 @@ def _beside_its_prompts(worker: WorkerLoad) -> WorkerLoad:
 
 def _pool_of(request: RoutingRequest, route: Route, view: ClusterView) -> str:
     """Whose worker computes the prompt. A route's ends are the view's own."""
-    stays = request.path is Path.ALONE or any(route.decode is worker.ref for worker in view.prefill)
-    return "prefill" if stays or route.prefill is not None else "decode"
+    if route.prefill is not None or request.path is Path.ALONE:
+        return "prefill"
+    return "prefill" if any(route.decode is worker.ref for worker in view.prefill) else "decode"
 
 
 def _room_in_s(request: RoutingRequest, work: Work, best_s: float) -> float:

@@ -58,7 +58,9 @@ class Held:
         return next(worker for worker, bit in zip(workers, bits, strict=True) if bit & self._levels[depth - 1]) if depth else None
 
     def _depth(self, bits: int) -> int:
-        return bisect_left(self._levels, True, key=lambda level: not level & bits)
+        if bits & self._levels[-1]:                              # of prompts that all begin alike, most workers hold all of it
+            return self.most
+        return bisect_left(self._levels, True, key=lambda level: not level & bits) if bits & self._levels[0] else 0
 
 
 class PrefixIndex:

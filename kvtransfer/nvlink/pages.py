@@ -4,6 +4,7 @@ They travel in pinned buffers, which the kernel itself reads and stores in a twi
 then both are used again.
 """
 
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 from ...messages.errors import TransferError
 from ..transport import IdArray, PageIds
 
-SMALLEST = 512                 # pages
+SMALLEST = 1024                # pages
 NUM_READY = 32                 # slots of that size made in advance: pinning takes long
 NUM_TIMES = 4                  # when the kernel began and ended; the same of a first one, in front of copies by copy engines
 FIRST_TIMES = 16               # bytes from the one pair to the other
@@ -67,11 +68,18 @@ def check_pages(pages: IdArray, num_pages: int, where: str) -> None:
         raise TransferError(f"pages {pages.min()} to {pages.max()}: there are {num_pages} {where}")
 
 
-def runs_of(here: IdArray, there: IdArray) -> tuple[IdArray, IdArray, IdArray]:
-    """(length, first page here, first page there) of each run of pages that are neighbours on both sides."""
+class Runs(NamedTuple):
+    """Of pages that are neighbours on both sides."""
+
+    lengths: IdArray
+    here: IdArray                  # the first page of each
+    there: IdArray
+
+
+def runs_of(here: IdArray, there: IdArray) -> Runs:
     breaks = np.flatnonzero((np.diff(here) != 1) | (np.diff(there) != 1)) + 1
     starts = np.concatenate(([0], breaks))
-    return np.diff(np.append(starts, len(here))), here[starts], there[starts]
+    return Runs(np.diff(np.append(starts, len(here))), here[starts], there[starts])
 
 
 class Slots:

@@ -35,11 +35,15 @@ from . import cudart
 from .busy import BusyTime
 from .counters import OwnCounters
 from .memory import THIS_PROCESS, VERSION, DeviceMemory, Location, PeerMemory, check_page_bytes, location_here
-from .pages import FIRST_TIMES, Slot, Slots, check_pages, runs_of
+from .pages import FIRST_TIMES, Runs, Slot, Slots, check_pages, runs_of
 
 POLL_S = 2e-5
 UNMAP_TIMEOUT_S = 30.0
 NUM_LANES = 2
+COPY_RUN_BYTES = 4 << 20
+"""So long runs of neighbouring pages move as fast by copy engines, which leave all SMs to the prefill. What is less than that in all is not
+looked at for runs: one page waits for each microsecond of the host's."""
+
 HIGH_PRIORITY = -1
 """Of the lanes: their programs get the next SM that is free, where at the engine's own priority they would queue behind all
 programs of the kernel that is running, and pages would leave only between kernels."""
@@ -68,13 +72,14 @@ class _Target:
 
 
 class NvlinkTransport:
-    """For one thread. `engine` says what moves pages: SMs ("sm") or copy engines ("copy")."""
+    """For one thread. `engine` says what moves pages: SMs ("sm"), copy engines ("copy"), or, by the length of their runs, either."""
 
     name = "nvlink"
+    gathers = True                        # an NVLink that is awake takes power, which a prefill at its GPU's limit lacks
 
     def __init__(
         self, cluster: str, worker_id: WorkerId, epoch: Epoch, device: torch.device,
-        engine: Literal["sm", "copy"] = "sm", shape: PushShape = DEFAULT_SHAPE,
+        engine: Literal["sm", "copy", "either"] = "either", shape: PushShape = DEFAULT_SHAPE,
     ) -> None:  # fmt: skip
         self._names = (cluster, worker_id, epoch)
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -250,16 +255,24 @@ class NvlinkTransport:
             self._ready.record()
             lane.stream.wait_event(self._ready)
             by_kernel = num_pages
-            if self._engine == "copy":
+            if (runs := self._runs_to_copy(slot, num_pages)) is not None:
                 lane.push(*addresses, 0, counters, key[1], 0, slot.times_address + FIRST_TIMES, stream)
-                self._copy(target.memory.pool, slot, num_pages, stream)
+                self._copy(target.memory.pool, runs, stream)
                 by_kernel = 0
             lane.push(*addresses, by_kernel, counters, key[1], num_pages, slot.times_address, stream)
         lane.writes.append(_Write(key, num_pages, slot))
         self._num_pending[key] = self._num_pending.get(key, 0) + 1
 
-    def _copy(self, target: int, slot: Slot, num_pages: int, stream: int) -> None:
-        lengths, here, there = runs_of(slot.ids[:num_pages], slot.ids[num_pages : 2 * num_pages])
+    def _runs_to_copy(self, slot: Slot, num_pages: int) -> Runs | None:
+        """None: SMs move them."""
+        num_bytes = num_pages * self._page_bytes
+        if self._engine == "sm" or (self._engine == "either" and num_bytes < COPY_RUN_BYTES):
+            return None
+        runs = runs_of(slot.ids[:num_pages], slot.ids[num_pages : 2 * num_pages])
+        return runs if self._engine == "copy" or num_bytes >= COPY_RUN_BYTES * len(runs.lengths) else None
+
+    def _copy(self, target: int, runs: Runs, stream: int) -> None:
+        lengths, here, there = runs
         sources = (self._words.data_ptr() + here * self._page_bytes).tolist()
         targets = (target + there * self._page_bytes).tolist()
         cudart.copy_all(targets, sources, (lengths * self._page_bytes).tolist(), stream)

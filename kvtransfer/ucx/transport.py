@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 class UcxTransport:
     name = "ucx"
+    gathers = False
 
     def __init__(self, device: torch.device | None = None, stall_s: float = 5.0) -> None:
         """`stall_s` without any progress of writes under way ends a link. Raises ClusterError: no UCX, no compiler."""

@@ -15,6 +15,7 @@ from harness.nvlink_peer import NvlinkPeer, nvlink_peer, shuffled
 from harness.push_checks import check_push
 
 from diptych.kernels.page_push import PushShape
+from diptych.kvtransfer.nvlink.transport import COPY_RUN_BYTES
 from diptych.kvtransfer.shm import SHM
 from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
 from diptych.messages.membership import MemoryDescriptor
@@ -91,6 +92,22 @@ def test_a_count_never_runs_ahead(pair: Pair) -> None:
     """The receiver reads the pool the moment the count is full, with other bytes each time."""
     for seed in range(10, 20):
         assert_works(pair, pair.receiver, pair.target, seed)
+
+
+@pytest.mark.parametrize("pair", ["either"], indirect=True)
+def test_long_runs_beside_scattered_pages(pair: Pair) -> None:
+    """By copy engines and by SMs, for one counter."""
+    long = COPY_RUN_BYTES // PAGE_BYTES
+    src, dst = [*range(long), *shuffled(NUM_PAGES - long, 1)], [*range(NUM_PAGES - long, NUM_PAGES), *shuffled(NUM_PAGES - long, 2)]
+    src[long:] = [long + page for page in src[long:]]
+    sums = pair.writer.call("fill", 60)
+    pair.receiver.call("reset", 60)
+    pair.receiver.tell("read_when_counted", 60, NUM_PAGES, TIMEOUT_S)
+    for part in (slice(long, 300), slice(long), slice(300, NUM_PAGES)):
+        pair.writer.call("write", pair.target, src[part], dst[part], 60)
+    found = pair.receiver.answer()
+    assert [found[there] for there in dst] == [sums[here] for here in src]
+    assert pair.writer.call("stop", pair.target, 60, TIMEOUT_S)
 
 
 def test_stop_waits_for_what_has_been_launched(pair: Pair) -> None:

@@ -98,9 +98,11 @@ class FakeCluster:
         prefill_block_size: int = BLOCK_SIZE,
         staging_blocks: int = 2,
         others: Sequence[str] = (),
+        num_layers: int = 2,
+        gathers: bool = False,
     ) -> None:
         """With a floor links are probed, and each page takes PAGE_S. Prefill workers whose blocks are of another size convert pages in
-        a pool of `staging_blocks`. `others`: transports beside the one called fake, which comes first."""
+        a pool of `staging_blocks`. `others`: transports beside the one called fake, which comes first. `gathers`: its links are such."""
         self.now = 1000.0
         self.floor = floor
         self.block_sizes = {Role.PREFILL: prefill_block_size, Role.DECODE: BLOCK_SIZE}
@@ -113,6 +115,7 @@ class FakeCluster:
         self.gateway: FakePost = self.network.post("gateway")
         self.num_blocks = num_blocks
         self.max_step_tokens = max_step_tokens
+        self.num_layers, self.gathers = num_layers, gathers
         self.workers: dict[WorkerId, Worker] = {}
         self.transports: dict[WorkerId, FakeTransport] = {}
         self.answers: dict[RequestId, Answer] = {}
@@ -132,16 +135,18 @@ class FakeCluster:
         self._epoch += 1
         name = f"{worker_id}.{self._epoch}"
         transport = self.fabric.transport(name)
+        transport.gathers = self.gathers
         others = [FakeTransport(self.fabric, f"{name}.{other}".encode(), other) for other in self.other_names]
         block_size = self.block_sizes[role]
         num_blocks = -(-self.num_blocks * BLOCK_SIZE // block_size)
         bundle, staging = TransportBundle([transport, *others]), None
-        pool = bundle.allocate(fake_layout(block_size), num_blocks)
+        pool = bundle.allocate(fake_layout(block_size, self.num_layers), num_blocks)
         limits = EngineLimits(block_size, self.num_blocks * BLOCK_SIZE, self.max_step_tokens, max_sequences=4)
         engine = Engine(FakeRunner(pool), num_blocks, limits)
         if block_size != BLOCK_SIZE:
             transport = LateTransport(self.fabric, f"{name}.staging".encode())
-            staging = Staging(pool, transport.allocate(fake_layout(BLOCK_SIZE), self.staging_blocks), TransportBundle([transport]))
+            made = transport.allocate(fake_layout(BLOCK_SIZE, self.num_layers), self.staging_blocks)
+            staging = Staging(pool, made, TransportBundle([transport]))
         replica = Replica(engine, pool, bundle, layer_group=1, staging=staging)
         self.transports[worker_id], self.others[worker_id] = transport, others
         for each in (transport, *others):
@@ -243,7 +248,7 @@ class FakeCluster:
         for index in sorted(answer.tokens):
             if index != len(known) - len(answer.request.token_ids):
                 return                                       # a gap: what follows is checked once it is filled
-            assert answer.tokens[index] == next_token(known), f"{answer.request.request_id}: wrong token {index}"
+            assert answer.tokens[index] == next_token(known, self.num_layers), f"{answer.request.request_id}: wrong token {index}"
             known.append(answer.tokens[index])
 
     # driving

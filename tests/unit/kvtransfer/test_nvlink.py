@@ -297,6 +297,27 @@ def test_each_write_has_its_own_time_and_together_they_have_no_more_than_passed(
     assert transport.stats.busy_s == pytest.approx(250e-6)
 
 
+@pytest.mark.parametrize(
+    ("engine", "lengths", "by_copies"),
+    [
+        ("either", [1024], True),                     # 4 MiB
+        ("either", [1023], False),
+        ("either", [2000, 48], True),                 # on average
+        ("either", [1000, 1000], False),
+        ("sm", [4096], False),
+        ("copy", [1, 1], True),
+    ],
+)
+def test_long_runs_are_for_copy_engines(engine: Any, lengths: list[int], by_copies: bool) -> None:
+    writes = Writes()
+    writes.transport._engine = engine
+    pages = [5000 * i + page for i, length in enumerate(lengths) for page in range(length)]
+    slot = writes.transport._slots.take(len(pages))
+    slot.fill(pages, pages)
+    runs = writes.transport._runs_to_copy(slot, len(pages))
+    assert (None if runs is None else runs.lengths.tolist()) == (lengths if by_copies else None)
+
+
 @given(st.permutations([(0, 10), (5, 20), (30, 40), (32, 35), (40, 41), (60, 61), (50, 70), (80, 80)]))
 def test_busy_is_the_length_of_the_union_in_whatever_order_they_end(intervals: list[tuple[int, int]]) -> None:
     busy = BusyTime()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.kvtransfer.plan import PagePlan
+from diptych.kvtransfer.plan import PagePlan, leave_after
 from diptych.messages.ids import BlockId
 
 
@@ -75,6 +75,21 @@ def test_each_page_once_when_ready_and_all_by_the_end(schedule: Schedule) -> Non
     take(range(schedule.num_layers), len(schedule.src))
     assert plan.finished
     assert len(handed) == len(set(handed.values())) == plan.num_pages == len(schedule.dst) * schedule.num_layers
+
+
+@given(num_layers=st.integers(1, 40), layer_group=st.integers(1, 12))
+def test_pages_leave_by_groups_or_gathered_in_two_goes(num_layers: int, layer_group: int) -> None:
+    groups, gathered = (
+        [layer + 1 for layer in range(num_layers) if leave_after(layer, num_layers, layer_group, gathers)] for gathers in (False, True)
+    )
+    assert groups == sorted({*range(layer_group, num_layers + 1, layer_group), num_layers})
+    assert gathered == groups[-2:]
+
+
+def test_pages_are_handed_out_block_by_block() -> None:
+    plan = PagePlan(8, [BlockId(5), BlockId(2)], [BlockId(1), BlockId(7)], num_skipped=0)
+    writes = plan.take(range(3), 2)
+    assert (writes.src.tolist(), writes.dst.tolist()) == ([40, 41, 42, 16, 17, 18], [8, 9, 10, 56, 57, 58])
 
 
 def test_readiness_that_goes_back_hands_nothing_out_again() -> None:
