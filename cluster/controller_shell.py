@@ -107,6 +107,7 @@ class ControllerShell:
             load=pulse.load if pulse else None,
             gateway=pulse.gateway if pulse else None,
             links=pulse.links if pulse else (),
+            host=pulse.host if pulse else "",
         )
 
 

@@ -6,13 +6,15 @@ Its loop is asked how it is by a thread of its own: Ray's thread must not wait f
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ..messages.membership import Membership
 from ..messages.zmq_post import Keyring, ZmqPost
-from .places import PlaceName, gateway_config
+from .places import PlaceName, gateway_config, mailbox_host
+from .processes import Standing, nowhere
 from .pulse import Pulse, ShellState
 from .shell import Shell
 from .spec import Spec
@@ -22,17 +24,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAILBOX_HOST = "127.0.0.1"
 LISTEN_PERIOD_S = 0.4
 
 
 class GatewayShell(Shell):
     _gateway: "Gateway"
 
-    def __init__(self, spec: Spec, place: PlaceName, keyring: Keyring) -> None:
+    def __init__(self, spec: Spec, place: PlaceName, keyring: Keyring, here: Callable[[], Standing] = nowhere) -> None:
         self._spec = spec
         self._place = place
-        super().__init__(keyring, MAILBOX_HOST)
+        super().__init__(keyring, mailbox_host(spec), here)
 
     def build(self, post: ZmqPost) -> None:
         """Imports the HTTP server and the tokenizer here: the controller names this class and has no use for them."""

@@ -13,7 +13,7 @@ from .gateway.config import GatewayConfig, Limits
 from .gateway.rate_limits import RateLimits
 from .router.policy import Objectives
 from .router.registry import PolicyOptions
-from .spec import ClassObjectives, Device, PoolSpec, Spec
+from .spec import ClassObjectives, Device, Hosts, PoolSpec, Spec
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
         engine=_engine_config(spec, pool),
         receiver=_receiver(spec) if place.kind is PlaceKind.PREFILL else None,
         transports=spec.transports,
+        host=mailbox_host(spec),
         num_threads=pool.num_threads,
         handoff_timeout_s=spec.transfer.handoff_timeout_s,
         probe_links=True,
@@ -95,6 +96,15 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
         explain=spec.router.explain,
         debug_headers=spec.router.debug_headers,
     )
+
+
+def mailbox_host(spec: Spec) -> str | None:
+    """The interface for messages between members; None: at the address of the host that a member stands on."""
+    return "127.0.0.1" if spec.hosts is Hosts.ONE else None
+
+
+def node_resource(spec: Spec, kind: PlaceKind) -> str | None:
+    return _pool(spec, kind).node
 
 
 def count(places: Iterable[PlaceName], kind: PlaceKind) -> int:

@@ -3,10 +3,23 @@
 import contextlib
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 STARTTIME = 19                                # of /proc/PID/stat, counted from behind the name
+
+
+class Standing(NamedTuple):
+    """Where a process stands."""
+
+    node_id: str                              # Ray's name of the host
+    address: str                              # under which other hosts reach it
+
+
+def nowhere() -> Standing:
+    """Of a process that Ray knows nothing of."""
+    return Standing("", "127.0.0.1")
 
 
 def began_s(pid: int) -> float:

@@ -25,6 +25,8 @@ class Pulse(Struct, frozen=True):
     began_s: float                            # when the process began, since boot: with the pid it names one process for ever
     state: ShellState
     heard: Heard = NOTHING_HEARD
+    node_id: str = ""                         # Ray's, of the host that it stands on
+    host: str = ""                            # where its mailbox is
     error: str = ""
     is_typed: bool = False                    # `error` is one of ours: a new start would say the same
     member: Member | None = None              # a worker's, once it serves
@@ -49,6 +51,7 @@ class PlaceStatus(Struct, frozen=True):
     load: LoadReport | None
     gateway: GatewayStatus | None
     links: tuple[LinkMeasured, ...] = ()      # a prefill worker's, to the decode workers that it has met
+    host: str = ""                            # where its mailbox is; empty: not known
 
 
 class DeploymentStatus(Struct, frozen=True):

@@ -5,10 +5,10 @@
     Kill  ──► leave(), Ray's kill, SIGKILL ──► Died once the process table has it no more
     Publish ► update_membership() of all, and again of who has not heard it: Ray may lose a call
 
-Actors are detached so that they outlive their controller: the next one finds them by name (`adopt`) and goes on. All stand on the
-controller's own machine; so it can look into the process table itself, and does not take Ray's word for a death (Ray reports it
-when it has sent the signal). For that the next controller finds their processes, too: a Trace of each lies in Ray's key-value store,
-from its first answer, before anybody hears of it, until its death is confirmed. There lies, too, that the deployment is to stop.
+Actors are detached so that they outlive their controller: the next one finds them by name (`adopt`) and goes on. Whether a process is gone
+is looked for in the process table of its host (`ray_nodes.py`): Ray's word for a death is not taken (it reports it when it has sent the
+signal). For that the next controller finds their processes, too: a Trace of each lies in Ray's key-value store, from its first answer,
+before anybody hears of it, until its death is confirmed. There lies, too, that the deployment is to stop.
 """
 
 import logging
@@ -29,10 +29,10 @@ from ..messages.zmq_post import Keyring
 from .controller import Action, Drain, Kill, Publish, Start
 from .gateway_shell import GatewayShell
 from .lives import Adopted, Answered, Died, Event, StartFailed
-from .places import PlaceKind, PlaceName, worker_config
-from .processes import find_process, is_dead, kill
+from .places import PlaceKind, PlaceName, node_resource, worker_config
 from .pulse import Pulse, ShellState
-from .spec import Device, Spec
+from .ray_nodes import Nodes, here
+from .spec import Device, Hosts, Spec
 from .worker_shell import WorkerShell
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ LEAVE_GRACE_S = 1.5                           # from being asked to leave until 
 SIGKILL_AFTER_S = 0.5                         # Ray's kill is a message; a process that hangs does not read it
 CPUS_PER_ACTOR = 0.01
 """Ray counts CPUs to place actors and does not bind them; the spec's num_threads says what a worker uses."""
+
+A_LITTLE = 0.001                              # of a resource that hosts offer to be told apart by
 
 
 def controller_name(deployment: str) -> str:
@@ -78,6 +80,7 @@ class Trace(Struct, frozen=True):
     pid: int
     began_s: float                            # since boot
     served: bool                              # so others may know the life
+    node_id: str                              # of the host whose process it is
 
 
 def write_trace(deployment: str, place: PlaceName, epoch: Epoch, trace: Trace) -> None:
@@ -131,10 +134,13 @@ class _Process:
 class RayRuntime:
     spec: Spec
     keyring: Keyring
-    node_id: str                              # where everything stands
+    node_id: str                              # where the controller and the gateways stand; without `hosts: any` the workers, too
     node_ip: str
     news: Membership | None = None            # published last
     processes: dict[tuple[PlaceName, Epoch], _Process] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._nodes = Nodes(self.node_id)
 
     def adopt(self) -> list[Event]:
         """The lives that an earlier controller left, and those whose death it has not confirmed."""
@@ -195,12 +201,12 @@ class RayRuntime:
             "num_cpus": 0,
         }
         if name.kind is PlaceKind.GATEWAY:
-            here = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
-            return ray.remote(GatewayShell).options(**options, scheduling_strategy=here).remote(self.spec, name, self.keyring)
+            beside_us = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
+            return ray.remote(GatewayShell).options(**options, scheduling_strategy=beside_us).remote(self.spec, name, self.keyring, here)
         config = worker_config(self.spec, name, epoch)
         options |= {"num_cpus": CPUS_PER_ACTOR, "num_gpus": self._num_gpus}
         place = PlacementGroupSchedulingStrategy(self._placement(name), placement_group_bundle_index=0)
-        return ray.remote(WorkerShell).options(**options, scheduling_strategy=place).remote(Role(name.kind), config, self.keyring)
+        return ray.remote(WorkerShell).options(**options, scheduling_strategy=place).remote(Role(name.kind), config, self.keyring, here)
 
     @property
     def _num_gpus(self) -> int:
@@ -213,7 +219,10 @@ class RayRuntime:
         try:
             group = ray.util.get_placement_group(group_name)
         except ValueError:
-            bundle = {"CPU": CPUS_PER_ACTOR, f"node:{self.node_ip}": 0.001} | ({"GPU": self._num_gpus} if self._num_gpus else {})
+            bundle = {"CPU": CPUS_PER_ACTOR} | ({"GPU": self._num_gpus} if self._num_gpus else {})
+            wanted = f"node:{self.node_ip}" if self.spec.hosts is Hosts.ONE else node_resource(self.spec, name.kind)
+            if wanted is not None:
+                bundle[wanted] = A_LITTLE
             group = ray.util.placement_group([bundle], strategy="STRICT_PACK", name=group_name, lifetime="detached")
         return group
 
@@ -254,7 +263,8 @@ class RayRuntime:
 
     def _trace(self, process: _Process, pulse: Pulse) -> None:
         """Before anything is done with the answer: whoever is known has a trace, also if this controller dies here."""
-        trace = Trace(pulse.pid, pulse.began_s, served=process.served or pulse.state is ShellState.SERVING)
+        served = process.served or pulse.state is ShellState.SERVING
+        trace = Trace(pulse.pid, pulse.began_s, served, pulse.node_id or self.node_id)
         if trace != process.trace:
             write_trace(self.spec.name, process.name, process.epoch, trace)
             process.trace = trace
@@ -269,9 +279,5 @@ class RayRuntime:
             process.lost, process.kill_at_s = True, now_s + SIGKILL_AFTER_S
         if process.trace is None:
             return process.lost and process.answer is None
-        running = find_process(process.trace.pid, process.trace.began_s)
-        if running is None or is_dead(running):
-            return True
-        if process.lost and now_s >= process.kill_at_s:
-            kill(running)
-        return False
+        end_it = process.lost and now_s >= process.kill_at_s
+        return self._nodes.is_gone(process.trace.node_id, process.trace.pid, process.trace.began_s, end_it)

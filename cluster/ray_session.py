@@ -3,7 +3,8 @@
     launch(spec) ──► the running Ray, or a head of our own ──► controller actor (detached) ──► Deployment
     find(name)   ──► the same one later, from another command
 
-A Deployment is a handle: `status()`, `wait_until_ready()`, `stop()`. Ray is imported here, in `ray_join` and `ray_runtime` alone.
+A Deployment is a handle: `status()`, `wait_until_ready()`, `stop()`. Ray is imported here and in `ray_join`, `ray_nodes`, `ray_runtime`
+alone.
 """
 
 import time
@@ -24,7 +25,7 @@ from .pulse import DeploymentStatus
 from .ray_head import start_head, stop_head
 from .ray_join import join, running_ray
 from .records import Record
-from .spec import Spec
+from .spec import Hosts, Spec
 
 ANSWER_TIMEOUT_S = 20.0
 POLL_S = 0.1
@@ -114,7 +115,7 @@ def launch(spec: Spec, own_ray: bool = False) -> Deployment:
         join(record)
         if _find_controller(spec.name) is not None:
             raise ClusterError(f"a deployment {spec.name!r} is running on Ray at {address} already")
-        _check_gpus(spec)
+        _check_hosts(spec)
         deployment = Deployment(record, _start_controller(spec))
     except BaseException:
         if head is not None and all(other.head != head for other in records.read_all()):
@@ -124,13 +125,19 @@ def launch(spec: Spec, own_ray: bool = False) -> Deployment:
     return deployment
 
 
-def _check_gpus(spec: Spec) -> None:
-    """Raises ClusterError: placement would wait for a missing GPU until `start_s`, and then could not say why."""
+def _check_hosts(spec: Spec) -> None:
+    """Raises ClusterError: placement would wait until `start_s` for what no host has, and then could not say why."""
     import ray
 
-    needed, there = num_gpus(spec), int(ray.cluster_resources().get("GPU", 0))      # type: ignore[no-untyped-call]
+    own, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()  # type: ignore[no-untyped-call]
+    offers = [node["Resources"] for node in nodes if node["Alive"] and (spec.hosts is Hosts.ANY or node["NodeID"] == own)]
+    needed, there = num_gpus(spec), sum(int(each.get("GPU", 0)) for each in offers)
     if needed > there:
-        raise ClusterError(f"model.device: cuda: the workers need {needed} GPU(s), one each; this Ray cluster has {there}")
+        whose = "this Ray cluster" if spec.hosts is Hosts.ANY else "this host"
+        raise ClusterError(f"model.device: cuda: the workers need {needed} GPU(s), one each; {whose} has {there}")
+    for kind, pool in {"prefill": spec.pools.prefill, "decode": spec.pools.decode}.items():
+        if pool is not None and pool.node is not None and not any(pool.node in each for each in offers):
+            raise ClusterError(f"pools.{kind}.node: none of the {len(offers)} hosts of this Ray cluster offers {pool.node!r}")
 
 
 def find(name: str | None) -> Deployment:
@@ -177,19 +184,18 @@ def _forget(record: Record) -> None:
 
 
 def _start_controller(spec: Spec) -> Any:
-    """On this machine: its processes are the ones it can see, and shared memory is what they share."""
+    """On this machine, as the gateways: who calls `up` on a host finds the endpoint there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from .controller_shell import ControllerShell
+    from .ray_nodes import here
     from .ray_runtime import NAMESPACE, actors_of, controller_name, remove_stop
 
     remove_stop(spec.name)                                    # of an earlier deployment
     for _, _, leftover in actors_of(spec.name):               # of a controller that is gone for good, and its keys with it
         ray.kill(leftover)
-    node_id = ray.get_runtime_context().get_node_id()
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    node_ip = next(node["NodeManagerAddress"] for node in nodes if node["NodeID"] == node_id)
+    node_id, node_ip = here()
     options = {
         "name": controller_name(spec.name),
         "namespace": NAMESPACE,

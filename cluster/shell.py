@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import msgspec
 
@@ -20,7 +21,7 @@ from ..messages.errors import DiptychError
 from ..messages.membership import Membership
 from ..messages.zmq_post import Keyring, ZmqPost
 from .lives import NOTHING_HEARD, Heard
-from .processes import began_s
+from .processes import Standing, began_s, nowhere
 from .pulse import Pulse, ShellState
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,12 @@ EXIT_FAULT = 70                               # EX_SOFTWARE
 
 
 class Shell(ABC):
-    def __init__(self, keyring: Keyring, host: str) -> None:
+    def __init__(self, keyring: Keyring, host: str | None, here: Callable[[], Standing] = nowhere) -> None:
+        """`host`: the interface for messages; None: at the address of the host, which `here` tells."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._keyring = keyring
-        self._host = host
+        standing = here()
+        self._node_id, self._host = standing.node_id, host or standing.address
         self._began_s = began_s(os.getpid())
         self._state = ShellState.STARTING
         self._heard = NOTHING_HEARD
@@ -42,7 +45,7 @@ class Shell(ABC):
     # called by the controller through Ray
 
     def pulse(self) -> bytes:
-        pulse = Pulse(os.getpid(), self._began_s, self._state, self._heard)
+        pulse = Pulse(os.getpid(), self._began_s, self._state, self._heard, node_id=self._node_id, host=self._host)
         if self._state is ShellState.FAILED:
             text = f"{type(self._error).__name__}: {self._error}"
             pulse = msgspec.structs.replace(pulse, error=text, is_typed=isinstance(self._error, DiptychError))

@@ -7,6 +7,9 @@
       decode:  {workers: 2, kv_memory: 8GiB}
     router:   {policy: least_loaded, port: 8000}
 
+With `hosts: any` workers stand wherever the Ray cluster has room for them, and listen at their hosts' addresses (as the gateways do for
+them) instead of the loopback; `pools.decode.node: rack-7` wants hosts that offer this Ray resource.
+
 Without a prefill pool the decode workers prefill by themselves (colocated). Where the pools' `block_size` or `kv_dtype` differ, prefill
 workers convert what they send. Relative paths are relative to the file. Whatever is
 wrong is a SpecError, one line for each key, with the key's path: `pools.decode.workers: must be >= 1, not 0`.
@@ -51,6 +54,11 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Hosts(StrEnum):
+    ONE = "one"                               # the controller's, for all
+    ANY = "any"                               # of the Ray cluster, for workers
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -79,6 +87,7 @@ class Objectives(ClassObjectives):
 
 class PoolSpec(Section):
     workers: Count
+    node: str | None = None                   # a Ray resource that their hosts offer (`ray start --resources`); None: any host
     tp: Count = 1                             # ranks of one worker
     block_size: Annotated[int, Field(ge=1, le=256)] | None = None      # tokens; None: 16 on the CPU, 64 on a GPU
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = "auto"      # of the KV pool; auto: the model's dtype
@@ -134,6 +143,7 @@ class Spec(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
     model: ModelSpec
     pools: PoolsSpec
+    hosts: Hosts = Hosts.ONE
     slo: Objectives = Objectives()
     router: RouterSpec = RouterSpec()
     transfer: TransferSpec = TransferSpec()
@@ -197,15 +207,20 @@ def _impossible(spec: Spec) -> list[str]:
     found.extend(f"transfer.transports: {problem}" for problem in what_is_wrong(spec.transports, spec.model.device))
     if (allowed := spec.security.requests_per_minute) is not None and allowed < spec.router.processes:
         found.append(f"security.requests_per_minute: must be >= {spec.router.processes}, not {allowed}: the gateways share it out")
+    if spec.hosts is Hosts.ANY and spec.pools.prefill is not None and "ucx" not in spec.transports:
+        named = ", ".join(spec.transports)
+        found.append(f"hosts: any: transfer.transports must name ucx, not only {named}: nothing else reaches other hosts")
     pools = {"prefill": spec.pools.prefill, "decode": spec.pools.decode}
     for name, pool in pools.items():
         if pool is not None:
-            found.extend(_impossible_pool(f"pools.{name}", pool))
+            found.extend(_impossible_pool(f"pools.{name}", pool, spec.hosts))
     return found
 
 
-def _impossible_pool(path: str, pool: PoolSpec) -> list[str]:
+def _impossible_pool(path: str, pool: PoolSpec, hosts: Hosts) -> list[str]:
     found = []
+    if pool.node is not None and hosts is Hosts.ONE:
+        found.append(f"{path}.node: needs hosts: any; otherwise all stand on the controller's host")
     if pool.tp != 1:
         found.append(f"{path}.tp: must be 1, not {pool.tp}: tensor parallelism is not there yet")
     if pool.num_blocks is not None and "kv_memory" in pool.model_fields_set:

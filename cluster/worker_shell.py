@@ -1,6 +1,7 @@
 """A prefill or decode worker's process."""
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -10,6 +11,7 @@ from ..messages.membership import Membership, Role
 from ..messages.requests import LoadReport
 from ..messages.zmq_post import Keyring, ZmqPost
 from .garbage import settle
+from .processes import Standing, nowhere
 from .pulse import Pulse
 from .shell import Shell
 
@@ -22,10 +24,10 @@ logger = logging.getLogger(__name__)
 class WorkerShell(Shell):
     _worker: "Worker"
 
-    def __init__(self, role: Role, config: WorkerConfig, keyring: Keyring) -> None:
+    def __init__(self, role: Role, config: WorkerConfig, keyring: Keyring, here: Callable[[], Standing] = nowhere) -> None:
         self._role = role
         self._config = config
-        super().__init__(keyring, config.host)
+        super().__init__(keyring, config.host, here)
 
     def build(self, post: ZmqPost) -> None:
         self._worker = make_worker(self._role, self._config, post)

@@ -39,7 +39,7 @@ class WorkerConfig(Struct, frozen=True):
     epoch: Epoch
     engine: EngineConfig
     transports: tuple[str, ...] = ("shm",)     # of KV, in order of preference
-    host: str = "127.0.0.1"               # interface for messages
+    host: str | None = "127.0.0.1"        # interface for messages; None: its host's address
     num_threads: int = 1                  # torch CPU threads
     heartbeat_s: float = 0.05             # between load reports
     handoff_timeout_s: float = 30.0       # without progress on one side until that side gives the handoff up

@@ -22,14 +22,17 @@ class Cable:
         except subprocess.CalledProcessError as error:
             raise OSError(f"ip {' '.join(words)}: {error.stderr.strip()}") from None
 
-    def lay(self) -> None:
-        """Raises OSError: no `ip`, or namespaces are not allowed."""
+    def lay(self, is_whole_host: bool = False) -> None:
+        """`is_whole_host`: with a loopback, and a way to everywhere. Raises OSError: no `ip`, or namespaces are not allowed."""
         for name in (self.near, self.far):
             self._ip("netns", "add", name)
         self._ip("link", "add", self.near, "netns", self.near, "type", "veth", "peer", "name", self.far, "netns", self.far)
         for name, address in ((self.near, "198.18.77.1/24"), (self.far, "198.18.77.2/24")):
             self._ip("-n", name, "addr", "add", address, "dev", name)
             self._ip("-n", name, "link", "set", name, "up")
+            if is_whole_host:
+                self._ip("-n", name, "link", "set", "lo", "up")
+                self._ip("-n", name, "route", "add", "default", "dev", name)
 
     def cut(self) -> None:
         self._ip("-n", self.near, "link", "set", self.near, "down")

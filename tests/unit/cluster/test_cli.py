@@ -174,6 +174,14 @@ def test_the_view_shows_states_loads_and_errors(capsys: pytest.CaptureFixture[st
         assert shown in text
 
 
+def test_the_view_shows_hosts_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = a_status().places
+    places = [msgspec.structs.replace(place, host=host) for place, host in ((one, "10.0.0.1"), (other, "10.0.0.2"))]
+    for shown, seen in ((places, True), (places[:1], False)):
+        Console(width=200).print(deployment_view(a_status(places=tuple(shown))))
+        assert ("10.0.0.1" in capsys.readouterr().out) is seen
+
+
 def a_link(gbps: float, min_gbps: float = 0.0, *others: LinkFigures) -> LinkMeasured:
     ref = WorkerRef(WorkerId("prefill-0"), Epoch(3), Address("tcp://127.0.0.1:5"))
     return LinkMeasured(ref, WorkerId("decode-0"), "shm", 2e-5, gbps, 1 << 20, min_gbps, gbps < min_gbps, others)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from diptych.cluster.places import PlaceKind, PlaceName, count, gateway_config, places_of, worker_config
+from diptych.cluster.places import PlaceKind, PlaceName, count, gateway_config, node_resource, places_of, worker_config
 from diptych.cluster.spec import load_spec, parse_spec
 from diptych.engine.config import ReceiverPool
 from diptych.messages.errors import SpecError
@@ -34,6 +34,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "keys.txt").write_text("# ours\nfirst\n\nsecond\n")
     (tmp_path / "spec.yaml").write_text(GOOD)
     return tmp_path
+
+
+BOTH = {"prefill": {"workers": 1}, "decode": {"workers": 1}}
 
 
 def minimal(**sections: Any) -> dict[str, Any]:
@@ -73,6 +76,16 @@ def test_the_smallest_spec_is_colocated_and_on_the_loopback(folder: Path) -> Non
     assert spec.model.served_name == "weights"
 
 
+def test_workers_of_any_host_listen_at_its_address(folder: Path) -> None:
+    d0, p0 = PlaceName(PlaceKind.DECODE, 0), PlaceName(PlaceKind.PREFILL, 0)
+    assert worker_config(parse_spec(minimal(), folder), d0, Epoch(7)).host == "127.0.0.1"
+    pools = {"prefill": {"workers": 1, "node": "rack"}, "decode": {"workers": 1}}
+    spec = parse_spec(minimal(hosts="any", transfer={"transports": ["shm", "ucx"]}, pools=pools), folder)
+    assert worker_config(spec, d0, Epoch(7)).host is None
+    assert [node_resource(spec, place.kind) for place in (p0, d0)] == ["rack", None]
+    assert parse_spec(minimal(hosts="any"), folder).transports == ("shm",), "nothing moves without a prefill pool"
+
+
 def test_the_floor_of_links(folder: Path) -> None:
     def floor(**transfer: Any) -> tuple[bool, float, bool]:
         config = worker_config(parse_spec(minimal(transfer=transfer), folder), PlaceName(PlaceKind.DECODE, 0), Epoch(1))
@@ -107,6 +120,9 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
     [
         ({"pools": {"decode": {"workers": 0}}}, "pools.decode.workers: must be >= 1, not 0"),
         ({"pools": {"decode": {"workers": 1, "tp": 2}}}, "pools.decode.tp: must be 1, not 2"),
+        ({"pools": {"decode": {"workers": 1, "node": "rack"}}}, "pools.decode.node: needs hosts: any"),
+        ({"hosts": "any", "pools": BOTH}, "hosts: any: transfer.transports must name ucx, not only shm"),
+        ({"hosts": "some"}, "hosts: Input should be 'one' or 'any'"),
         ({"pools": {"prefill": {"workers": 1}}}, "pools.decode: is missing"),
         ({"pools": {"decode": {"workers": 1, "num_blocks": 4, "kv_memory": 1024}}}, "pools.decode.num_blocks: give this or kv_memory"),
         ({"pools": {"decode": {"workers": 1, "kv_dtype": "fp4"}}}, "pools.decode.kv_dtype: Input should be 'auto', 'float32'"),
