@@ -59,7 +59,7 @@ def num_gpus(spec: Spec) -> int:
 
 
 def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
-    pool = _pool(spec, place.kind)
+    pool = pool_of(spec, place.kind)
     return WorkerConfig(
         cluster=spec.name,
         worker_id=WorkerId(str(place)),
@@ -103,8 +103,10 @@ def mailbox_host(spec: Spec) -> str | None:
     return "127.0.0.1" if spec.hosts is Hosts.ONE else None
 
 
-def node_resource(spec: Spec, kind: PlaceKind) -> str | None:
-    return _pool(spec, kind).node
+def pool_of(spec: Spec, kind: PlaceKind) -> PoolSpec:
+    pool = spec.pools.prefill if kind is PlaceKind.PREFILL else spec.pools.decode
+    assert pool is not None, "a colocated deployment has no prefill places"
+    return pool
 
 
 def count(places: Iterable[PlaceName], kind: PlaceKind) -> int:
@@ -124,12 +126,6 @@ def _objectives(promised: ClassObjectives) -> Objectives:
 
 def _seconds(ms: float | None) -> float | None:
     return None if ms is None else ms / 1e3
-
-
-def _pool(spec: Spec, kind: PlaceKind) -> PoolSpec:
-    pool = spec.pools.prefill if kind is PlaceKind.PREFILL else spec.pools.decode
-    assert pool is not None, "a colocated deployment has no prefill places"
-    return pool
 
 
 def _receiver(spec: Spec) -> ReceiverPool:

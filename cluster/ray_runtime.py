@@ -29,7 +29,7 @@ from ..messages.zmq_post import Keyring
 from .controller import Action, Drain, Kill, Publish, Start
 from .gateway_shell import GatewayShell
 from .lives import Adopted, Answered, Died, Event, StartFailed
-from .places import PlaceKind, PlaceName, node_resource, worker_config
+from .places import PlaceKind, PlaceName, pool_of, worker_config
 from .pulse import Pulse, ShellState
 from .ray_nodes import Nodes, here
 from .spec import Device, Hosts, Spec
@@ -42,7 +42,8 @@ ASK_PERIOD_S = 0.4
 LEAVE_GRACE_S = 1.5                           # from being asked to leave until Ray is told to kill it
 SIGKILL_AFTER_S = 0.5                         # Ray's kill is a message; a process that hangs does not read it
 CPUS_PER_ACTOR = 0.01
-"""Ray counts CPUs to place actors and does not bind them; the spec's num_threads says what a worker uses."""
+"""Ray counts CPUs to place actors and does not bind them; the spec's num_threads says what a worker uses. Where there are hosts to choose
+from, that is what a place on a CPU takes."""
 
 A_LITTLE = 0.001                              # of a resource that hosts offer to be told apart by
 
@@ -219,12 +220,17 @@ class RayRuntime:
         try:
             group = ray.util.get_placement_group(group_name)
         except ValueError:
-            bundle = {"CPU": CPUS_PER_ACTOR} | ({"GPU": self._num_gpus} if self._num_gpus else {})
-            wanted = f"node:{self.node_ip}" if self.spec.hosts is Hosts.ONE else node_resource(self.spec, name.kind)
-            if wanted is not None:
-                bundle[wanted] = A_LITTLE
-            group = ray.util.placement_group([bundle], strategy="STRICT_PACK", name=group_name, lifetime="detached")
+            group = ray.util.placement_group([self._bundle(name)], strategy="STRICT_PACK", name=group_name, lifetime="detached")
         return group
+
+    def _bundle(self, name: PlaceName) -> dict[str, float]:
+        """What its host must have."""
+        gpus = {"GPU": float(self._num_gpus)} if self._num_gpus else {}
+        if self.spec.hosts is Hosts.ONE:
+            return {"CPU": CPUS_PER_ACTOR, f"node:{self.node_ip}": A_LITTLE, **gpus}
+        pool = pool_of(self.spec, name.kind)
+        node = {pool.node: A_LITTLE} if pool.node is not None else {}
+        return {"CPU": CPUS_PER_ACTOR if gpus else float(pool.num_threads), **node, **gpus}
 
     def _publish(self, membership: Membership) -> None:
         self.news = membership

@@ -136,8 +136,13 @@ def _check_hosts(spec: Spec) -> None:
         whose = "this Ray cluster" if spec.hosts is Hosts.ANY else "this host"
         raise ClusterError(f"model.device: cuda: the workers need {needed} GPU(s), one each; {whose} has {there}")
     for kind, pool in {"prefill": spec.pools.prefill, "decode": spec.pools.decode}.items():
-        if pool is not None and pool.node is not None and not any(pool.node in each for each in offers):
+        if pool is None or spec.hosts is Hosts.ONE:
+            continue
+        fitting = [each for each in offers if pool.node is None or pool.node in each]
+        if not fitting:
             raise ClusterError(f"pools.{kind}.node: none of the {len(offers)} hosts of this Ray cluster offers {pool.node!r}")
+        if not needed and pool.num_threads > (most := max(int(each.get("CPU", 0)) for each in fitting)):
+            raise ClusterError(f"pools.{kind}.num_threads: {pool.num_threads}, but no host has more than {most} CPUs that Ray may give")
 
 
 def find(name: str | None) -> Deployment:

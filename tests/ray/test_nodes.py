@@ -4,14 +4,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 from diptych.cluster.processes import began_s
 from diptych.cluster.ray_join import join
+from diptych.cluster.ray_session import _check_hosts
 from diptych.cluster.records import Record
+from diptych.cluster.spec import parse_spec
+from diptych.messages.errors import ClusterError
 
 if TYPE_CHECKING:
     from diptych.cluster.ray_nodes import Nodes
@@ -80,3 +84,22 @@ def test_a_warden_that_died_is_replaced_and_proves_nothing(nodes: "Nodes", child
     assert not answer(nodes, node_id, child.pid, began, end_it=False), "the host is there"
     assert not answer(nodes, node_id, child.pid, began, end_it=False), "told by a new one"
     assert child.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("pool", "text"),
+    [
+        ({"node": "rack"}, "pools.decode.node: none of the 1 hosts of this Ray cluster offers 'rack'"),
+        ({"num_threads": 3}, "pools.decode.num_threads: 3, but no host has more than 2 CPUs that Ray may give"),
+        ({"num_threads": 2}, ""),
+    ],
+)
+def test_what_no_host_has_is_refused_before_anything_starts(ray_head: str, pool: dict[str, Any], text: str, tmp_path: Path) -> None:
+    join(Record("nodes", ray_head, None))
+    tree = {"name": "nodes", "model": {"path": "embedded"}, "hosts": "any", "pools": {"decode": {"workers": 1, **pool}}}
+    try:
+        _check_hosts(parse_spec(tree, tmp_path))
+        said = ""
+    except ClusterError as error:
+        said = str(error)
+    assert said == text

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from diptych.cluster.places import PlaceKind, PlaceName, count, gateway_config, node_resource, places_of, worker_config
+from diptych.cluster.places import PlaceKind, PlaceName, count, gateway_config, places_of, pool_of, worker_config
 from diptych.cluster.spec import load_spec, parse_spec
 from diptych.engine.config import ReceiverPool
 from diptych.messages.errors import SpecError
@@ -82,7 +82,7 @@ def test_workers_of_any_host_listen_at_its_address(folder: Path) -> None:
     pools = {"prefill": {"workers": 1, "node": "rack"}, "decode": {"workers": 1}}
     spec = parse_spec(minimal(hosts="any", transfer={"transports": ["shm", "ucx"]}, pools=pools), folder)
     assert worker_config(spec, d0, Epoch(7)).host is None
-    assert [node_resource(spec, place.kind) for place in (p0, d0)] == ["rack", None]
+    assert [pool_of(spec, place.kind).node for place in (p0, d0)] == ["rack", None]
     assert parse_spec(minimal(hosts="any"), folder).transports == ("shm",), "nothing moves without a prefill pool"
 
 
