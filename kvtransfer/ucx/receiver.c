@@ -134,9 +134,32 @@ static bool see_off(shim_t *shim, const uint8_t *uid, uint64_t life)
     return newer;
 }
 
+static bool is_barred(const shim_t *shim, const uint8_t *uid)
+{
+    const barred_t *barred = shim->barred;
+    while (barred != NULL && memcmp(barred->uid, uid, UID_BYTES) != 0)
+        barred = barred->next;
+    return barred != NULL;
+}
+
+static bool bar(shim_t *shim, const uint8_t *uid)
+{
+    if (is_barred(shim, uid))
+        return true;
+    barred_t *barred = malloc(sizeof *barred);
+    if (barred == NULL)
+        return false;
+    memcpy(barred->uid, uid, UID_BYTES);
+    barred->next = shim->barred;
+    shim->barred = barred;
+    return true;
+}
+
 static void admit(shim_t *shim, const caller_t *caller)
 {
     guest_t *guest;
+    if (is_barred(shim, caller->hello.uid))
+        return;
     if (see_off(shim, caller->hello.uid, caller->hello.life) || (guest = calloc(1, sizeof *guest)) == NULL)
         return;
     if (guest_open(shim, guest, caller) == UCS_OK) {
@@ -148,15 +171,19 @@ static void admit(shim_t *shim, const caller_t *caller)
     }
 }
 
-/* A fence asks that nothing of a writer that has died can land any more. */
+/* A fence asks that nothing of a writer that has died can land any more. It stands for good: who was given up behind a cut cable may live on,
+ * and would dial again once the cable is joined. */
 static void raise_fences(shim_t *shim)
 {
     pthread_mutex_lock(&shim->lock);
     while (shim->fences != NULL) {
         fence_t raised = *shim->fences;               /* who asked for it may run out of patience meanwhile */
         pthread_mutex_unlock(&shim->lock);
+        bool stands = raised.everybody || bar(shim, raised.uid);
         see_off(shim, raised.everybody ? NULL : raised.uid, UINT64_MAX);
         pthread_mutex_lock(&shim->lock);
+        if (!stands)
+            break;                                    /* without memory for the name: the next turn tries again */
         for (fence_t **at = &shim->fences; *at != NULL;) {
             fence_t *fence = *at;
             if (fence->everybody == raised.everybody && memcmp(fence->uid, raised.uid, UID_BYTES) == 0) {
@@ -207,6 +234,11 @@ void receiver_close(shim_t *shim)
         caller_t *caller = shim->callers;
         shim->callers = caller->next;
         free(caller);
+    }
+    while (shim->barred != NULL) {
+        barred_t *barred = shim->barred;
+        shim->barred = barred->next;
+        free(barred);
     }
     if (shim->door_address != NULL)
         ucp.ucp_worker_release_address(shim->door.worker, shim->door_address);

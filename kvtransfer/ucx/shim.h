@@ -139,6 +139,11 @@ typedef struct caller {              /* a HELLO that waits to be answered */
     uint8_t address[];
 } caller_t;
 
+typedef struct barred {              /* a writer that was fenced: a life that is over, and its name with it */
+    struct barred *next;
+    uint8_t uid[UID_BYTES];
+} barred_t;
+
 typedef struct fence {
     struct fence *next;
     uint8_t uid[UID_BYTES];
@@ -170,6 +175,7 @@ typedef struct shim {
     line_t door;
     guest_t *guests;
     caller_t *callers;
+    barred_t *barred;
 
     /* guarded by lock; changed: a job, a link or a fence has moved on */
     pthread_mutex_t lock;

@@ -72,8 +72,8 @@ class Served:
         everything = range(self.pool.num_blocks)
         while True:
             self.transport.write_pages(peer, everything, everything, Imm(imm))
-            while not self.transport.stop(peer, Imm(imm), 0.01):
-                continue
+            while not self.transport.settled(peer, Imm(imm)):    # not `stop`: that drops what has not left yet
+                time.sleep(1e-4)
 
 
 def serve(pipe: Connection, page_bytes: int, num_pages: int, stall_s: float, network: str | None, device: str) -> None:

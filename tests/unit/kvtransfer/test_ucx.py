@@ -4,6 +4,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -207,6 +208,28 @@ def test_a_killed_writer_harms_nobody(writer: Writer, receiver: UcxPeer) -> None
         assert (receiver.call("num_landed", 50), receiver.call("read")) == (counted, before)
     peer = connect_within(writer.transport, receiver.descriptor, 5.0)
     assert_works(writer, peer, receiver, seed=51)
+
+
+def test_a_fence_stands_also_for_a_writer_that_lives_on(receiver: UcxPeer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was given up behind a cut cable, and dials again. A later life has another name. (Of a writer on its own host a receiver hears that
+    it has died only when its process is gone: in shared memory nobody could keep it from storing.)"""
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    zombie = Writer(stall_s=1.0)
+    peer = connect_within(zombie.transport, receiver.descriptor, 5.0)
+    assert_works(zombie, peer, receiver, seed=55)
+    assert receiver.call("fence", zombie.transport.register(zombie.pool)) is True
+    receiver.call("reset", 56)
+    before, give_up_at = receiver.call("read"), time.monotonic() + 1.0
+    zombie.fill(56)
+    while time.monotonic() < give_up_at:
+        with suppress(PeerGone):
+            zombie.transport.write_pages(peer, range(NUM_PAGES), range(NUM_PAGES), Imm(56))
+        time.sleep(0.02)
+    assert (receiver.call("num_landed", 56), receiver.call("read")) == (0, before)
+    zombie.transport.close()
+    again = Writer()
+    assert_works(again, connect_within(again.transport, receiver.descriptor, 5.0), receiver, seed=57)
+    again.transport.close()
 
 
 def test_a_dead_writer_that_cannot_be_named_is_fenced_with_everybody(receiver: UcxPeer) -> None:
