@@ -87,7 +87,7 @@ class Controller:
             assert place.life is None, f"{place.name} is adopted twice"
             self.next_epoch = max(self.next_epoch, Epoch(event.epoch + 1))
             life = Life(event.epoch, LifeState.STARTING, now_s, now_s, unheard=event.served)
-            self.places[place.name] = replace(place, life=life)
+            self.places[place.name] = replace(place, life=life, was_ready=event.served)
         elif place.life is not None and place.life.epoch == event.epoch:
             if isinstance(event, Answered):
                 self.next_epoch = max(self.next_epoch, event.heard.next_epoch)

@@ -63,7 +63,6 @@ class ControllerShell:
             while self._status.phase is not Phase.STOPPED:
                 self._turn(self._clock.turn(time.monotonic()))
                 time.sleep(TICK_S)
-            self._runtime.close()
         except BaseException:
             logger.exception("ended by a fault")
             os._exit(EXIT_FAULT)
@@ -75,6 +74,8 @@ class ControllerShell:
             self._controller.observe(event, now_s)
         for action in self._controller.decide(now_s):
             self._runtime.act(action, now_s)
+        if self._controller.phase is Phase.STOPPED:
+            self._runtime.close()                     # before anybody hears of it: who waits for that ends this process
         self._status = self._describe(now_s)
 
     def _describe(self, now_s: float) -> DeploymentStatus:

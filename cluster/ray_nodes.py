@@ -3,15 +3,16 @@
     controller ── own host ─────► the process table
                └─ another one ──► a Warden there, which looks into its own ──► gone, or not; unknown until it has answered
 
-A host that Ray has given up takes its processes with it: a raylet that has lost its cluster ends, and what it started ends with it. If that
-is late, they are strangers by then: a receiver fences a writer's link before it uses the blocks for anything else.
+A host that Ray has given up counts as gone with all of its processes, though some may go on for a while (behind a cut cable, or until a
+raylet that hangs is ended). They are strangers by then: each receiver on another host has fenced a writer's link for good before it uses
+the blocks again, and what they say is of lives that are listed nowhere.
 """
 
 import logging
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .processes import Standing, find_process, is_dead, kill
@@ -46,12 +47,13 @@ class Nodes:
 
     def __init__(self, own: str) -> None:
         self._own = own
+        self._make_warden = ray.remote(Warden)
         self._wardens: dict[str, Any] = {}                       # by node: ray.actor.ActorHandle
         self._asked: dict[tuple[str, int, float], Any] = {}      # ObjectRef of the look under way
 
     def is_gone(self, node_id: str, pid: int, began_s: float, end_it: bool) -> bool:
-        """False, too, while nobody knows: to be asked again."""
-        if node_id == self._own:
+        """False, too, while nobody knows: to be asked again. An empty `node_id` is the controller's own."""
+        if node_id in ("", self._own):
             return look(pid, began_s, end_it)
         key = (node_id, pid, began_s)
         if key not in self._asked:
@@ -62,6 +64,9 @@ class Nodes:
         del self._asked[key]
         try:
             return bool(ray.get(answer))
+        except RayTaskError:
+            logger.exception("the warden of node %s cannot look for process %d", node_id, pid)
+            return False
         except RayError as error:
             self._wardens.pop(node_id, None)
             if _is_alive(node_id):
@@ -72,7 +77,7 @@ class Nodes:
     def _warden(self, node_id: str) -> Any:
         if node_id not in self._wardens:
             there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            self._wardens[node_id] = ray.remote(Warden).options(num_cpus=0, scheduling_strategy=there).remote()
+            self._wardens[node_id] = self._make_warden.options(num_cpus=0, scheduling_strategy=there).remote()
         return self._wardens[node_id]
 
 

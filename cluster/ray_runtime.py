@@ -81,7 +81,7 @@ class Trace(Struct, frozen=True):
     pid: int
     began_s: float                            # since boot
     served: bool                              # so others may know the life
-    node_id: str                              # of the host whose process it is
+    node_id: str = ""                         # of the host whose process it is; empty: the controller's own
 
 
 def write_trace(deployment: str, place: PlaceName, epoch: Epoch, trace: Trace) -> None:
@@ -109,6 +109,12 @@ def remove_stop(deployment: str) -> None:
 
 def is_to_stop(deployment: str) -> bool:
     return bool(internal_kv._internal_kv_exists(controller_name(deployment), namespace=NAMESPACE))
+
+
+def remove_placements(deployment: str) -> None:
+    for entry in ray.util.placement_group_table().values():
+        if entry["name"].startswith(_prefix(deployment)) and entry["state"] != "REMOVED":
+            ray.util.remove_placement_group(ray.util.get_placement_group(entry["name"]))
 
 
 @dataclass
@@ -189,9 +195,7 @@ class RayRuntime:
 
     def close(self) -> None:
         """Gives the places back."""
-        for entry in ray.util.placement_group_table().values():
-            if entry["name"].startswith(controller_name(self.spec.name) + "/") and entry["state"] != "REMOVED":
-                ray.util.remove_placement_group(ray.util.get_placement_group(entry["name"]))
+        remove_placements(self.spec.name)
 
     def _start(self, name: PlaceName, epoch: Epoch) -> Any:
         options: dict[str, Any] = {
@@ -270,7 +274,7 @@ class RayRuntime:
     def _trace(self, process: _Process, pulse: Pulse) -> None:
         """Before anything is done with the answer: whoever is known has a trace, also if this controller dies here."""
         served = process.served or pulse.state is ShellState.SERVING
-        trace = Trace(pulse.pid, pulse.began_s, served, pulse.node_id or self.node_id)
+        trace = Trace(pulse.pid, pulse.began_s, served, pulse.node_id)
         if trace != process.trace:
             write_trace(self.spec.name, process.name, process.epoch, trace)
             process.trace = trace

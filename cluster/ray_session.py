@@ -131,7 +131,7 @@ def _check_hosts(spec: Spec) -> None:
 
     own, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()  # type: ignore[no-untyped-call]
     offers = [node["Resources"] for node in nodes if node["Alive"] and (spec.hosts is Hosts.ANY or node["NodeID"] == own)]
-    needed, there = num_gpus(spec), sum(int(each.get("GPU", 0)) for each in offers)
+    needed, there = num_gpus(spec), _count(offers, "GPU")
     if needed > there:
         whose = "this Ray cluster" if spec.hosts is Hosts.ANY else "this host"
         raise ClusterError(f"model.device: cuda: the workers need {needed} GPU(s), one each; {whose} has {there}")
@@ -141,8 +141,15 @@ def _check_hosts(spec: Spec) -> None:
         fitting = [each for each in offers if pool.node is None or pool.node in each]
         if not fitting:
             raise ClusterError(f"pools.{kind}.node: none of the {len(offers)} hosts of this Ray cluster offers {pool.node!r}")
+        if needed and pool.workers > (there := _count(fitting, "GPU")):
+            where = "this Ray cluster" if pool.node is None else f"the hosts that offer {pool.node!r}"
+            raise ClusterError(f"pools.{kind}.workers: {pool.workers} need a GPU each, and {where} have {there}")
         if not needed and pool.num_threads > (most := max(int(each.get("CPU", 0)) for each in fitting)):
             raise ClusterError(f"pools.{kind}.num_threads: {pool.num_threads}, but no host has more than {most} CPUs that Ray may give")
+
+
+def _count(offers: list[dict[str, float]], resource: str) -> int:
+    return sum(int(each.get(resource, 0)) for each in offers)
 
 
 def find(name: str | None) -> Deployment:
@@ -195,11 +202,12 @@ def _start_controller(spec: Spec) -> Any:
 
     from .controller_shell import ControllerShell
     from .ray_nodes import here
-    from .ray_runtime import NAMESPACE, actors_of, controller_name, remove_stop
+    from .ray_runtime import NAMESPACE, actors_of, controller_name, remove_placements, remove_stop
 
     remove_stop(spec.name)                                    # of an earlier deployment
     for _, _, leftover in actors_of(spec.name):               # of a controller that is gone for good, and its keys with it
         ray.kill(leftover)
+    remove_placements(spec.name)                              # they may be of another spec
     node_id, node_ip = here()
     options = {
         "name": controller_name(spec.name),

@@ -31,6 +31,7 @@ from .router.registry import POLICIES
 
 EMBEDDED = "embedded"
 MODEL_FILES = ("config.json", "tokenizer.json")
+RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -87,7 +88,7 @@ class Objectives(ClassObjectives):
 
 class PoolSpec(Section):
     workers: Count
-    node: str | None = None                   # a Ray resource that their hosts offer (`ray start --resources`); None: any host
+    node: Annotated[str, Field(min_length=1)] | None = None    # a Ray resource that their hosts offer; None: any host
     tp: Count = 1                             # ranks of one worker
     block_size: Annotated[int, Field(ge=1, le=256)] | None = None      # tokens; None: 16 on the CPU, 64 on a GPU
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = "auto"      # of the KV pool; auto: the model's dtype
@@ -219,7 +220,9 @@ def _impossible(spec: Spec) -> list[str]:
 
 def _impossible_pool(path: str, pool: PoolSpec, hosts: Hosts) -> list[str]:
     found = []
-    if pool.node is not None and hosts is Hosts.ONE:
+    if pool.node in RAYS_OWN:
+        found.append(f"{path}.node: {pool.node!r} is a resource of Ray's own; give the hosts another")
+    elif pool.node is not None and hosts is Hosts.ONE:
         found.append(f"{path}.node: needs hosts: any; otherwise all stand on the controller's host")
     if pool.tp != 1:
         found.append(f"{path}.tp: must be 1, not {pool.tp}: tensor parallelism is not there yet")

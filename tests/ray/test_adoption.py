@@ -38,7 +38,7 @@ def runtime(ray_head: str, tmp_path: Path) -> Iterator["RayRuntime"]:
 def leave_trace(pid: int, began: float) -> None:
     from diptych.cluster.ray_runtime import Trace, write_trace
 
-    write_trace("traced", D0, EPOCH, Trace(pid, began, served=True, node_id=""))
+    write_trace("traced", D0, EPOCH, Trace(pid, began, served=True))
 
 
 def test_who_outlives_its_actor_is_dead_once_its_process_is(runtime: "RayRuntime") -> None:

@@ -44,6 +44,20 @@ def test_killed_workers_and_gateway_come_back_and_answer_alike(cluster: StartClu
     assert len(segments(served.status.name)) == 2, "the dead workers' segments are swept"
 
 
+def test_down_gives_the_places_back(cluster: StartCluster) -> None:
+    import ray
+
+    def held() -> list[str]:
+        entries = ray.util.placement_group_table().values()
+        return [entry["name"] for entry in entries if entry["name"].startswith(f"diptych-{name}/") and entry["state"] != "REMOVED"]
+
+    served = cluster(pools={"decode": SMALL})
+    name = served.status.name
+    assert held() == [f"diptych-{name}/decode-0"]
+    served.deployment.stop()
+    assert held() == []
+
+
 def test_stopped_worker_is_replaced_after_the_answer_timeout(cluster: StartCluster) -> None:
     served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 1.5})
     before = served.kill("decode-0", signal.SIGSTOP)

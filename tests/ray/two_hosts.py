@@ -86,29 +86,33 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         cable.remove()
         pytest.skip(f"no network namespaces here: {error}")
     folder = Path("/tmp") / f"dx{os.getpid()}"               # short: Ray puts Unix sockets below it
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            yield from _laid(cable, folder, nodes, patch)
+    finally:
+        import ray
+
+        ray.shutdown()
+        for node in reversed(nodes):
+            node.vanish()
+        cable.remove()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _laid(cable: Cable, folder: Path, nodes: list[RayNode], patch: pytest.MonkeyPatch) -> Iterator[TwoHosts]:
     folder.mkdir()
     (folder / "token").write_text(secrets.token_hex(32))
     environment = head_environment(folder) | IMPATIENT | {"UCX_TLS": "tcp,self", "RAY_ADDRESS": GCS, "XDG_STATE_HOME": str(folder)}
     del environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]     # which keeps Ray to the loopback
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        try:
-            options = ("--head", "--port=6479", f"--temp-dir={folder}", "--include-dashboard=false", "--include-log-monitor=false")
-            nodes.append(RayNode(cable.near, NEAR, folder, *options))
-            wait_until(lambda: ray_session.running_ray()[0] is not None, 60)
-            nodes.append(RayNode(cable.far, FAR, folder, f"--address={GCS}"))
-            cluster = serve(folder)
-            yield TwoHosts(cable, nodes[1], cluster)
-            cluster.deployment.stop()
-        finally:
-            import ray
-
-            ray.shutdown()
-            for node in reversed(nodes):
-                node.vanish()
-            cable.remove()
-            shutil.rmtree(folder, ignore_errors=True)
+    for name, value in environment.items():
+        patch.setenv(name, value)
+    options = ("--head", "--port=6479", f"--temp-dir={folder}", "--include-dashboard=false", "--include-log-monitor=false")
+    nodes.append(RayNode(cable.near, NEAR, folder, *options))
+    wait_until(lambda: ray_session.running_ray()[0] is not None, 60)
+    nodes.append(RayNode(cable.far, FAR, folder, f"--address={GCS}"))
+    cluster = serve(folder)
+    yield TwoHosts(cable, nodes[1], cluster)
+    cluster.deployment.stop()
 
 
 def wait_until(condition: Any, timeout_s: float) -> None:

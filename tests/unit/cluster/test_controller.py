@@ -437,6 +437,21 @@ def test_an_adopted_life_that_does_not_answer_holds_nothing_up_for_longer_than_a
     assert [member.ref.epoch for member in published[0].workers] == [later]
 
 
+def test_a_place_that_served_an_earlier_controller_is_not_given_up() -> None:
+    """Its host may be away for longer than three starts take."""
+    controller, now_s, num_starts = Controller(frozenset({D0}), TIMEOUTS, Epoch(FIRST + 7), next_version=1), 0.0, 0
+    controller.observe(Adopted(D0, FIRST, served=True), now_s)
+    controller.observe(Died(D0, FIRST, "its host is gone"), now_s)
+    while num_starts < 2 * MAX_FIRST_STARTS:
+        now_s += 100.0
+        for action in controller.decide(now_s):
+            if isinstance(action, Start):
+                num_starts += 1
+                controller.observe(Died(action.name, action.epoch, "nowhere to start"), now_s)
+        assert now_s < 1e5, "nobody tries any more"
+    assert controller.phase is not Phase.FAILED
+
+
 def test_an_adopted_life_that_was_starting_may_go_on_and_holds_nothing_up() -> None:
     """Ray may not have made its process yet, or its threads wait for Python's lock while libraries load."""
     controller = Controller(frozenset({D0}), TIMEOUTS, Epoch(FIRST + 7), next_version=1)

@@ -122,6 +122,7 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"pools": {"decode": {"workers": 1, "tp": 2}}}, "pools.decode.tp: must be 1, not 2"),
         ({"pools": {"decode": {"workers": 1, "node": "rack"}}}, "pools.decode.node: needs hosts: any"),
         ({"hosts": "any", "pools": BOTH}, "hosts: any: transfer.transports must name ucx, not only shm"),
+        ({"hosts": "any", "pools": {"decode": {"workers": 1, "node": "CPU"}}}, "pools.decode.node: 'CPU' is a resource of Ray's own"),
         ({"hosts": "some"}, "hosts: Input should be 'one' or 'any'"),
         ({"pools": {"prefill": {"workers": 1}}}, "pools.decode: is missing"),
         ({"pools": {"decode": {"workers": 1, "num_blocks": 4, "kv_memory": 1024}}}, "pools.decode.num_blocks: give this or kv_memory"),

@@ -211,8 +211,8 @@ def test_a_killed_writer_harms_nobody(writer: Writer, receiver: UcxPeer) -> None
 
 
 def test_a_fence_stands_also_for_a_writer_that_lives_on(receiver: UcxPeer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was given up behind a cut cable, and dials again. A later life has another name. (Of a writer on its own host a receiver hears that
-    it has died only when its process is gone: in shared memory nobody could keep it from storing.)"""
+    """It was given up behind a cut cable, and dials again. A later life has another name. (Of a writer on its own host a receiver hears
+    that it has died only when its process is gone: in shared memory nobody could keep it from storing.)"""
     monkeypatch.setenv("UCX_TLS", "tcp,self")
     zombie = Writer(stall_s=1.0)
     peer = connect_within(zombie.transport, receiver.descriptor, 5.0)
