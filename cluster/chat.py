@@ -51,6 +51,7 @@ class Chat:
     def __post_init__(self) -> None:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        self.endpoint = self.endpoint.rstrip("/").removesuffix("/v1")            # as clients of OpenAI's are given it
         self._http = httpx.Client(base_url=self.endpoint, headers=headers, timeout=timeout, trust_env=False)
         self._model = self._first_model()
 
@@ -99,9 +100,17 @@ class Chat:
                 if reply.status_code != 200:
                     reply.read()
                     raise ClusterError(f"HTTP {reply.status_code}: {_error_text(reply)}")
-                yield from _events(reply.iter_lines())
+                yield from _events(_lines(reply.iter_bytes()))
         except httpx.HTTPError as error:
             raise ClusterError(f"{self.endpoint}: the answer broke off: {error or type(error).__name__}") from None
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[str]:
+    """They end at line feeds alone: a text may hold what Python takes for the end of a line, too."""
+    rest = b""
+    for piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from (line.decode().removesuffix("\r") for line in whole)
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

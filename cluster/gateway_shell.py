@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..messages.errors import ClusterError
 from ..messages.membership import Membership
 from ..messages.zmq_post import Keyring, ZmqPost
 from .places import PlaceName, gateway_config, mailbox_host
@@ -30,9 +31,13 @@ LISTEN_PERIOD_S = 0.4
 class GatewayShell(Shell):
     _gateway: "Gateway"
 
-    def __init__(self, spec: Spec, place: PlaceName, keyring: Keyring, here: Callable[[], Standing] = nowhere) -> None:
+    def __init__(
+        self, spec: Spec, place: PlaceName, keyring: Keyring, here: Callable[[], Standing] = nowhere, last_port: int = 0
+    ) -> None:
+        """`last_port`: of the place's life before, which clients know; 0: there was none."""
         self._spec = spec
         self._place = place
+        self._last_port = last_port
         super().__init__(keyring, mailbox_host(spec), here)
 
     def build(self, post: ZmqPost) -> None:
@@ -40,7 +45,12 @@ class GatewayShell(Shell):
         from .gateway.server import Gateway
 
         self._post = post
-        self._gateway = Gateway(gateway_config(self._spec, self._place), post)
+        try:
+            self._gateway = Gateway(gateway_config(self._spec, self._place, self._last_port), post)
+        except ClusterError:
+            if self._spec.router.port or not self._last_port:
+                raise
+            self._gateway = Gateway(gateway_config(self._spec, self._place), post)         # somebody else has it by now
         self._last_status = self._gateway.status(), time.monotonic()
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
 

@@ -76,8 +76,8 @@ def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
     )
 
 
-def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
-    """Raises SpecError: the API keys are read now."""
+def gateway_config(spec: Spec, place: PlaceName, any_port: int = 0) -> GatewayConfig:
+    """`any_port`: the one to take if the spec leaves it open. Raises SpecError: the API keys are read now."""
     return GatewayConfig(
         gateway_id=GatewayId(str(place)),
         cluster=spec.name,
@@ -88,11 +88,13 @@ def gateway_config(spec: Spec, place: PlaceName) -> GatewayConfig:
         objectives=_objectives(spec.slo),
         class_objectives={name: _objectives(promised) for name, promised in spec.slo.classes.items()},
         host=spec.router.host,
-        port=spec.router.port,
+        port=spec.router.port or any_port,
         reuse_port=spec.router.processes > 1,
         api_keys=spec.api_keys(),
         rate_limits=_rate_limits(spec),
-        limits=Limits(request_timeout_s=spec.timeouts.request_s, max_connections=spec.router.max_connections),
+        limits=Limits(
+            request_timeout_s=spec.timeouts.request_s, grace_s=spec.timeouts.drain_s, max_connections=spec.router.max_connections
+        ),
         explain=spec.router.explain,
         debug_headers=spec.router.debug_headers,
     )

@@ -148,6 +148,7 @@ class RayRuntime:
 
     def __post_init__(self) -> None:
         self._nodes = Nodes(self.node_id)
+        self._ports: dict[PlaceName, int] = {}                   # of gateways, as they were last
 
     def adopt(self) -> list[Event]:
         """The lives that an earlier controller left, and those whose death it has not confirmed."""
@@ -207,7 +208,8 @@ class RayRuntime:
         }
         if name.kind is PlaceKind.GATEWAY:
             beside_us = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
-            return ray.remote(GatewayShell).options(**options, scheduling_strategy=beside_us).remote(self.spec, name, self.keyring, here)
+            gateway = ray.remote(GatewayShell).options(**options, scheduling_strategy=beside_us)
+            return gateway.remote(self.spec, name, self.keyring, here, self._ports.get(name, 0))
         config = worker_config(self.spec, name, epoch)
         options |= {"num_cpus": CPUS_PER_ACTOR, "num_gpus": self._num_gpus}
         place = PlacementGroupSchedulingStrategy(self._placement(name), placement_group_bundle_index=0)
@@ -264,6 +266,8 @@ class RayRuntime:
             process.dying = process.dying or f"its process ended: {type(error).__name__}"
             return []
         self._trace(process, process.pulse)
+        if process.pulse.gateway is not None:
+            self._ports[process.name] = process.pulse.gateway.port
         if process.pulse.state is ShellState.FAILED:
             return [StartFailed(process.name, process.epoch, process.pulse.error, hopeless=process.pulse.is_typed)]
         if process.pulse.state is ShellState.SERVING and self.news is not None and process.pulse.heard.version < self.news.version:

@@ -31,23 +31,27 @@ from .router.registry import POLICIES
 
 EMBEDDED = "embedded"
 MODEL_FILES = ("config.json", "tokenizer.json")
+MERGE_TAG = "tag:yaml.org,2002:merge"         # `<<`, whose keys may be given again
 RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def parse_size(text: object) -> object:
     """`256MiB` → 268435456; anything else is left to pydantic."""
-    if not isinstance(text, str):
+    if not isinstance(text, str | bool):
         return text
+    spelled = str(text)
     for unit, factor in SIZE_UNITS.items():
-        if text.endswith(unit) and text.removesuffix(unit).strip().isdecimal():
-            return int(text.removesuffix(unit)) * factor
+        if spelled.endswith(unit) and spelled.removesuffix(unit).strip().isdecimal():
+            return int(spelled.removesuffix(unit)) * factor
     raise ValueError(f"must be a number with one of {', '.join(SIZE_UNITS)}, like 256MiB, not {text!r}")
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Seconds = Positive
+Count = Annotated[int, Field(ge=1, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class Device(StrEnum):
@@ -77,8 +81,8 @@ class ModelSpec(Section):
 
 
 class ClassObjectives(Section):
-    ttft_ms: Annotated[float, Field(gt=0)] | None = None
-    tpot_ms: Annotated[float, Field(gt=0)] | None = None
+    ttft_ms: Positive | None = None
+    tpot_ms: Positive | None = None
 
 
 class Objectives(ClassObjectives):
@@ -90,7 +94,7 @@ class PoolSpec(Section):
     workers: Count
     node: Annotated[str, Field(min_length=1)] | None = None    # a Ray resource that their hosts offer; None: any host
     tp: Count = 1                             # ranks of one worker
-    block_size: Annotated[int, Field(ge=1, le=256)] | None = None      # tokens; None: 16 on the CPU, 64 on a GPU
+    block_size: Annotated[int, Field(ge=1, le=256, strict=True)] | None = None      # tokens; None: 16 on the CPU, 64 on a GPU
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = "auto"      # of the KV pool; auto: the model's dtype
     max_model_len: Count | None = None
     max_step_tokens: Count | None = None      # None: 512 on the CPU, 2048 on a GPU
@@ -100,7 +104,7 @@ class PoolSpec(Section):
     num_blocks: Count | None = None           # instead of kv_memory
     num_threads: Count = 1
     layer_group: Count | None = None
-    prefix_cache: bool = True
+    prefix_cache: Flag = True
 
 
 class PoolsSpec(Section):
@@ -110,19 +114,19 @@ class PoolsSpec(Section):
 
 class RouterSpec(Section):
     policy: str = "least_loaded"
-    local_path: bool = False                  # decode workers prefill by themselves although there are prefill workers
+    local_path: Flag = False                  # decode workers prefill by themselves although there are prefill workers
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000         # 0: any free one
+    port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000         # 0: any free one
     processes: Count = 1                      # gateways; they share the port
     max_connections: Count = 8192             # of clients, to each gateway; the next ones get a 503. Fewer where open files are limited
-    explain: Annotated[int, Field(ge=0, le=10_000)] = 0        # requests whose decisions each gateway keeps; 0: none
-    debug_headers: bool = False               # answers tell their route and what was predicted
+    explain: Annotated[int, Field(ge=0, le=10_000, strict=True)] = 0        # requests whose decisions each gateway keeps; 0: none
+    debug_headers: Flag = False               # answers tell their route and what was predicted
 
 
 class TransferSpec(Section):
     transports: tuple[str, ...] | None = None  # in order of preference; None: shm on the CPU, nvlink on GPUs
     handoff_timeout_s: Seconds = 30.0
-    min_gbps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None      # of a link between two workers; None: no floor
+    min_gbps: Positive | None = None          # of a link between two workers; None: no floor
     below_floor: Literal["refuse", "warn"] = "refuse"         # what is slower: is not used, or only warned about
 
 
@@ -196,7 +200,11 @@ def read_keys(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"security.api_keys_file: {path}: {error}") from None
-    return [line for line in lines if line and not line.startswith("#")]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if odd := [number for number, key in enumerate(keys, 1) if not (key.isascii() and key.isprintable() and " " not in key)]:
+        text = f"key {odd[0]} of {len(keys)} is not of printable ASCII without spaces, which a header can carry"
+        raise SpecError(f"security.api_keys_file: {path}: {text}")
+    return keys
 
 
 def _impossible(spec: Spec) -> list[str]:
@@ -286,7 +294,7 @@ class _StrictLoader(yaml.SafeLoader):
     """A key given twice is a mistake, not a choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE_TAG]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"key {key!r} is given twice, line {node.start_mark.line + 1}")

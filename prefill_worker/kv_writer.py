@@ -110,7 +110,7 @@ class KVWriter:
         self._post.send(decode.address, offer)
 
     def layer_finished(self, plan: StepPlan, layer: int) -> None:
-        """Layer `layer` of the step under way is in the pool: a finished group of layers leaves."""
+        """Layer `layer` of the step under way is in the pool: at the end of some groups of layers pages leave."""
         for chunk in plan.chunks:
             handoff = self._handoffs.get(chunk.sequence.id)
             if handoff is not None and leave_after(layer, self._layout.num_layers, self._layer_group, self._gathers(handoff)):

@@ -62,7 +62,16 @@ generator_option = partial(typer.Option, rich_help_panel="Generator, without --t
 load_option = partial(typer.Option, rich_help_panel="Load")
 objective_option = partial(typer.Option, rich_help_panel="Objective")
 prompt_option = partial(typer.Option, rich_help_panel="Prompts")
-report_option = partial(typer.Option, rich_help_panel="Report")
+
+
+def _in_a_folder(path: Path | str | None) -> Path | str | None:
+    """Told before anything is measured, not when it is to be written."""
+    if path is not None and str(path) != "-" and not (folder := Path(path).absolute().parent).is_dir():
+        raise typer.BadParameter(f"there is no folder {folder}")
+    return path
+
+
+report_option = partial(typer.Option, rich_help_panel="Report", callback=_in_a_folder)
 
 
 @app.command()

@@ -67,6 +67,12 @@ class Answer:
             generation.wake = nothing         # with it a cycle of references ends, which the collector would have to find
             self._dispatcher.abort(generation)
 
+    def fail(self, error: DiptychError) -> None:
+        """One choice has failed, and with it the answer: the others fail, too, and nobody is told of news any more."""
+        self._on_news = nothing
+        for generation in self._generations:
+            self._dispatcher.drop(generation, error)
+
     @property
     def error(self) -> DiptychError | None:
         """Of a choice that failed."""

@@ -17,6 +17,8 @@ Body = TypeVar("Body", bound="_Common")
 Token = Annotated[int, Field(ge=0)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Stops = Annotated[list[Text], Field(max_length=MAX_STOPS)]
+OffFlag = Annotated[bool, BeforeValidator(lambda value: value is not None and value)]           # null means what leaving it out does
+OnFlag = Annotated[bool, BeforeValidator(lambda value: value is None or value)]
 
 
 def _one_as_list(value: Any) -> Any:
@@ -60,9 +62,9 @@ class _Common(_Model):
     user: str | None = None
     service_tier: Literal["auto", "default", "priority", "flex", "batch"] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    ignore_eos: bool = False
+    ignore_eos: OffFlag = False
     stop_token_ids: list[Token] | None = None
-    include_stop_str_in_output: bool = False
+    include_stop_str_in_output: OffFlag = False
 
 
 class CompletionBody(_Common):
@@ -70,8 +72,8 @@ class CompletionBody(_Common):
     suffix: str | None = None
     best_of: int | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: bool = False
-    add_special_tokens: bool = True
+    echo: OffFlag = False
+    add_special_tokens: OnFlag = True
 
 
 class TextPart(_Model):
@@ -96,7 +98,7 @@ class ChatBody(_Common):
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
-    add_special_tokens: bool = False
+    add_special_tokens: OffFlag = False
 
 
 def parse(body: bytes, into: type[Body]) -> Body:

@@ -117,9 +117,7 @@ class Choice:
 
     def _decoded(self, text: str) -> str:
         self._num_decoded += len(text)
-        if self.num_tokens <= self._min_tokens:
-            return text
-        released = self._stops.feed(text)
+        released = self._stops.feed(text, may_match=self.num_tokens > self._min_tokens)
         if self._stops.matched:
             self.finish = FinishReason.STOP
         return released

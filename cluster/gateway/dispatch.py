@@ -113,6 +113,13 @@ class Dispatcher:
             self._end(generation, GenerationState.ABORTED)
             self._arm()
 
+    def drop(self, generation: Generation, error: DiptychError) -> None:
+        """Of an answer in which another choice has failed or was refused. Without effect if it has ended already."""
+        if not generation.ended:
+            self._leave_workers(generation)
+            self._give_up(generation, error)
+            self._arm()
+
     def update_membership(self, membership: Membership) -> None:
         """What ran on a life that is gone is routed anew at once."""
         if not self._loads.set_membership(membership, self._clock()):

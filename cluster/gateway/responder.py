@@ -102,6 +102,7 @@ class Responder(ABC):
         try:
             self._take()
         except DiptychError as error:
+            self._answer.fail(error)
             self._end()
             self._tell(error)
         except Exception as error:

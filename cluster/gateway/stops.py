@@ -17,7 +17,10 @@ class _Automaton:
 
     def feed(self, char: str) -> bool:
         self.state = self._step(self.state, char)
-        return self.state == len(self.pattern)
+        if self.state < len(self.pattern):
+            return False
+        self.state = self._borders[-1]
+        return True
 
     def _step(self, length: int, char: str) -> int:
         while length and self.pattern[length] != char:
@@ -34,13 +37,15 @@ class StopMatcher:
         self._held = ""
         self.matched = False
 
-    def feed(self, text: str) -> str:
-        """The text that may go out. The match that ends first counts; of several that end there, the longest."""
+    def feed(self, text: str, *, may_match: bool = True) -> str:
+        """The text that may go out. The match that ends first counts; of several that end there, the longest. `may_match`: one that ends
+        in this text does."""
         if not self._automata:
             return text
         self._held += text
         for i, char in enumerate(text):
-            if found := [automaton.pattern for automaton in self._automata if automaton.feed(char)]:
+            found = [automaton.pattern for automaton in self._automata if automaton.feed(char)]
+            if found and may_match:
                 self.matched = True
                 end = len(self._held) - len(text) + i + 1
                 return self._held[: end if self._include else end - max(map(len, found))]

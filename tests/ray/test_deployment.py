@@ -42,6 +42,9 @@ def test_killed_workers_and_gateway_come_back_and_answer_alike(cluster: StartClu
         assert after.num_restarts == 1
         assert served.complete()["choices"][0]["text"] == text
     assert len(segments(served.status.name)) == 2, "the dead workers' segments are swept"
+    served.wait_until_back(served.kill("gateway-0"))
+    assert served.status.endpoint == served.endpoint, "clients know it, though the spec says any port"
+    assert served.complete()["choices"][0]["text"] == text
 
 
 def test_down_gives_the_places_back(cluster: StartCluster) -> None:

@@ -26,6 +26,17 @@ def test_streams_and_keeps_the_conversation(endpoint: ScriptedEndpoint) -> None:
     assert endpoint.authorizations[0] == "Bearer secret"
 
 
+def test_lines_end_at_line_feeds_alone(endpoint: ScriptedEndpoint) -> None:
+    text = "a\u2028b\u2029c\u0085d\x0be"
+    endpoint.lines = [f'data: {{"choices": [{{"index": 0, "delta": {{"content": "{text[:-2]}"}}}}]}}\r', "data: [DONE]"]
+    assert list(Chat(endpoint.url).ask("?").pieces) == [text[:-2]]
+
+
+def test_an_endpoint_as_clients_of_openai_are_given_it(endpoint: ScriptedEndpoint) -> None:
+    endpoint.answers("yes")
+    assert list(Chat(f"{endpoint.url}/v1/").ask("?").pieces) == ["yes"]
+
+
 def test_a_broken_answer_is_not_part_of_the_conversation(endpoint: ScriptedEndpoint) -> None:
     chat = Chat(endpoint.url)
     endpoint.answers("half")

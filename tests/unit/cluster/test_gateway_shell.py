@@ -26,7 +26,7 @@ BUSY_S = 0.2
 @pytest.fixture
 def shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GatewayShell:
     config = GatewayConfig(GatewayId("gateway-0"), "test", str(make_model(tmp_path)), MODEL)
-    monkeypatch.setattr(gateway_shell, "gateway_config", lambda spec, place: config)
+    monkeypatch.setattr(gateway_shell, "gateway_config", lambda spec, place, any_port=0: config)
     monkeypatch.setattr(gateway_shell, "LISTEN_PERIOD_S", 0.001)
     monkeypatch.setattr(server, "LOOP_ANSWER_S", 0.01)
     return GatewayShell(Spec.model_construct(), PlaceName(PlaceKind.GATEWAY, 0), Keyring.new())

@@ -67,6 +67,8 @@ def test_a_whole_spec_becomes_configs(folder: Path) -> None:
     assert gateway.policy_options.local_path
     assert (gateway.explain, gateway.debug_headers) == (500, True)
     assert (gateway.limits.request_timeout_s, gateway.limits.max_connections) == (33, 50)
+    assert gateway.limits.grace_s == spec.timeouts.drain_s, "answers under way end as workers do"
+    assert [gateway_config(spec, PlaceName(PlaceKind.GATEWAY, 0), any_port=9).port, gateway.port] == [gateway.port] * 2
 
 
 def test_the_smallest_spec_is_colocated_and_on_the_loopback(folder: Path) -> None:
@@ -145,6 +147,13 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"transfer": {"transports": ["ucx", "ucx"]}}, "transfer.transports: 'ucx' is named twice"),
         ({"security": {"api_keys_file": "none.txt"}}, "security.api_keys_file: no file"),
         ({"security": {"api_keys_file": "empty.txt"}}, "holds no key"),
+        ({"security": {"api_keys_file": "odd.txt"}}, "key 2 of 2 is not of printable ASCII"),
+        ({"pools": {"decode": {"workers": True}}}, "pools.decode.workers: Input should be a valid integer, not True"),
+        ({"pools": {"decode": {"workers": "2"}}}, "pools.decode.workers: Input should be a valid integer, not '2'"),
+        ({"pools": {"decode": {"workers": 1, "kv_memory": True}}}, "pools.decode.kv_memory: must be a number"),
+        ({"pools": {"decode": {"workers": 1, "prefix_cache": 1}}}, "pools.decode.prefix_cache: Input should be a valid boolean, not 1"),
+        ({"router": {"port": True}}, "router.port: Input should be a valid integer, not True"),
+        ({"slo": {"ttft_ms": float("inf")}}, "slo.ttft_ms: "),
         ({"timeouts": {"start_s": float("inf")}}, "timeouts.start_s: "),
         ({"name": "Not A Name"}, "name: "),
         ({"nmae": 1}, "nmae: unknown key"),
@@ -152,6 +161,7 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
 )
 def test_what_is_wrong_is_named_by_its_path(folder: Path, sections: dict[str, Any], text: str) -> None:
     (folder / "empty.txt").write_text("# none yet\n")
+    (folder / "odd.txt").write_text("plain\nké2\n")
     assert text in refusal(minimal(**sections), folder)
 
 
@@ -168,6 +178,13 @@ def test_what_is_no_spec(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "spec.yaml").write_text(text)
     with pytest.raises(SpecError, match=said):
         load_spec(tmp_path / "spec.yaml")
+
+
+def test_keys_may_be_merged_and_given_again(folder: Path) -> None:
+    text = "name: a\nmodel: {path: weights}\npools:\n  prefill: &p {workers: 1, kv_memory: 64MiB}\n  decode: {<<: *p, workers: 2}\n"
+    (folder / "merged.yaml").write_text(text)
+    decode = load_spec(folder / "merged.yaml").pools.decode
+    assert (decode.workers, decode.kv_memory) == (2, 64 << 20)
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -50,6 +50,14 @@ def test_one_run_of_a_trace(stub, tmp_path: Path) -> None:
     assert max(len(body["prompt"]) + body["max_tokens"] for body in stub.bodies) <= 64
 
 
+@pytest.mark.parametrize("command", ["serve", "gateway", "engine", "transfer", "split"])
+def test_a_report_that_could_not_be_written_is_refused_before_anything_is_measured(command: str, tmp_path: Path) -> None:
+    needed = {"serve": ("--url", "http://127.0.0.1:1"), "split": ("--url", "http://127.0.0.1:1"), "engine": (tmp_path,)}.get(command, ())
+    result = invoke(command, *needed, "--json", tmp_path / "nowhere" / "report.json")
+    assert result.exit_code == 2
+    assert "there is no folder" in result.output
+
+
 def test_serve_is_the_default_and_json_alone_goes_to_the_standard_output(stub) -> None:
     result = invoke("serve", "--url", stub.url, "--requests", 5, "--rate", 100, "--json", "-", *FAST)
     assert result.exit_code == 0, result.output
@@ -173,7 +181,7 @@ def test_an_unusable_endpoint_gives_3(stub) -> None:
 
 
 def test_an_unwritable_report_is_told(stub, tmp_path: Path) -> None:
-    result = invoke("--url", stub.url, "--requests", 2, "--rate", 100, "--json", tmp_path / "absent" / "a.json", *FAST)
+    result = invoke("--url", stub.url, "--requests", 2, "--rate", 100, "--json", tmp_path, *FAST)
     assert result.exit_code == 2
     assert "the report cannot be written" in result.output
 

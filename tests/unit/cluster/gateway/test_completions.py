@@ -82,6 +82,7 @@ async def test_sampling_reaches_the_workers(tmp_path):
 async def test_null_is_the_default(tmp_path):
     async with House(tmp_path) as house:
         fields = "temperature top_p top_k n stop seed logit_bias stream stream_options suffix logprobs user presence_penalty min_tokens"
+        fields += " echo ignore_eos include_stop_str_in_output add_special_tokens"
         reply = await house.post("/v1/completions", ASK | dict.fromkeys(fields.split()))
         assert reply.status == 200
         params = house.worker("prefill-0").received[0].sampling
@@ -194,6 +195,8 @@ class TestStop:
         async with House(tmp_path) as house:
             reply = await house.post("/v1/completions", ASK | {"stop": "e", "min_tokens": 4})
             assert reply.json["choices"][0]["text"] == "Hello th"
+            reply = await house.post("/v1/completions", ASK | {"stop": "lo ", "min_tokens": 4})
+            assert reply.json["choices"][0]["text"] == "Hel", "it ends beyond them"
 
     @pytest.mark.parametrize(("include", "expected"), [(False, "Hello"), (True, "Hello ")])
     @in_loop

@@ -9,18 +9,20 @@ TEXT = st.text("ab ", max_size=40)
 STOPS = st.lists(st.text("ab ", min_size=1, max_size=5), max_size=4)
 
 
-def feed(matcher: StopMatcher, pieces: list[str]) -> str:
+def feed(matcher: StopMatcher, pieces: list[str], num_silent: int = 0) -> str:
+    """In the first `num_silent` pieces no match may end."""
     out = ""
-    for piece in pieces:
-        out += matcher.feed(piece)
+    for i, piece in enumerate(pieces):
+        out += matcher.feed(piece, may_match=i >= num_silent)
         if matcher.matched:
             return out
     return out + matcher.end()
 
 
-def expected(text: str, stops: list[str], *, include: bool) -> tuple[str, bool]:
-    """By brute force: the match that ends first, of those the longest."""
-    matches = [(end, -len(stop)) for stop in stops for end in range(len(stop), len(text) + 1) if text[:end].endswith(stop)]
+def expected(text: str, stops: list[str], *, include: bool, beyond: int = 0) -> tuple[str, bool]:
+    """By brute force: the match that ends first (after `beyond` characters), of those the longest."""
+    ends = range(beyond + 1, len(text) + 1)
+    matches = [(end, -len(stop)) for stop in stops for end in ends if text[:end].endswith(stop)]
     if not matches:
         return text, False
     end, length = min(matches)
@@ -34,6 +36,16 @@ def test_finds_what_brute_force_finds_however_the_text_is_cut(text, stops, cuts,
     pieces = [text[a:b] for a, b in pairwise(bounds)]
     matcher = StopMatcher(stops, include=include)
     assert (feed(matcher, pieces), matcher.matched) == expected(text, stops, include=include)
+
+
+@given(TEXT, STOPS, st.lists(st.integers(0, 40)), st.integers(0, 5), st.booleans())
+@example("aaa", ["aa"], [2], 1, False)
+def test_a_match_may_begin_where_none_may_end(text, stops, cuts, num_silent, include):
+    bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    beyond = bounds[min(num_silent, len(bounds) - 1)]
+    matcher = StopMatcher(stops, include=include)
+    out = feed(matcher, [text[a:b] for a, b in pairwise(bounds)], num_silent)
+    assert (out, matcher.matched) == expected(text, stops, include=include, beyond=beyond)
 
 
 @given(TEXT, STOPS)
