@@ -93,7 +93,7 @@ class Transport(Protocol):
         ...
 
     def fence(self, writer: MemoryDescriptor, timeout_s: float) -> bool:
-        """Of a writer whose process is gone: True once nothing of it can land here any more."""
+        """Of a writer that is confirmed dead: True once nothing of it can land here any more, also if it lives on, on another host."""
         ...
 
     def write_pages(self, peer: Peer, src_pages: PageIds, dst_pages: PageIds, imm: Imm) -> None:

@@ -56,7 +56,8 @@ class Member(Struct, frozen=True):
 
 
 class Membership(Struct, frozen=True, tag=True):
-    """A full snapshot. A worker's life that was listed once and is absent here is confirmed dead: its process no longer exists."""
+    """A full snapshot. A worker's life that was listed once and is absent here is confirmed dead: its process no longer exists, or Ray has
+    given up its host (then it may go on for a while, cut off, and whoever it could write to has to fence it)."""
 
     version: int
     workers: tuple[Member, ...]
