@@ -12,7 +12,7 @@ SETUPTOOLS = CONFIG["tool"]["setuptools"]
 PACKAGES: list[str] = SETUPTOOLS["packages"]
 LINKS = ROOT / "typings" / "diptych"
 TOP_LEVEL = sorted(package.removeprefix("diptych.") for package in PACKAGES if package.count(".") == 1)
-MAY_IMPORT_RAY = {"cluster/ray_join.py", "cluster/ray_runtime.py", "cluster/ray_session.py"}
+MAY_IMPORT_RAY = {"cluster/ray_join.py", "cluster/ray_nodes.py", "cluster/ray_runtime.py", "cluster/ray_session.py"}
 
 
 def sources() -> list[Path]:
