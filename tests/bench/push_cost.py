@@ -33,7 +33,7 @@ from diptych.messages.ids import BlockId, Epoch, WorkerId
 from diptych.models.config import ModelConfig
 
 PROMPT_TOKENS, BLOCK_SIZE = 8192, 64
-NUM_BLOCKS = 2 * PROMPT_TOKENS // BLOCK_SIZE + 8     # the upper half takes what is "sent" to this GPU itself
+NUM_BLOCKS = 2 * PROMPT_TOKENS // BLOCK_SIZE + 8     # the upper half takes what is "sent" to this GPU itself, over whatever KV lies there
 ROUNDS, PAUSE_S = 20, 0.03
 
 
