@@ -110,7 +110,9 @@ def _lines(pieces: Iterator[bytes]) -> Iterator[str]:
     rest = b""
     for piece in pieces:
         *whole, rest = (rest + piece).split(b"\n")
-        yield from (line.decode().removesuffix("\r") for line in whole)
+        yield from (line.decode(errors="replace").removesuffix("\r") for line in whole)
+    if rest:
+        yield rest.decode(errors="replace")                      # the last one may lack its end
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

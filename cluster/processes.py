@@ -1,4 +1,4 @@
-"""Is that process still there? Asked of the process table, since everything else may be late or wrong."""
+"""Where a process stands, and whether it is still there: asked of the process table, since everything else may be late or wrong."""
 
 import contextlib
 import os

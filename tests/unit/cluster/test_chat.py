@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from diptych.cluster.chat import Chat
+from diptych.cluster.chat import Chat, _lines
 from diptych.messages.errors import ClusterError
 
 from .conftest import ScriptedEndpoint
@@ -27,9 +27,16 @@ def test_streams_and_keeps_the_conversation(endpoint: ScriptedEndpoint) -> None:
 
 
 def test_lines_end_at_line_feeds_alone(endpoint: ScriptedEndpoint) -> None:
-    text = "a\u2028b\u2029c\u0085d\x0be"
-    endpoint.lines = [f'data: {{"choices": [{{"index": 0, "delta": {{"content": "{text[:-2]}"}}}}]}}\r', "data: [DONE]"]
-    assert list(Chat(endpoint.url).ask("?").pieces) == [text[:-2]]
+    text = "a\u2028b\u2029c\u0085d"
+    endpoint.lines = [f'data: {{"choices": [{{"index": 0, "delta": {{"content": "{text}"}}}}]}}\r', "data: [DONE]"]
+    assert list(Chat(endpoint.url).ask("?").pieces) == [text]
+
+
+def test_lines_in_any_pieces_the_last_without_an_end() -> None:
+    raw = "data: é\r\n\ndata: [DONE]".encode()
+    for size in range(1, len(raw) + 1):
+        assert list(_lines(raw[i : i + size] for i in range(0, len(raw), size))) == ["data: é", "", "data: [DONE]"]
+    assert list(_lines(iter([b"\xff\n"]))) == ["\ufffd"], "what is no UTF-8 ends nothing"
 
 
 def test_an_endpoint_as_clients_of_openai_are_given_it(endpoint: ScriptedEndpoint) -> None:
