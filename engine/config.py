@@ -22,6 +22,7 @@ class EngineConfig(Struct, frozen=True):
     max_sequences: int = 64               # that take part in one step
     layer_group: int | None = None        # layers whose pages leave together; None: one on the CPU, an eighth of them all on a GPU
     prefix_cache: bool = True
+    tp: int = 1                           # ranks that share each layer's heads and gates, on a GPU each
 
 
 class ReceiverPool(Struct, frozen=True):
@@ -47,3 +48,4 @@ class WorkerConfig(Struct, frozen=True):
     min_gbps: float = 0.0                 # what such a link must reach; 0: anything will do
     receiver: ReceiverPool | None = None  # of a prefill worker; None: as it does itself
     refuse_below_floor: bool = True       # a link that does not is not used; False: it is only warned about
+    finest_tp: int = 1                    # the largest tp of the deployment: KV is written in pieces of the heads that one of its ranks has
