@@ -7,6 +7,8 @@
     launch(next plan) … its PENDING tokens are read from `sampled` by row
     outputs.wait() ◄── event
 
+Of several ranks the first one samples; the others read its tokens from its memory, once its last step is over.
+
 Nothing between launch and wait needs the host. A draw is in fp32 here and in fp64 in `sampler.py`, from the same uniform number: they can
 part where two tokens' cumulative weights are that close.
 """
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.context_shares import share_tokens
+from ..kernels.decode_inputs import fetch_pending
 from ..kernels.sampling import Draws, sample
 from ..kvtransfer.transport import KVPool
 from ..messages.errors import PoolTooSmall
@@ -32,10 +35,10 @@ from .decode_graphs import DecodeGraphs, DecodeRow
 from .device_sampler import DeviceSampler, Scores
 from .draw import DRAWN_AGAIN, Draw, columns, draw_of
 from .engine import EngineLimits
-from .model_runner import ChunkOutput, StepOutputs, logit_span
+from .model_runner import ChunkOutput, Computed, StepOutputs, logit_span
 from .packing import pack
 from .prompt_graphs import PromptGraphs
-from .prompt_steps import PromptStep
+from .prompt_steps import PromptStep, StepShape
 from .row_extras import CountSlots, changed_rows, counted, scored_rows
 from .sampler import Sampled
 from .scheduler import Chunk, StepPlan
@@ -67,28 +70,61 @@ class Queued:
         ]
 
 
+class SampledTokens:
+    """Of a worker's steps: written by the rank that samples, read by all at the beginning of the next step."""
+
+    def __init__(self, max_sequences: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(max_sequences, dtype=torch.int64, device=device)
+        self._written: list[Any] = [None, None]              # torch.cuda.Event, of even steps and of odd ones
+
+    def wrote(self, step: int) -> Any:
+        """→ the event of all that the current stream has been given so far."""
+        self._written[step % 2] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def wait_for(self, step: int) -> None:
+        """On the current stream, of another GPU."""
+        if (event := self._written[step % 2]) is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Of a runner among the ranks of its worker."""
+
+    sampled: SampledTokens
+    samples: bool = True                                      # False: a rank that only computes its part of the layers
+    agree: Callable[[list[StepShape]], list[StepShape]] = lambda shapes: shapes
+
+
 class CudaRunner:
     """Raises PoolTooSmall: its CUDA graphs do not fit into what the KV pool leaves."""
 
     runs_ahead = True
 
-    def __init__(self, model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device, layer_group: int) -> None:
-        self._model, self.pool, self._device = model, pool, device
+    def __init__(
+        self, model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device, layer_group: int, seat: Seat | None = None
+    ) -> None:
+        seat = seat or Seat(SampledTokens(limits.max_sequences, device))
+        self._model, self.pool, self._device, self._seat = model, pool, device, seat
+        self._num_steps = 0
         self._num_layers = pool.layout.num_layers
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._sampled = torch.zeros(limits.max_sequences, dtype=torch.int64, device=device)
+        self._sampled = sampled = seat.sampled.tokens
         self._row_of: dict[Seq, int] = {}            # in `sampled`, of the step that was launched last
         self._staging = Staging(64 * (limits.max_step_tokens + limits.max_sequences), device)
         self._tokens = [torch.zeros(limits.max_sequences, dtype=torch.int64, pin_memory=True) for _ in range(DEPTH)]
         self._turn = 0
         self._slots = CountSlots(limits.max_sequences)
-        self._graphs = DecodeGraphs(model, pool, self._sampled, limits.max_sequences, limits.max_model_len)
-        self._prompt_graphs = PromptGraphs(model, pool, self._sampled, limits, layer_group)
+        self._graphs = DecodeGraphs(model, pool, sampled, limits.max_sequences, limits.max_model_len, seat.samples)
+        self._prompt_graphs = PromptGraphs(model, pool, sampled, limits, layer_group, seat.samples)
         try:
-            self._sampler = DeviceSampler(self._sampled, model.config.vocab_size, limits.max_model_len)
+            if seat.samples:
+                self._sampler = DeviceSampler(sampled, model.config.vocab_size, limits.max_model_len)
             with torch.cuda.device(device):
                 self._graphs.capture()
-                self._prompt_graphs.capture()
+                self._prompt_graphs.capture(seat.agree)
         except torch.OutOfMemoryError as error:
             raise PoolTooSmall(f"no room for CUDA graphs beside weights and KV; give gpu_memory a smaller share: {error}") from None
 
@@ -99,6 +135,9 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
         chunks = plan.chunks
+        self._num_steps += 1
+        if not self._seat.samples:
+            self._seat.sampled.wait_for(self._num_steps - 1)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         changed, fresh = changed_rows(sampling, self._slots)
         again = frozenset(() if changed is None else changed.sequences)
@@ -107,13 +146,15 @@ class CudaRunner:
             logits = drawn_from = self._decode(chunks, draws, on_layer)
         else:
             logits, drawn_from = self._prefill(chunks, draws, on_layer)
+        self._row_of = {sequence: row for row, sequence in enumerate(sampling)}
+        if not self._seat.samples:
+            return Computed([])
         if fresh:
             self._sampler.count(counted(fresh, self._model.config.vocab_size))
         if changed is not None:
             self._sampler.draw_changed(drawn_from, changed)
         scored = scored_rows(chunks, self._model.config.vocab_size)
         scores = None if scored is None else self._sampler.score(logits, scored)
-        self._row_of = {sequence: row for row, sequence in enumerate(sampling)}
         return self._queue(chunks, len(sampling), scores)
 
     def replay_last(self, num_sequences: int) -> None:
@@ -166,11 +207,10 @@ class CudaRunner:
         token_ids, positions, slots, starts, contexts, tables, logit_rows = uploaded[:7]
         shape = step.has_single_rows, step.is_whole_prompt
         batch = ForwardBatch(token_ids, positions, slots, starts, contexts, tables, logit_rows, *shape, share_on_device)
-        if len(sources):
-            batch.token_ids[pending_rows] = self._sampled[sources].clamp_min(0)
+        fetch_pending(batch.token_ids, pending_rows, sources, self._sampled)
         logits = self._model.forward(batch, self.pool.tensor, on_layer)
         drawn_from = logits if len(sampled_rows) == len(logits) else logits[sampled_there]
-        if len(drawn_from):
+        if len(drawn_from) and self._seat.samples:
             temperature, top_p, min_p, fraction = real
             draws = Draws(temperature, top_k, top_p, min_p, fraction)
             sample(drawn_from, draws, refuse_infinite=True, out=self._sampled[: len(drawn_from)])
@@ -180,8 +220,7 @@ class CudaRunner:
         self._turn = (self._turn + 1) % DEPTH
         tokens = self._tokens[self._turn][:num_sampled]
         tokens.copy_(self._sampled[:num_sampled], non_blocking=True)
-        event: Any = torch.cuda.Event()             # type: ignore[no-untyped-call]
-        event.record()
+        event = self._seat.sampled.wrote(self._num_steps)
         return Queued(event, tokens, tuple(chunk.samples for chunk in chunks), scores)
 
 

@@ -47,12 +47,15 @@ class DecodeRow(Struct, frozen=True):
 
 
 class DecodeGraphs:
-    """`sampled` [max_sequences] int64 on the device: the tokens of the step before; -1 where logits were not finite."""
+    """`sampled` [max_sequences] int64: the tokens of the step before; -1 where logits were not finite. If not `samples`, it is another
+    rank's, which writes it."""
 
-    def __init__(self, model: Transformer, pool: KVPool, sampled: Tensor, max_sequences: int, max_model_len: int) -> None:
-        self._model, self._pool, self._sampled = model, pool, sampled
+    def __init__(
+        self, model: Transformer, pool: KVPool, sampled: Tensor, max_sequences: int, max_model_len: int, samples: bool = True
+    ) -> None:
+        self._model, self._pool, self._sampled, self._samples = model, pool, sampled, samples
         self._sizes = batch_sizes(max_sequences)
-        device, widest = sampled.device, self._sizes[-1]
+        device, widest = pool.tensor.device, self._sizes[-1]
         self._max_blocks = -(-max_model_len // pool.layout.block_size)
         num_ints = widest * (len(HEADER) + self._max_blocks)
         self._upload = torch.zeros(num_ints, dtype=torch.int32, device=device)
@@ -80,7 +83,8 @@ class DecodeGraphs:
                     self._step(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Torch's own stream for captures is on one device, for all; and other ranks' threads go on meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 logits = self._step(size)
             self._graphs[size] = graph, standing(logits)
             del logits
@@ -126,7 +130,8 @@ class DecodeGraphs:
             token_ids, positions, slots, paging.query_starts, paging.context_lens, paging.block_tables, None, share_tokens=share
         )
         logits = self._model.forward(batch, self._pool.tensor)
-        sample(logits, self._draws(size), refuse_infinite=True, out=self._sampled[:size])
+        if self._samples:
+            sample(logits, self._draws(size), refuse_infinite=True, out=self._sampled[:size])
         return logits
 
     def _draws(self, size: int) -> Draws:

@@ -79,16 +79,21 @@ class SyncRunner(ABC):
 
 
 class TorchRunner(SyncRunner):
-    def __init__(self, model: Transformer, pool: KVPool, device: torch.device) -> None:
+    """`samples`: not so in ranks that only compute their part of the layers."""
+
+    def __init__(self, model: Transformer, pool: KVPool, device: torch.device, samples: bool = True) -> None:
         self._model = model
         self._pool = pool
         self._device = device
+        self._samples = samples
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> list[ChunkOutput]:
         spans = [logit_span(chunk) for chunk in plan.chunks]
         batch = self._batch(plan.chunks, spans)
         logits = self._model.forward(batch, self._pool.tensor, on_layer)
+        if not self._samples:
+            return []
         return outputs_of(plan.chunks, logits, [0, *accumulate(len(span) for span in spans)])
 
     def _batch(self, chunks: Seq[Chunk], spans: Seq[range]) -> ForwardBatch:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..kernels.decode_inputs import fetch_pending
 from ..kernels.sampling import Draws, sample
 from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
@@ -36,22 +37,27 @@ class _Captured:
 
 
 class PromptGraphs:
-    """`sampled` [max_sequences] int64 on the device: the tokens of the step before; -1 where logits were not finite."""
+    """`sampled` [max_sequences] int64: the tokens of the step before; -1 where logits were not finite. If not `samples`, it is another
+    rank's, which writes it."""
 
-    def __init__(self, model: Transformer, pool: KVPool, sampled: Tensor, limits: EngineLimits, layer_group: int) -> None:
-        self._model, self._pool, self._sampled = model, pool, sampled
+    def __init__(
+        self, model: Transformer, pool: KVPool, sampled: Tensor, limits: EngineLimits, layer_group: int, samples: bool = True
+    ) -> None:
+        self._model, self._pool, self._sampled, self._samples = model, pool, sampled, samples
         self._layer_group = layer_group
         self._max_blocks = -(-limits.max_model_len // limits.block_size)
         self.shapes = step_shapes(limits.max_step_tokens, limits.max_sequences)
         endless = torch.empty(1 << 50, dtype=torch.uint8, device="meta")
         num_bytes = max(inputs_within(endless, shape, self._max_blocks)[1] for shape in self.shapes)
-        self._staging = Staging(num_bytes, sampled.device)
-        self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=sampled.device)
+        device = pool.tensor.device
+        self._staging = Staging(num_bytes, device)
+        self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._captured: dict[StepShape, _Captured] = {}
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """All shapes, the largest first: the others fit into its memory. What larger ones outrun is dropped again."""
+    def capture(self, agree: Callable[[list[StepShape]], list[StepShape]]) -> None:
+        """All shapes, the largest first: the others fit into its memory. What larger ones outrun is dropped again; `agree` gives the choice
+        that all ranks keep to."""
         memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()                        # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -59,7 +65,7 @@ class PromptGraphs:
             for shape in reversed(self.shapes):
                 self._captured[shape] = self._capture(shape, memory)
         torch.cuda.current_stream().wait_stream(stream)
-        self.shapes = fast_shapes({shape: self._captured[shape].seconds for shape in self.shapes})
+        self.shapes = agree(fast_shapes({shape: self._captured[shape].seconds for shape in self.shapes}))
         self._captured = {shape: self._captured[shape] for shape in self.shapes}
 
     @property
@@ -101,9 +107,12 @@ class PromptGraphs:
                 pieces[-1].capture_end()
                 layers.append(layer)
                 pieces.append(torch.cuda.CUDAGraph())
-                pieces[-1].capture_begin(pool=memory)
+                begin(pieces[-1])
 
-        pieces[-1].capture_begin(pool=memory)
+        def begin(piece: torch.cuda.CUDAGraph) -> None:
+            piece.capture_begin(pool=memory, capture_error_mode="thread_local")      # other ranks' threads go on
+
+        begin(pieces[-1])
         logits = standing(self._step(inputs, shape, cut))
         pieces[-1].capture_end()
         hosts = [_arrays(inputs_within(buffer, shape, self._max_blocks)[0]) for buffer in self._staging.buffers]
@@ -111,7 +120,7 @@ class PromptGraphs:
 
     def _step(self, inputs: StepInputs[Tensor], shape: StepShape, on_layer: Callable[[int], None] | None) -> Tensor:
         if shape.has_single_rows:
-            inputs.token_ids.scatter_(0, inputs.pending_rows, self._sampled[inputs.sources].clamp_min(0))
+            fetch_pending(inputs.token_ids, inputs.pending_rows, inputs.sources, self._sampled)
         batch = ForwardBatch(
             token_ids=inputs.token_ids[: shape.tokens],
             positions=inputs.positions,
@@ -124,9 +133,10 @@ class PromptGraphs:
             share_tokens=inputs.share_tokens,
         )
         logits = self._model.forward(batch, self._pool.tensor, on_layer)
-        temperature, top_p, min_p, fraction = inputs.real
-        draws = Draws(temperature, inputs.top_k, top_p, min_p, fraction)
-        sample(logits, draws, refuse_infinite=True, out=self._sampled[: shape.sequences])
+        if self._samples:
+            temperature, top_p, min_p, fraction = inputs.real
+            draws = Draws(temperature, inputs.top_k, top_p, min_p, fraction)
+            sample(logits, draws, refuse_infinite=True, out=self._sampled[: shape.sequences])
         return logits
 
 

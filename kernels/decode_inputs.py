@@ -6,6 +6,7 @@
     token_ids, positions, slots, context_lens, block_tables
 
 A row's token is in the upload, or still on the device: `source` is its row in the step before. A row of context 0 is padding: slot -1.
+What was sampled may lie in another GPU's memory that this one reaches.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -34,6 +35,23 @@ def decode_inputs(
         token_ids, positions, slots, paging.context_lens, paging.block_tables, upload, sampled, paging.block_tables.stride(0),
         BLOCK_SIZE=block_size, COLUMNS=len(HEADER), TILE=TILE, num_warps=4, **overlapping(),
     )  # fmt: skip
+
+
+def fetch_pending(token_ids: Tensor, rows: Tensor, sources: Tensor, sampled: Tensor) -> None:
+    """token_ids[rows[i]] = sampled[sources[i]], or 0 where that is negative: all [n] int64. For steps with prompts."""
+    if len(rows):
+        _pending_kernel[(triton.cdiv(len(rows), TILE),)](
+            token_ids, rows, sources, sampled, len(rows), TILE=TILE, num_warps=4, **overlapping()
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def _pending_kernel(token_ids, rows, sources, sampled, count, TILE: tl.constexpr, PDL: tl.constexpr):
+    after_predecessor(PDL)
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    there = at < count
+    token = tl.load(sampled + tl.load(sources + at, mask=there, other=0), mask=there, other=0)
+    tl.store(token_ids + tl.load(rows + at, mask=there, other=0), tl.maximum(token, 0), mask=there)
 
 
 @triton.jit

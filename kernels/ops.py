@@ -60,6 +60,10 @@ class Ops(Protocol):
         """`x weightᵀ + bias`, sums in fp32. x [T, k], weight [n, k], bias [n] → [T, n]."""
         ...
 
+    def logits(self, x: Tensor, head: Tensor, vocab: int) -> Tensor:
+        """`x headᵀ`: x [R, k] → [R, vocab]. Of several ranks each has some rows of the head, and only the first gets all logits."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in fp32 inside. x [..., n], weight [n] → [..., n]."""
         ...
@@ -87,7 +91,8 @@ class Ops(Protocol):
     def linear_add_rms_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """What ends attention and the MLP, as one operation: add_rms_norm of linear(x) and the residual. May overwrite the residual."""
+        """What ends attention and the MLP, as one operation: add_rms_norm of linear(x) and the residual. May overwrite the residual. Of
+        several ranks each has some columns of x and of the weight: their products are added up, then the bias."""
         ...
 
     def write_kv(self, kv_pool: Tensor, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:

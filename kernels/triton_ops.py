@@ -48,6 +48,9 @@ class TritonOps:
         skinny_linear(out, x, weight, bias)
         return out
 
+    def logits(self, x: Tensor, head: Tensor, vocab: int) -> Tensor:
+        return self.linear(x, head, None)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if x.numel():

@@ -5,7 +5,7 @@ be served exactly is refused by name: an unlisted architecture, rope type, activ
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +20,25 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One rank of the `size` that share a model."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, count: int) -> slice:
+        """Its share of `count` rows, columns or heads, of which there is an equal one for each."""
+        assert count % self.size == 0, f"{count} for {self.size} ranks"
+        share = count // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A dense decoder's shape. Counts are of the whole model, before any tensor-parallel split."""
+    """A dense decoder's shape. Counts are of the whole model, but in what `of_rank` returns."""
 
     architecture: str
     vocab_size: int
@@ -50,6 +67,19 @@ class ModelConfig:
         generation = path / "generation_config.json"
         eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
         return _build(raw if eos is None else raw | {"eos_token_id": eos})
+
+    def of_rank(self, shard: Shard) -> "ModelConfig":
+        """With the heads and the MLP's channels that one rank computes. Raises ModelError: they cannot be shared out evenly."""
+        shared = {"num_key_value_heads": self.num_kv_heads, "intermediate_size": self.intermediate_size}
+        for key, count in shared.items():
+            if count % shard.size:
+                raise ModelError(f"tp {shard.size}: {key} is {count}, which is no multiple of it")
+        return replace(
+            self,
+            num_heads=self.num_heads // shard.size,
+            num_kv_heads=self.num_kv_heads // shard.size,
+            intermediate_size=self.intermediate_size // shard.size,
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..messages.errors import UnsupportedModel, WeightMismatch
-from .config import ModelConfig
+from .config import WHOLE, ModelConfig, Shard
 from .weights import ModelWeights, Param, Piece, weight_plan
 
 _STORED_TYPES = {"F32", "F16", "BF16"}
@@ -35,12 +35,18 @@ class LoadFormat(StrEnum):
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, load_format: LoadFormat = LoadFormat.SAFETENSORS
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: LoadFormat = LoadFormat.SAFETENSORS,
+    shard: Shard = WHOLE,
 ) -> ModelWeights[Tensor]:
-    """Weights of `config` as `dtype` on `device`. Raises WeightMismatch or UnsupportedModel; dummy weights need no file."""
+    """Weights of `config` as `dtype` on `device`, or one rank's part of them. Raises WeightMismatch, UnsupportedModel, or ModelError: the
+    model cannot be shared so. Dummy weights need no file."""
+    plan = weight_plan(config, shard)
     if load_format is LoadFormat.DUMMY:
-        return weight_plan(config).map(lambda param: _invent(param, dtype, device))
-    plan = weight_plan(config)
+        return plan.map(lambda param: _invent(param, dtype, device))
     with ExitStack() as files:
         checkpoint = _Checkpoint(folder, files)
         checkpoint.compare({piece.name: piece for param in plan.leaves() for piece in param.pieces}, config.tie_embeddings)
@@ -59,7 +65,7 @@ def load_kv_scales(folder: Path, config: ModelConfig, load_format: LoadFormat = 
             for which, letter in enumerate("kv"):
                 name = f"model.layers.{layer}.self_attn.{letter}_scale"
                 if name in checkpoint:
-                    scales[layer, which] = _positive(name, checkpoint.read(Piece(name, ())), config.num_kv_heads)
+                    scales[layer, which] = _positive(name, checkpoint.read_whole(name), config.num_kv_heads)
     return scales
 
 
@@ -84,12 +90,13 @@ def _invent(param: Param, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _invent_piece(piece: Piece, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Norms are one; the rest is normal with variance 1 / fan-in, so that activations and logits stay near unit variance.
 
-    Seeded by the tensor's name, so that two workers on the same kind of device invent the same model.
+    Seeded by the tensor's name, so that two workers on the same kind of device invent the same model, and the ranks of one their parts.
     """
     if len(piece.shape) == 1 and piece.name.endswith("norm.weight"):
-        return torch.ones(piece.shape, dtype=dtype, device=device)
+        return torch.ones(piece.held_shape, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(piece.name.encode()))
-    return torch.randn(piece.shape, dtype=dtype, device=device, generator=generator) / math.sqrt(piece.shape[-1])
+    whole = torch.randn(piece.shape, dtype=dtype, device=device, generator=generator)
+    return whole[piece.part] / math.sqrt(piece.shape[-1])
 
 
 class _Checkpoint:
@@ -127,7 +134,11 @@ class _Checkpoint:
         return name in self._tensors
 
     def read(self, piece: Piece) -> Tensor:
-        tensor: Tensor = self._tensors[piece.name].get_tensor(piece.name)
+        tensor: Tensor = self._tensors[piece.name].get_slice(piece.name)[piece.part]
+        return tensor
+
+    def read_whole(self, name: str) -> Tensor:
+        tensor: Tensor = self._tensors[name].get_tensor(name)
         return tensor
 
     def _is_copy_of_embedding(self, name: str) -> bool:

@@ -21,7 +21,7 @@ from .weights import LayerWeights, ModelWeights
 
 
 class Transformer:
-    """A model on its device. Its methods change nothing but the KV pool that they are given."""
+    """A model on its device, or one rank's part of it. Its methods change nothing but the KV pool that they are given."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights[Tensor], ops: Ops) -> None:
         self.config = config
@@ -31,7 +31,8 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_pool: Tensor, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """Writes the batch's KV into the pool → logits [R, vocab] of `batch.logit_rows`.
+        """Writes the batch's KV into the pool → logits [R, vocab] of `batch.logit_rows`. As one of several ranks it must be called for the
+        same batch in all of them, with the rank's own pool; what the others than the first return means nothing.
 
         kv_pool: [num_blocks, num_layers, 2, kv_heads, block_size, head_dim]. `on_layer(i)` is called when layer i has finished and its KV
         is in the pool (on a GPU: when that work has been queued), so that its pages can leave while later layers compute.
@@ -49,7 +50,7 @@ class Transformer:
             if on_layer is not None:
                 on_layer(i)
         head = weights.embedding if weights.lm_head is None else weights.lm_head
-        return ops.linear(normed if batch.logit_rows is None else normed[batch.logit_rows], head, None)
+        return ops.logits(normed if batch.logit_rows is None else normed[batch.logit_rows], head, self.config.vocab_size)
 
     def _attention(
         self, index: int, layer: LayerWeights[Tensor], normed: Tensor, batch: ForwardBatch, paging: Paging, kv_pool: Tensor

@@ -4,13 +4,18 @@
 
 A `Param` is one tensor of ours; its pieces are the checkpoint's tensors that lie in it one after the other along the rows, so Q, K and V
 are one GEMM, and gate and up another.
+
+Of a model that several ranks share, each holds some heads and some of the gated MLP's channels: rows of what computes them, columns of what
+follows on them, so that the ranks' products of the latter add up (Megatron-LM, arXiv 1909.08053, section 3). The head's rows are shared out
+too; embedding and norms are everybody's.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
-from .config import ModelConfig
+from .config import WHOLE, ModelConfig, Shard
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -18,10 +23,15 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of a Hugging Face checkpoint."""
+    """One tensor of a Hugging Face checkpoint, or the part of it that a rank holds."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]                  # in the checkpoint
+    part: tuple[slice, ...]                 # of each dimension
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        return tuple(len(range(size)[part]) for size, part in zip(self.shape, self.part, strict=True))
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,8 @@ class Param:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(piece.shape[0] for piece in self.pieces), *self.pieces[0].shape[1:])
+        first, *_ = shapes = [piece.held_shape for piece in self.pieces]
+        return (sum(shape[0] for shape in shapes), *first[1:])
 
 
 @dataclass(frozen=True)
@@ -79,36 +90,67 @@ def _apply(fn: Callable[[Any], Any], leaf: Any) -> Any:
     return None if leaf is None else fn(leaf)
 
 
-def weight_plan(config: ModelConfig) -> ModelWeights[Param]:
-    """Every tensor that a checkpoint of this configuration must hold, under Hugging Face's names."""
-    table = (config.vocab_size, config.hidden_size)
+def weight_plan(config: ModelConfig, shard: Shard = WHOLE) -> ModelWeights[Param]:
+    """Every tensor that a checkpoint of this configuration must hold, under Hugging Face's names. `config` is the whole model's. A rank of
+    several has a head of its own also where the model has none: its rows of the embedding. Raises ModelError: not to be shared so."""
+    config.of_rank(shard)
+    plan = _Plan(config, shard)
     return ModelWeights(
-        embedding=_param(table, "model.embed_tokens.weight"),
-        layers=tuple(_layer_plan(config, f"model.layers.{i}.") for i in range(config.num_layers)),
-        norm=_param((config.hidden_size,), "model.norm.weight"),
-        lm_head=None if config.tie_embeddings else _param(table, "lm_head.weight"),
+        embedding=plan.table("model.embed_tokens.weight", Split.NO),
+        layers=tuple(plan.layer(f"model.layers.{i}.") for i in range(config.num_layers)),
+        norm=plan.param((config.hidden_size,), "model.norm.weight"),
+        lm_head=plan.head(),
     )
 
 
-def _param(shape: tuple[int, ...], *names: str) -> Param:
-    return Param(tuple(Piece(name, shape) for name in names))
+class Split(Enum):
+    """Along which dimension ranks share a tensor."""
+
+    NO = None
+    ROWS = 0
+    COLUMNS = 1
 
 
-def _layer_plan(config: ModelConfig, prefix: str) -> LayerWeights[Param]:
-    n, m, d = config.hidden_size, config.intermediate_size, config.head_dim
-    rows = {"q": config.num_heads * d, "k": config.num_kv_heads * d, "v": config.num_kv_heads * d}
-    attn, mlp = prefix + "self_attn.", prefix + "mlp."
-    return LayerWeights(
-        attention_norm=_param((n,), prefix + "input_layernorm.weight"),
-        qkv=Param(tuple(Piece(f"{attn}{x}_proj.weight", (rows[x], n)) for x in rows)),
-        qkv_bias=Param(tuple(Piece(f"{attn}{x}_proj.bias", (rows[x],)) for x in rows)) if config.qkv_bias else None,
-        q_norm=_param((d,), attn + "q_norm.weight") if config.qk_norm else None,
-        k_norm=_param((d,), attn + "k_norm.weight") if config.qk_norm else None,
-        out=_param((n, rows["q"]), attn + "o_proj.weight"),
-        out_bias=_param((n,), attn + "o_proj.bias") if config.out_bias else None,
-        mlp_norm=_param((n,), prefix + "post_attention_layernorm.weight"),
-        gate_up=_param((m, n), mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-        gate_up_bias=_param((m,), mlp + "gate_proj.bias", mlp + "up_proj.bias") if config.mlp_bias else None,
-        down=_param((n, m), mlp + "down_proj.weight"),
-        down_bias=_param((n,), mlp + "down_proj.bias") if config.mlp_bias else None,
-    )
+@dataclass(frozen=True)
+class _Plan:
+    config: ModelConfig
+    shard: Shard
+
+    def param(self, shape: tuple[int, ...], *names: str, split: Split = Split.NO) -> Param:
+        return Param(tuple(self.piece(name, shape, split) for name in names))
+
+    def piece(self, name: str, shape: tuple[int, ...], split: Split) -> Piece:
+        part = (self.shard.of(size) if dimension == split.value else slice(None) for dimension, size in enumerate(shape))
+        return Piece(name, shape, tuple(part))
+
+    def table(self, name: str, split: Split) -> Param:
+        return self.param((self.config.vocab_size, self.config.hidden_size), name, split=split)
+
+    def head(self) -> Param | None:
+        split = Split.ROWS if self.config.vocab_size % self.shard.size == 0 else Split.NO
+        if not self.config.tie_embeddings:
+            return self.table("lm_head.weight", split)
+        return None if self.shard.size == 1 else self.table("model.embed_tokens.weight", split)
+
+    def layer(self, prefix: str) -> LayerWeights[Param]:
+        config = self.config
+        n, m, d = config.hidden_size, config.intermediate_size, config.head_dim
+        rows = {"q": config.num_heads * d, "k": config.num_kv_heads * d, "v": config.num_kv_heads * d}
+        attn, mlp = prefix + "self_attn.", prefix + "mlp."
+        qkv = tuple(self.piece(f"{attn}{x}_proj.weight", (rows[x], n), Split.ROWS) for x in rows)
+        qkv_bias = tuple(self.piece(f"{attn}{x}_proj.bias", (rows[x],), Split.ROWS) for x in rows)
+        gates = f"{mlp}gate_proj", f"{mlp}up_proj"
+        return LayerWeights(
+            attention_norm=self.param((n,), prefix + "input_layernorm.weight"),
+            qkv=Param(qkv),
+            qkv_bias=Param(qkv_bias) if config.qkv_bias else None,
+            q_norm=self.param((d,), attn + "q_norm.weight") if config.qk_norm else None,
+            k_norm=self.param((d,), attn + "k_norm.weight") if config.qk_norm else None,
+            out=self.param((n, rows["q"]), attn + "o_proj.weight", split=Split.COLUMNS),
+            out_bias=self.param((n,), attn + "o_proj.bias") if config.out_bias else None,
+            mlp_norm=self.param((n,), prefix + "post_attention_layernorm.weight"),
+            gate_up=self.param((m, n), *(f"{gate}.weight" for gate in gates), split=Split.ROWS),
+            gate_up_bias=self.param((m,), *(f"{gate}.bias" for gate in gates), split=Split.ROWS) if config.mlp_bias else None,
+            down=self.param((n, m), mlp + "down_proj.weight", split=Split.COLUMNS),
+            down_bias=self.param((n,), mlp + "down_proj.bias") if config.mlp_bias else None,
+        )

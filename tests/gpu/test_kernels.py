@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from harness.decode_inputs_checks import check_decode_inputs
+from harness.decode_inputs_checks import check_decode_inputs, check_pending
 from harness.device_sampler_checks import check_device_sampler
 from harness.kernel_checks import (
     REFERENCE,
@@ -316,6 +316,11 @@ def test_blocks_beyond_32_bits_of_offset(device: Device) -> None:
 
 def test_decode_inputs(device: Device) -> None:
     check_decode_inputs([1, 16, 17, 4096, 16_000, 63], 10, device)
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_pending_tokens(count: int, device: Device) -> None:
+    check_pending(count, device)
 
 
 def test_logits_that_are_no_numbers_are_refused(device: Device) -> None:

@@ -3,7 +3,7 @@
 import torch
 from harness.kernel_checks import Device
 
-from diptych.kernels.decode_inputs import HEADER, decode_inputs
+from diptych.kernels.decode_inputs import HEADER, decode_inputs, fetch_pending
 from diptych.kernels.ops import Paging
 
 BLOCK_SIZE = 16
@@ -40,3 +40,15 @@ def check_decode_inputs(contexts: list[int], num_padding: int, device: Device) -
     assert context_lens.tolist() == contexts + [0] * num_padding
     for table, row in zip(tables.tolist(), [*blocks, *[[]] * num_padding], strict=True):
         assert table == row + [POISON] * (len(table) - len(row))
+
+
+def check_pending(count: int, device: Device) -> None:
+    """Only the rows that are named are written; a token that came of no numbers is 0."""
+    generator = device.generator()
+    sampled = torch.randint(-1, 1000, (64,), generator=generator)
+    sources, rows = torch.randint(0, 64, (count,), generator=generator), torch.randperm(count + 9, generator=generator)[:count]
+    token_ids = torch.full((count + 9,), POISON, device=device.name)
+    fetch_pending(token_ids, rows.to(device.name), sources.to(device.name), sampled.to(device.name))
+    expected = torch.full((count + 9,), POISON)
+    expected[rows] = sampled[sources].clamp_min(0)
+    assert torch.equal(token_ids.cpu(), expected)

@@ -1,12 +1,14 @@
 """The Triton kernels in Triton's interpreter, on shapes small enough for it. `test_interpreted.py` runs this file in its own process."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from harness.conversion_checks import ConversionCase, check_conversion, check_nothing_to_convert
-from harness.decode_inputs_checks import check_decode_inputs
+from harness.decode_inputs_checks import check_decode_inputs, check_pending
 from harness.device_sampler_checks import check_device_sampler, without_pinned_memory
+from harness.exchange_checks import ExchangeCase, RunAll, check_logits, check_sums, shape_for
 from harness.interpreter import make_exact
 from harness.kernel_checks import (
     REFERENCE,
@@ -32,6 +34,7 @@ from harness.sampling_checks import FILTERS, check_refusal, check_sampling
 from harness.share_checks import check_items
 
 from diptych.kernels.context_shares import ChunkCut
+from diptych.kernels.exchange import Exchange
 from diptych.kernels.page_push import PushShape
 from diptych.kernels.prefill_attention import PrefillTile
 from diptych.kernels.skinny_linear import LinearTile
@@ -213,6 +216,11 @@ def test_decode_inputs(contexts: list[int], num_padding: int, device: Device) ->
     check_decode_inputs(contexts, num_padding, device)
 
 
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_pending_tokens(count: int, device: Device) -> None:
+    check_pending(count, device)
+
+
 def test_logits_that_are_no_numbers_are_refused(device: Device) -> None:
     check_refusal(300, device, tile=256)
 
@@ -269,6 +277,39 @@ def test_page_push(page_words: int, num_pages: int) -> None:
 )
 def test_pages_of_another_layout(case: ConversionCase, has_scales: bool, device: Device) -> None:
     check_conversion(replace(case, has_scales=has_scales), device)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(
+    "case",
+    [
+        ExchangeCase(5, 96, torch.float32, scatters=False),
+        ExchangeCase(5, 96, torch.float32, scatters=True),
+        ExchangeCase(1, 64, BF16, scatters=True, has_bias=False),
+        ExchangeCase(4, 160, BF16, scatters=False),
+    ],
+)
+def test_sums_over_ranks(case: ExchangeCase, num_ranks: int) -> None:
+    check_sums(case, *ranks_in_turn(case, num_ranks))
+
+
+def test_logits_of_ranks() -> None:
+    check_logits(5, *ranks_in_turn(ExchangeCase(1, 64, torch.float32, scatters=False), 3))
+
+
+def ranks_in_turn(case: ExchangeCase, num_ranks: int) -> tuple[list[Exchange], RunAll]:
+    """Rank 0 comes last, and waits for what the others have really told it. Those find that everybody has told them long ago, for here
+    nobody can wait for who has not begun."""
+    shape = shape_for(case, num_ranks)
+    memories = [torch.zeros(sum(shape.sizes), dtype=torch.uint8) for _ in range(num_ranks)]
+
+    def run_all(work: Callable[[int], None]) -> None:
+        for memory in memories[1:]:
+            memory[: 3 * 8 * num_ranks].view(torch.int64).fill_(1 << 40)
+        for rank in reversed(range(num_ranks)):
+            work(rank)
+
+    return [Exchange(rank, memories, shape) for rank in range(num_ranks)], run_all
 
 
 def test_nothing_to_convert(device: Device) -> None:

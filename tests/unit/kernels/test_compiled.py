@@ -14,6 +14,7 @@ from diptych.kernels import (
     context_shares,
     decode_attention,
     decode_inputs,
+    exchange,
     logit_changes,
     logprobs,
     norms,
@@ -164,6 +165,33 @@ def test_norms(n: int) -> None:
         norms.add_rms_norm(meta(64, n), meta(64, n), meta(64, n), meta(n), 1e-5)
     for launch in launches:
         assert only_wide_loads(compiled(launch))
+
+
+@pytest.mark.parametrize("scatters", [False, True])
+@pytest.mark.parametrize(("num_ranks", "width", "dtype"), [(2, 4096, BF16), (8, 8192, BF16), (4, 5120, torch.float16), (2, 4096, torch.float32)])
+def test_exchange(num_ranks: int, width: int, dtype: torch.dtype, scatters: bool) -> None:
+    shape = exchange.ExchangeShape(num_ranks, 16, width, logit_rows=4, logit_columns=1024, dtype=dtype)
+    memories = [torch.zeros(sum(shape.sizes), dtype=torch.uint8) for _ in range(num_ranks)]
+    ends = [exchange.Exchange(rank, memories, shape) for rank in range(2)]
+    kernels = "_sum_norm_kernel", "_wait_kernel", "_tell_kernel", "_gather_kernel"
+    with captured(exchange, *kernels) as launches:
+        residual, weight = torch.zeros(16, width, dtype=dtype), torch.zeros(width, dtype=dtype)
+        ends[0].add_rms_norm(weight, residual, weight, 1e-5, scatters)
+        for end in ends:
+            end.gather_logits(end.logits_part(4))
+    found = {launch.kernel.__name__: compiled(launch) for launch in launches}
+    assert found.keys() == {*kernels} - ({"_wait_kernel"} if not scatters else set())
+    assert "ld.global.cg.v4.b32" in found["_sum_norm_kernel"].ptx, "parts are read piecemeal"
+    for kernel in found.keys() - {"_gather_kernel", "_wait_kernel"}:
+        assert "release.sys" in found[kernel].ptx or "sys.release" in found[kernel].ptx, "a rank could be told before its part is there"
+    for kernel in found.keys() - {"_tell_kernel"}:
+        assert "acquire.sys" in found[kernel].ptx or "sys.acquire" in found[kernel].ptx, "a part could be read before it is there"
+
+
+def test_pending_tokens() -> None:
+    with captured(decode_inputs, "_pending_kernel") as launches:
+        decode_inputs.fetch_pending(*(meta(count, dtype=torch.int64) for count in (2048, 64, 64, 256)))
+    compiled(launches[0])
 
 
 def test_decode_inputs() -> None:

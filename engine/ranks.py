@@ -1,0 +1,82 @@
+"""The ranks of one worker: the same work in all of them at the same time, each in a thread of its own. Rank 0's is the caller's.
+
+    run(work):  rank 0 ─ work(0) ───────┐
+                rank 1 ─ work(1) ───────┴─► results, in the order of the ranks
+
+Ranks wait for each other in what they compute, so one that fails leaves the others waiting. `on_failure` ends that where it can; a GPU's
+kernels go on waiting, until the process ends.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """`devices`: of each rank. The threads end with the process."""
+
+    def __init__(self, devices: Sequence[torch.device], on_failure: Callable[[], None] = lambda: None) -> None:
+        self.devices = tuple(devices)
+        self._on_failure = on_failure
+        self._jobs = [queue.SimpleQueue[Callable[[], None]]() for _ in self.devices[1:]]
+        self._together = threading.Barrier(len(self.devices))
+        self._agreed: Any = None
+        self._failure: BaseException | None = None            # the first one; it stays
+        num_threads = torch.get_num_threads()
+        for device, jobs in zip(self.devices[1:], self._jobs, strict=True):
+            threading.Thread(target=_serve, args=(device, num_threads, jobs), name=f"rank on {device}", daemon=True).start()
+
+    def __len__(self) -> int:
+        return len(self.devices)
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
+    def run(self, work: Callable[[int], T]) -> list[T]:
+        """Raises what the first rank that failed has raised."""
+        others: list[Future[T]] = []
+        for rank, jobs in enumerate(self._jobs, 1):
+            future: Future[T] = Future()
+            others.append(future)
+            jobs.put(lambda rank=rank, future=future: self._attempt(work, rank, future))    # type: ignore[misc]
+        own: Future[T] = Future()
+        self._attempt(work, 0, own)
+        for future in others:
+            future.exception()                                 # waits
+        if self._failure is not None:
+            raise self._failure
+        return [future.result() for future in (own, *others)]
+
+    def agree(self, rank: int, value: T) -> T:
+        """What rank 0 brings, in all ranks: for a choice that each would make from measurements of its own. All must ask."""
+        if rank == 0:
+            self._agreed = value
+        self._together.wait()
+        agreed: T = self._agreed
+        self._together.wait()
+        return agreed
+
+    def _attempt(self, work: Callable[[int], T], rank: int, future: Future[T]) -> None:
+        try:
+            future.set_result(work(rank))
+        except BaseException as error:
+            if self._failure is None:
+                self._failure = error
+            self._together.abort()
+            self._on_failure()
+            future.set_exception(error)
+
+
+def _serve(device: torch.device, num_threads: int, jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
+    torch.set_num_threads(num_threads)                         # counts for this thread alone
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    while True:
+        jobs.get()()
