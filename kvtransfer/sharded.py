@@ -148,6 +148,9 @@ class ShardedBundle:
 
     def _require_fit(self, there: list[MemoryDescriptor], num_ranks: int) -> None:
         """`there`: of one transport, one for each rank. Raises LayoutMismatch."""
+        for each in there:
+            if each.page_bytes != self.layout.piece_bytes:
+                raise LayoutMismatch(f"pages of {each.page_bytes} bytes there, pieces of {self.layout.piece_bytes} here")
         ranks, sizes = [each.rank for each in there], {each.num_pages for each in there}
         if ranks != list(range(num_ranks)) or self._num_pieces % num_ranks or len(sizes) > 1:
             whose = f"ranks {ranks} of {num_ranks} with {sorted(sizes)} pieces each"
