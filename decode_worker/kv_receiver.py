@@ -15,9 +15,8 @@ from ..engine.block_pool import chain_hashes
 from ..engine.engine import Engine
 from ..engine.urgency import due_in_s
 from ..engine.worker import ATTENTION_S
-from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.session import HandoffState, Session
-from ..kvtransfer.transport import NUM_IMMS, KVPool
+from ..kvtransfer.transport import Bundle, KVMemory
 from ..messages.handoff import (
     KVAccept,
     KVCancel,
@@ -52,7 +51,7 @@ class Incoming:
     blocks: list[BlockId] = field(default_factory=list)      # all of the prompt's, cached prefix first; held
     num_cached: int = 0
     imm: Imm | None = None
-    num_seen: int = 0                                        # pages counted when last looked
+    num_seen: int = 0                                        # counted when last looked: pages, or pieces of them
     landed: KVLanded | None = None
     cancel: KVCancel | None = None                           # what the writer was told; again and again until it answers
     writer_died: bool = False                                # and is still to be fenced
@@ -79,8 +78,8 @@ class KVReceiver:
         self,
         me: WorkerRef,
         post: Post,
-        transport: TransportBundle,
-        pool: KVPool,
+        transport: Bundle,
+        pool: KVMemory,
         engine: Engine,
         timeout_s: float,
         on_failure: Callable[[GenerateRequest, FailureKind, str], None],
@@ -88,12 +87,12 @@ class KVReceiver:
         self._me = me
         self._post = post
         self._transport = transport
-        self._layout = pool.layout.told
+        self._layout, self._pieces_per_page = pool.layout.told, pool.layout.pieces_per_page
         self._engine = engine
         self._timeout_s = timeout_s
         self._on_failure = on_failure
         self._handoffs: dict[RequestId, Incoming] = {}       # in order of arrival
-        self.imms = [Imm(i) for i in range(NUM_IMMS)]        # not in use; shared with the probes
+        self.imms = [Imm(i) for i in range(transport.num_imms)]        # not in use; shared with the probes
         self._consumed: OrderedDict[Ticket, None] = OrderedDict()
         self._membership = Membership(version=-1, workers=(), gateways=())
         self.draining = False
@@ -217,7 +216,8 @@ class KVReceiver:
                 handoff.session.deadline = now + self._timeout_s
                 self._post.send(handoff.offer.writer.address, handoff.cancel)
             elif handoff.session.live and now >= handoff.session.deadline:
-                text = f"{handoff.offer.writer.worker_id}: no progress in {handoff.session.state.name} after {handoff.num_seen} pages"
+                where = f"in {handoff.session.state.name} after {self._as_pages(handoff.num_seen)}"
+                text = f"{handoff.offer.writer.worker_id}: no progress {where}"
                 handoff.session.deadline = now + self._timeout_s
                 self._cancel(handoff, RefuseReason.TIMEOUT, FailureKind.TIMEOUT, text)
         self._reserve_next(now)
@@ -292,11 +292,18 @@ class KVReceiver:
             handoff.session.deadline = now + self._timeout_s
         if handoff.session.state is HandoffState.RESERVED and (counted or handoff.landed):
             handoff.session.move(HandoffState.MOVING)
-        if handoff.landed is not None and counted == handoff.landed.num_pages:
+        if handoff.landed is None:
+            return
+        announced = handoff.landed.num_pages * self._pieces_per_page
+        if counted == announced:
             self._commit(handoff, handoff.landed.first, now)
-        elif handoff.landed is not None and counted > handoff.landed.num_pages:
-            text = f"{counted} pages counted, {handoff.landed.num_pages} announced"
+        elif counted > announced:
+            text = f"{self._as_pages(counted)} counted, {handoff.landed.num_pages} announced"
             self._cancel(handoff, RefuseReason.PAGE_COUNT, FailureKind.INTERNAL, text)
+
+    def _as_pages(self, counted: int) -> str:
+        pages, pieces = divmod(counted, self._pieces_per_page)
+        return f"{pages} pages" + (f" and {pieces} of {self._pieces_per_page} pieces" if pieces else "")
 
     def _commit(self, handoff: Incoming, first: TokenDelta, now: float) -> None:
         blocks, handoff.blocks = handoff.blocks, []          # the sequence holds them from here on

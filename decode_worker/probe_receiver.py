@@ -10,7 +10,8 @@ stopped, or once it is confirmed dead and fenced.
 from dataclasses import dataclass
 
 from ..engine.engine import Engine
-from ..kvtransfer.bundle import TransportBundle
+from ..kvtransfer.layout import KVLayout
+from ..kvtransfer.transport import Bundle
 from ..messages.handoff import (
     KVCancel,
     KVDrained,
@@ -23,7 +24,7 @@ from ..messages.handoff import (
     Ticket,
 )
 from ..messages.ids import BlockId, Imm
-from ..messages.membership import Membership, PoolLayout
+from ..messages.membership import Membership
 from ..messages.post import Post
 from ..messages.requests import WorkerRef
 from .kv_receiver import FENCE_PAUSE_S, FENCE_S, KVReceiver
@@ -51,9 +52,9 @@ class ProbeReceiver:
         self,
         me: WorkerRef,
         post: Post,
-        transport: TransportBundle,
+        transport: Bundle,
         engine: Engine,
-        layout: PoolLayout,
+        layout: KVLayout,
         handoffs: KVReceiver,
         timeout_s: float,
     ) -> None:
@@ -61,7 +62,7 @@ class ProbeReceiver:
         self._post = post
         self._transport = transport
         self._engine = engine
-        self._layout = layout
+        self._layout, self._pieces_per_page = layout.told, layout.pieces_per_page
         self._handoffs = handoffs
         self._timeout_s = timeout_s
         self._loans: dict[Ticket, Loan] = {}
@@ -130,7 +131,7 @@ class ProbeReceiver:
         self._post.send(probe.writer.address, KVProbeAccept(probe.ticket, tuple(blocks), loan.imm))
 
     def _count(self, loan: Loan) -> None:
-        if loan.num_announced and self._transport.num_landed(loan.imm) >= loan.num_announced:
+        if loan.num_announced and self._transport.num_landed(loan.imm) >= loan.num_announced * self._pieces_per_page:
             self._post.send(loan.probe.writer.address, KVProbeCounted(loan.probe.ticket, loan.num_announced))
             loan.num_announced = 0
 

@@ -31,7 +31,7 @@ class DecodeWorker(Worker):
             post=self.post,
             transport=self.replica.transport,
             engine=self.engine,
-            layout=self.replica.pool.layout.told,
+            layout=self.replica.pool.layout,
             handoffs=self._receiver,
             timeout_s=self.config.handoff_timeout_s,
         )

@@ -16,7 +16,7 @@ from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.layout import KVLayout
 from ..kvtransfer.selection import Owner, make_transports
 from ..kvtransfer.staging import Staging
-from ..kvtransfer.transport import KVPool
+from ..kvtransfer.transport import Bundle, KVMemory, KVPool
 from ..messages.errors import ModelError, PoolTooSmall
 from ..messages.ids import WorkerId
 from ..messages.steps import StepModel
@@ -51,7 +51,7 @@ class Replica:
     staging: Staging | None = None            # of a prefill worker whose receivers' pools have another layout
 
     @property
-    def outbound(self) -> tuple[TransportBundle, KVPool]:
+    def outbound(self) -> tuple[Bundle, KVMemory]:
         """What pages for other workers are written over, and from."""
         return (self.transport, self.pool) if self.staging is None else (self.staging.transport, self.staging.pool)
 

@@ -24,12 +24,15 @@ AT_ONCE_BYTES = 16 << 20
 def require_convertible(source: KVLayout, target: KVLayout) -> None:
     """Raises LayoutMismatch with what stands in the way, by name."""
     difference = source.told.differences(replace(target, block_size=source.block_size, dtype=source.dtype).told)
+    if source.tp_size != target.tp_size:
+        difference = "; ".join(filter(None, (difference, f"tp_size {source.tp_size}, there {target.tp_size}")))
     if difference:
         raise LayoutMismatch(f"KV cannot be converted: {difference}")
 
 
 class Converter:
-    """From one pool into another of the same process and device. `scales` [num_layers, 2, kv_heads] fp32 are the model's, for fp8."""
+    """From one rank's pool into another of the same process and device. `scales` [num_layers, 2, rank_heads] fp32 are the model's, for
+    fp8: of the rank's heads."""
 
     def __init__(self, source: KVPool, target: KVPool, scales: Tensor | None) -> None:
         require_convertible(source.layout, target.layout)
@@ -46,7 +49,7 @@ class Converter:
 
     def make(self, pages: IdArray, targets: IdArray, src_blocks: IdArray) -> None:
         """Page i of a prompt (its block in the receiver's terms × num_layers + layer) into page `targets[i]` of the target pool.
-        `src_blocks`: the blocks that hold the prompt here. On a GPU, on the current stream."""
+        `src_blocks`: the blocks that hold the prompt here. On a GPU, on its current stream."""
         make = self._make_on_gpu if self._source.is_cuda else self._make_here
         make(pages, targets, src_blocks)
 
@@ -58,14 +61,15 @@ class Converter:
         # From memory that is not pinned the copy would wait here for all that the engine has queued.
         there = ids.pin_memory().to(source.device, non_blocking=True)
         prompt = 2 * len(pages)
-        convert_pages(source, target, there[: len(pages)], there[len(pages) : prompt], there[prompt:], self._scales)
+        with torch.cuda.device(source.device):
+            convert_pages(source, target, there[: len(pages)], there[len(pages) : prompt], there[prompt:], self._scales)
 
     def _make_here(self, pages: IdArray, targets: IdArray, src_blocks: IdArray) -> None:
         num_layers, grouping = self._layout.num_layers, self.regrouping
         runs = grouping.runs_into(pages // num_layers, len(src_blocks))
         layers = (pages % num_layers)[runs.asked]
         src_pages = src_blocks[runs.src_blocks] * num_layers + layers
-        run_bytes = 2 * self._layout.num_kv_heads * self._source.shape[1] * self._source.itemsize
+        run_bytes = 2 * self._layout.rank_heads * self._source.shape[1] * self._source.itemsize
         at_once = max(1, AT_ONCE_BYTES // run_bytes)
         for start in range(0, len(layers), at_once):
             piece = slice(start, start + at_once)
@@ -74,8 +78,8 @@ class Converter:
             self._target.index_copy_(0, there, self._as_stored_there(rows, layers[piece]))
 
     def _rows(self, pages: IdArray, places: IdArray, block_size: int) -> Tensor:
-        """Of runs at `places` in `pages`, for K and V of every head → [runs × 2 × kv_heads]."""
-        heads = np.arange(2 * self._layout.num_kv_heads)
+        """Of runs at `places` in `pages`, for K and V of every head → [runs × 2 × rank_heads]."""
+        heads = np.arange(2 * self._layout.rank_heads)
         per_page = block_size // self.regrouping.run_tokens
         rows = (pages[:, None] * len(heads) + heads) * per_page + places[:, None]
         return torch.from_numpy(rows.ravel())

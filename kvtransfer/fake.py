@@ -63,8 +63,8 @@ class FakeFabric:
 
 
 def as_pages(pool: KVPool) -> torch.Tensor:
-    """[num_pages, elements of a page]."""
-    return pool.tensor.view(pool.num_blocks * pool.layout.num_layers, -1)
+    """[num_pages, elements of a page], or of pieces of pages."""
+    return pool.tensor.view(-1, pool.layout.piece_bytes // pool.layout.dtype.itemsize)
 
 
 @dataclass
@@ -78,6 +78,7 @@ class FakeTransport:
     busy: dict[tuple[bytes, Imm], float] = field(default_factory=dict)
     fences: bool = True                      # False: `fence` runs into its timeout
     gathers: bool = False
+    overlaps: bool = False
 
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
         self.pool = KVPool(layout, torch.zeros(layout.shape(num_blocks), dtype=layout.dtype))
@@ -89,12 +90,12 @@ class FakeTransport:
     def register(self, pool: KVPool) -> MemoryDescriptor:
         self.fabric.pools[self.location] = pool
         self.fabric.counters[self.location] = [0] * NUM_IMMS
-        return MemoryDescriptor(self.name, "fake", self.location, pool.num_blocks, pool.layout.page_bytes, NUM_IMMS)
+        return MemoryDescriptor(self.name, "fake", self.location, len(as_pages(pool)), pool.layout.piece_bytes, NUM_IMMS)
 
     def connect(self, descriptor: MemoryDescriptor) -> Peer | None:
         assert self.pool is not None
-        if descriptor.page_bytes != self.pool.layout.page_bytes:
-            raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {self.pool.layout.page_bytes} here")
+        if descriptor.page_bytes != self.pool.layout.piece_bytes:
+            raise LayoutMismatch(f"pages of {descriptor.page_bytes} bytes there, {self.pool.layout.piece_bytes} here")
         if descriptor.location not in self.fabric.pools:
             raise PeerGone(f"{descriptor.location.decode()} is gone")
         return None if (self.location, descriptor.location) in self.fabric.cut else Peer(descriptor)

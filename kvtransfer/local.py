@@ -13,6 +13,7 @@ from .transport import KVPool, PageIds, Peer, TransferStats
 class LocalTransport:
     name = "local"
     gathers = False
+    overlaps = False
     stats = TransferStats()
 
     def __init__(self, device: torch.device) -> None:
@@ -22,7 +23,7 @@ class LocalTransport:
         try:
             return KVPool(layout, torch.zeros(layout.shape(num_blocks), dtype=layout.dtype, device=self._device))
         except torch.OutOfMemoryError as error:
-            raise ClusterError(f"no room for {num_blocks} blocks of {layout.block_bytes} bytes on {self._device}: {error}") from None
+            raise ClusterError(f"no room for {num_blocks} blocks of {layout.rank_block_bytes} bytes on {self._device}: {error}") from None
 
     def adopt(self, pool: KVPool) -> None:
         return None
@@ -31,7 +32,7 @@ class LocalTransport:
         return True
 
     def register(self, pool: KVPool) -> MemoryDescriptor:
-        return MemoryDescriptor(self.name, "", b"", pool.num_blocks, pool.layout.page_bytes, num_imms=0)
+        return MemoryDescriptor(self.name, "", b"", pool.tensor.nbytes // pool.layout.piece_bytes, pool.layout.piece_bytes, num_imms=0)
 
     def connect(self, descriptor: MemoryDescriptor) -> Peer:
         raise PeerGone("a local pool reaches no other")

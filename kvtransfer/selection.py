@@ -5,7 +5,7 @@ The spec is checked against this table where torch is not loaded, so a transport
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..messages.errors import ClusterError
@@ -14,6 +14,7 @@ from ..messages.requests import LinkFigures
 
 if TYPE_CHECKING:
     from .bundle import TransportBundle
+    from .sharded import ShardedBundle
     from .transport import Transport
 
 
@@ -29,6 +30,10 @@ class Owner:
     worker_id: WorkerId
     epoch: Epoch
     device: str                               # where its pool is: "cpu", "cuda" or "cuda:N"
+
+    def of_rank(self, rank: int, device: str) -> "Owner":
+        """One name for each rank's shared memory; the first rank's is the worker's own."""
+        return replace(self, worker_id=WorkerId(f"{self.worker_id}.{rank}") if rank else self.worker_id, device=device)
 
 
 def _shm(owner: Owner) -> "Transport":
@@ -101,3 +106,10 @@ def make_transports(names: Sequence[str], owner: Owner) -> "TransportBundle":
         raise ClusterError(f"transports {', '.join(names)}: {'; '.join(problems)}")
     allocates = next((name for name in names if not KINDS[name].adopts), names[0])
     return TransportBundle([KINDS[name].make(owner) for name in names], allocates)
+
+
+def make_sharded(names: Sequence[str], owner: Owner, devices: Sequence[str]) -> "ShardedBundle":
+    """Of a worker whose layout has pieces: rank r's pool is on `devices[r]`. Raises ClusterError, as `make_transports`."""
+    from .sharded import ShardedBundle
+
+    return ShardedBundle([make_transports(names, owner.of_rank(rank, device)) for rank, device in enumerate(devices)])

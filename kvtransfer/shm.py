@@ -109,13 +109,13 @@ class _Queue:
 class ShmTransport:
     name = "shm"
     gathers = False
+    overlaps = False
 
     def __init__(self, cluster: str, worker_id: WorkerId, epoch: Epoch) -> None:
         self._cluster = cluster
         self._path = SHM / f"{PREFIX}{cluster}-{worker_id}-{epoch}"
         self._fd: int | None = None
         self._own: _Mapping | None = None
-        self._block_bytes = 0
         self._peers: dict[bytes, _Mapping] = {}
         self._queue = _Queue()
         self._stats = TransferStats()
@@ -128,10 +128,9 @@ class ShmTransport:
         if platform.machine() not in STRONGLY_ORDERED:
             raise ClusterError(f"transport shm relies on the store order of x86-64; this machine is {platform.machine()}")
         sweep_orphans(self._cluster)
-        pool_bytes = num_blocks * layout.block_bytes
+        pool_bytes = num_blocks * layout.rank_block_bytes
         memory = self._create(HEADER_BYTES + pool_bytes)
-        self._own = _Mapping(memory, layout.page_bytes)
-        self._block_bytes = layout.block_bytes
+        self._own = _Mapping(memory, layout.piece_bytes)
         tensor = torch.frombuffer(memory, dtype=torch.uint8, offset=HEADER_BYTES).view(layout.dtype).view(layout.shape(num_blocks))
         return KVPool(layout, tensor)
 
@@ -162,8 +161,8 @@ class ShmTransport:
             transport=self.name,
             host=host_identity(),
             location=self._path.name.encode(),
-            num_blocks=pool.num_blocks,
-            page_bytes=pool.layout.page_bytes,
+            num_pages=pool.tensor.nbytes // pool.layout.piece_bytes,
+            page_bytes=pool.layout.piece_bytes,
             num_imms=NUM_IMMS,
         )
 
@@ -200,9 +199,9 @@ class ShmTransport:
         except OSError as error:
             raise PeerGone(f"{path}: {error.strerror}") from None
         try:
-            size, pool_bytes = os.fstat(fd).st_size, descriptor.num_blocks * self._block_bytes
+            size, pool_bytes = os.fstat(fd).st_size, descriptor.num_pages * descriptor.page_bytes
             if size != HEADER_BYTES + pool_bytes or not pool_bytes:
-                raise LayoutMismatch(f"{path} has {size} bytes, {descriptor.num_blocks} blocks of {self._block_bytes} were announced")
+                raise LayoutMismatch(f"{path} has {size} bytes, {descriptor.num_pages} pages of {descriptor.page_bytes} were announced")
             return _Mapping(mmap.mmap(fd, size), descriptor.page_bytes)
         finally:
             os.close(fd)

@@ -4,8 +4,9 @@
                                   ▲                   │ settled: the handoff's writes so far have left
                                   └───────────────────┘
 
-The pool is made and registered once. A page is held while writes of its handoff may read it, and no longer: so whatever is held comes
-back by itself, or when the handoff has stopped, and a pool of one page would do. What finds no page free waits in its handoff's line.
+All ranks make the same page of a prompt in the same staging page, each its own heads of it. The pool is made and registered once. A page
+is held while writes of its handoff may read it, and no longer: so whatever is held comes back by itself, or when the handoff has stopped,
+and a pool of one page would do. What finds no page free waits in its handoff's line.
 """
 
 from collections import deque
@@ -15,19 +16,23 @@ import numpy as np
 from torch import Tensor
 
 from ..messages.ids import BlockId, Imm
-from .bundle import TransportBundle
-from .conversion import Converter
+from .conversion import Converter, require_convertible
 from .layout import KVLayout
 from .plan import PagePlan, PageWrites
-from .transport import IdArray, KVPool, Peer
+from .transport import Bundle, IdArray, KVMemory, Peer
 
 
 class Staging:
-    def __init__(self, source: KVPool, pool: KVPool, transport: TransportBundle, scales: Tensor | None = None) -> None:
-        """`pool` is `transport`'s own. Raises LayoutMismatch: not to be converted."""
+    def __init__(self, source: KVMemory, pool: KVMemory, transport: Bundle, scales: Tensor | None = None) -> None:
+        """`pool` is `transport`'s own, with the source's ranks on the source's devices. `scales` [num_layers, 2, kv_heads] fp32 are of all
+        heads. Raises LayoutMismatch: not to be converted."""
+        require_convertible(source.layout, pool.layout)
         self.pool = pool
         self.transport = transport
-        self.converter = Converter(source, pool, scales)
+        self._converters = [
+            Converter(of_rank, made, _of_rank(scales, rank, source.layout.rank_heads))
+            for rank, (of_rank, made) in enumerate(zip(source.ranks, pool.ranks, strict=True))
+        ]
         self._free = deque(range(pool.num_blocks * pool.layout.num_layers))
         self._open: list[StagedPages] = []
         transport.register(pool)
@@ -58,6 +63,15 @@ class Staging:
 
     def give_back(self, pages: list[int]) -> None:
         self._free.extend(pages)
+
+    def make(self, pages: IdArray, targets: IdArray, src_blocks: IdArray) -> None:
+        """As `Converter.make`, in all ranks."""
+        for converter in self._converters:
+            converter.make(pages, targets, src_blocks)
+
+
+def _of_rank(scales: Tensor | None, rank: int, num_heads: int) -> Tensor | None:
+    return None if scales is None else scales[:, :, rank * num_heads : (rank + 1) * num_heads].contiguous()
 
 
 class StagedPages:
@@ -96,7 +110,7 @@ class StagedPages:
         self._held += pages
         made = np.array(pages, dtype=np.int64)
         if pages:
-            self._staging.converter.make(src[: len(pages)], made, self._src_blocks)
+            self._staging.make(src[: len(pages)], made, self._src_blocks)
         self._due = PageWrites(src[len(pages) :], dst[len(pages) :])
         return PageWrites(made, dst[: len(pages)])
 

@@ -14,18 +14,21 @@ class Role(StrEnum):
 
 
 class MemoryDescriptor(Struct, frozen=True):
-    """How a peer reaches a worker's KV pool over one transport."""
+    """How a peer reaches the KV pool of one of a worker's ranks over one transport. It counts in what is written at once: pages, or pieces
+    of pages."""
 
     transport: str                            # "shm", "nvlink", "ucx", "fake"
     host: str                                 # machine identity: shared memory needs an equal one
     location: bytes                           # the transport's own: a segment's name, a handle, a remote key
-    num_blocks: int
+    num_pages: int
     page_bytes: int
-    num_imms: int                             # counters behind the pool
+    num_imms: int                             # that are lent to writers: 0 to num_imms - 1
+    rank: int = 0
 
 
 class PoolLayout(Struct, frozen=True):
-    """What the pages of a KV pool are. They can be copied as they are into a pool whose layout is equal, and into no other."""
+    """What the pages of a worker's KV memory are. Their pieces can be copied as they are into a pool whose layout is equal, and into no
+    other; among how many ranks the heads of either are shared does not matter."""
 
     protocol: int
     model: str                                # a fingerprint of the folder
@@ -34,7 +37,7 @@ class PoolLayout(Struct, frozen=True):
     num_kv_heads: int
     head_dim: int
     block_size: int                           # tokens
-    tp_size: int
+    piece_heads: int                          # whose K or V is written at once; 0: whole pages are
 
     def differences(self, there: "PoolLayout") -> str:
         """By name, with both values: `block_size 64, there 16`; empty if they are equal."""

@@ -17,11 +17,10 @@ from collections.abc import Callable
 from ..engine.scheduler import Chunk, StepPlan
 from ..engine.sequence import Sequence
 from ..engine.worker import ATTENTION_S
-from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.plan import PagePlan, leave_after
 from ..kvtransfer.session import HandoffState, Session
 from ..kvtransfer.staging import StagedPages, Staging
-from ..kvtransfer.transport import KVPool, Peer
+from ..kvtransfer.transport import Bundle, KVMemory, Peer
 from ..messages.errors import PeerGone, TransferError
 from ..messages.handoff import (
     KVAccept,
@@ -56,8 +55,8 @@ class KVWriter:
         self,
         me: WorkerRef,
         post: Post,
-        transport: TransportBundle,
-        pool: KVPool,
+        transport: Bundle,
+        pool: KVMemory,
         timeout_s: float,
         layer_group: int,
         on_end: Callable[[Sequence, Failure | None], None],
@@ -252,6 +251,10 @@ class KVWriter:
             return
         if peer is None:
             return                                         # tick asks again
+        if handoff.accept.imm >= peer.descriptor.num_imms:
+            text = f"{member.ref.worker_id} accepted with counter {handoff.accept.imm} of {peer.descriptor.num_imms}"
+            self._give_up(handoff, Failure(FailureKind.INTERNAL, text), now)
+            return
         handoff.peer, handoff.busy_before_s = peer, self._transport.busy_s(peer, handoff.accept.imm)
         handoff.session.deadline = handoff.sequence.deadline
         handoff.plan = self._plan(handoff.sequence, handoff.accept, peer)

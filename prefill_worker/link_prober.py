@@ -15,10 +15,9 @@ import logging
 import math
 from contextlib import suppress
 
-from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.selection import fastest_first
 from ..kvtransfer.session import HandoffState, Session
-from ..kvtransfer.transport import NUM_IMMS, KVPool, Peer
+from ..kvtransfer.transport import NUM_IMMS, Bundle, KVMemory, Peer
 from ..messages.errors import LinkTooSlow, PeerGone, TransferError
 from ..messages.handoff import KVCancel, KVDrained, KVProbe, KVProbeAccept, KVProbeCounted, KVProbeSent, KVRefuse, RefuseReason, Ticket
 from ..messages.ids import Address, RequestId, new_nonce
@@ -39,7 +38,7 @@ ProbeAnswer = KVProbeAccept | KVProbeCounted | KVRefuse | KVCancel
 
 
 class LinkProber:
-    def __init__(self, me: WorkerRef, post: Post, transport: TransportBundle, pool: KVPool, timeout_s: float, floor: Floor) -> None:
+    def __init__(self, me: WorkerRef, post: Post, transport: Bundle, pool: KVMemory, timeout_s: float, floor: Floor) -> None:
         self._me = me
         self._post = post
         self._transport = transport
@@ -196,7 +195,9 @@ class LinkProber:
             probe.pass_over(str(error))
             self._next_transport(probe, accept, now)
             return
-        if probe.peer is not None:
+        if probe.peer is not None and accept.imm >= probe.peer.descriptor.num_imms:
+            self._put_off(probe, f"accepted with counter {accept.imm} of {probe.peer.descriptor.num_imms}", now)
+        elif probe.peer is not None:
             probe.met(probe.peer, self._transport.busy_s(probe.peer, accept.imm))
             if probe.session.state is HandoffState.RESERVED:
                 probe.session.move(HandoffState.MOVING)
@@ -218,8 +219,8 @@ class LinkProber:
         if probe.peer is None or probe.accept is None or probe.num_counted < probe.num_sent:
             return
         busy_s = self._transport.busy_s(probe.peer, probe.accept.imm)
-        if busy_s <= probe.busy_s:
-            return                                           # tick asks again
+        if busy_s <= probe.busy_s or not self._transport.settled(probe.peer, probe.accept.imm):
+            return                                           # tick asks again: of several ranks, one may have put its time down
         probe.took(busy_s, self._layout.page_bytes)
         if probe.peer is not None:
             self._write_round(probe, probe.peer, probe.accept, now)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...messages.errors import TransferError
-from ..transport import IdArray, PageIds
+from ..transport import IdArray, PageIds, as_array
 
 SMALLEST = 1024                # pages
 NUM_READY = 32                 # slots of that size made in advance: pinning takes long
@@ -53,13 +53,6 @@ class Slot:
         here[:], there[:] = as_array(src_pages), as_array(dst_pages)
         self._times[:] = 0
         return here, there
-
-
-def as_array(pages: PageIds) -> IdArray:
-    """Without a Python object per page where the sequence allows it: ranges, numpy arrays, array('q')."""
-    if isinstance(pages, range):
-        return np.arange(pages.start, pages.stop, pages.step, dtype=np.int64)
-    return np.asarray(pages, dtype=np.int64)
 
 
 def check_pages(pages: IdArray, num_pages: int, where: str) -> None:

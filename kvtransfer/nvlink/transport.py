@@ -76,6 +76,7 @@ class NvlinkTransport:
 
     name = "nvlink"
     gathers = True                        # an NVLink that is awake takes power, which a prefill at its GPU's limit lacks
+    overlaps = True
 
     def __init__(
         self, cluster: str, worker_id: WorkerId, epoch: Epoch, device: torch.device,
@@ -96,17 +97,16 @@ class NvlinkTransport:
     # the receiver's side
 
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
-        if layout.page_bytes % VECTOR_BYTES:
-            raise ClusterError(f"transport nvlink moves pages of whole {VECTOR_BYTES} bytes, not of {layout.page_bytes}")
+        if layout.piece_bytes % VECTOR_BYTES:
+            raise ClusterError(f"transport nvlink moves pages of whole {VECTOR_BYTES} bytes, not of {layout.piece_bytes}")
         sweep_orphans(self._names[0])
-        pool_bytes = num_blocks * layout.block_bytes
+        pool_bytes = num_blocks * layout.rank_block_bytes
         with torch.cuda.device(self._device):
             self._own = DeviceMemory(pool_bytes)
             self._counters = OwnCounters(*self._names)
             memory = self._own.tensor(self._device)[:pool_bytes].zero_()
             self._words = memory.view(torch.int64)
-            self._page_bytes, self._block_bytes = layout.page_bytes, layout.block_bytes
-            self._num_pages = num_blocks * layout.num_layers
+            self._page_bytes, self._num_pages = layout.piece_bytes, pool_bytes // layout.piece_bytes
             self._prepare_writing()
         return KVPool(layout, memory.view(layout.dtype).view(layout.shape(num_blocks)))
 
@@ -147,8 +147,8 @@ class NvlinkTransport:
             transport=self.name,
             host=host_identity(),
             location=Location(VERSION, THIS_PROCESS, handle, *where).pack(),
-            num_blocks=pool.num_blocks,
-            page_bytes=pool.layout.page_bytes,
+            num_pages=self._num_pages,
+            page_bytes=self._page_bytes,
             num_imms=NUM_IMMS,
         )
 
@@ -168,9 +168,8 @@ class NvlinkTransport:
             location = location_here(descriptor)
             assert self._device.index is not None
             with torch.cuda.device(self._device):
-                memory = PeerMemory(location, descriptor.num_blocks * self._block_bytes, self._device.index)
-            num_pages = descriptor.num_blocks * (self._block_bytes // self._page_bytes)
-            self._targets[descriptor.location] = _Target(memory, num_pages)
+                memory = PeerMemory(location, descriptor.num_pages * self._page_bytes, self._device.index)
+            self._targets[descriptor.location] = _Target(memory, descriptor.num_pages)
         return Peer(descriptor)
 
     def disconnect(self, peer: Peer) -> None:

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 class UcxTransport:
     name = "ucx"
     gathers = False
+    overlaps = True
 
     def __init__(self, device: torch.device | None = None, stall_s: float = 5.0) -> None:
         """`stall_s` without any progress of writes under way ends a link. Raises ClusterError: no UCX, no compiler."""
@@ -56,12 +57,12 @@ class UcxTransport:
     # the receiver's side
 
     def allocate(self, layout: KVLayout, num_blocks: int) -> KVPool:
-        num_bytes = num_blocks * layout.block_bytes
+        num_bytes = num_blocks * layout.rank_block_bytes
         if self._device.type == "cuda":
             pool = KVPool(layout, self._allocate_on_gpu(num_bytes).view(layout.dtype).view(layout.shape(num_blocks)))
             self.adopt(pool)
             return pool
-        tensor = self._allocate_host(num_bytes, layout.page_bytes)
+        tensor = self._allocate_host(num_bytes, layout.piece_bytes)
         self._start(layout)
         return KVPool(layout, tensor.view(layout.dtype).view(layout.shape(num_blocks)))
 
@@ -73,7 +74,7 @@ class UcxTransport:
             return DeviceMemory(num_bytes).tensor(self._device)[:num_bytes].zero_()
 
     def adopt(self, pool: KVPool) -> None:
-        where = (pool.tensor.data_ptr(), pool.tensor.nbytes, pool.layout.page_bytes)
+        where = (pool.tensor.data_ptr(), pool.tensor.nbytes, pool.layout.piece_bytes)
         if pool.tensor.is_cuda:
             with torch.cuda.device(pool.tensor.device):
                 torch.cuda.synchronize()                          # and the context is this thread's
@@ -84,7 +85,7 @@ class UcxTransport:
         self._start(pool.layout)
 
     def _start(self, layout: KVLayout) -> None:
-        self._page_bytes = layout.page_bytes
+        self._page_bytes = layout.piece_bytes
         self._shim.start()
 
     def _allocate_host(self, num_bytes: int, page_bytes: int) -> torch.Tensor:
@@ -100,11 +101,12 @@ class UcxTransport:
         return torch.frombuffer(memory, dtype=torch.uint8).zero_()          # now: first touches are slow
 
     def register(self, pool: KVPool) -> MemoryDescriptor:
+        num_pages = pool.tensor.nbytes // pool.layout.piece_bytes
         location = Location(
             version=PROTOCOL_VERSION,
             uid=self._uid,
             base=pool.tensor.data_ptr(),
-            num_pages=pool.tensor.nbytes // pool.layout.page_bytes,
+            num_pages=num_pages,
             memory_type=MemoryType.CUDA if pool.tensor.is_cuda else MemoryType.HOST,
             lent=self._lent is not None,
             rkey=self._shim.rkey,
@@ -115,8 +117,8 @@ class UcxTransport:
             transport=self.name,
             host=host_identity(),
             location=msgspec.msgpack.encode(location),
-            num_blocks=pool.num_blocks,
-            page_bytes=pool.layout.page_bytes,
+            num_pages=num_pages,
+            page_bytes=pool.layout.piece_bytes,
             num_imms=NUM_IMMS,
         )
 

@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused(pair: Pair) -> None:
         pair.writer.call("connect", msgspec.structs.replace(pair.target, page_bytes=2 * PAGE_BYTES))
     pair.writer.call("disconnect", pair.target)
     with pytest.raises(LayoutMismatch):
-        pair.writer.call("connect", msgspec.structs.replace(pair.target, num_blocks=10**6))
+        pair.writer.call("connect", msgspec.structs.replace(pair.target, num_pages=10**6))
     pair.writer.call("connect", pair.target)
     for src, dst, imm in (([0], [NUM_PAGES], 0), ([-1], [0], 0), ([NUM_PAGES], [0], 0), ([0, 1], [0], 0), ([0], [0], 4096)):
         with pytest.raises(TransferError):

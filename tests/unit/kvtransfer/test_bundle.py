@@ -3,8 +3,9 @@
 import pytest
 
 from diptych.engine.fake_runner import fake_layout
-from diptych.kvtransfer.bundle import DIAL_S, TransportBundle
+from diptych.kvtransfer.bundle import TransportBundle
 from diptych.kvtransfer.fake import FakeFabric, FakeTransport
+from diptych.kvtransfer.link_choice import DIAL_S
 from diptych.kvtransfer.transport import Peer
 from diptych.messages.errors import PeerGone
 from diptych.messages.membership import MemoryDescriptor

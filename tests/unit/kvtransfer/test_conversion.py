@@ -108,11 +108,13 @@ def test_what_is_too_large_for_fp8_saturates() -> None:
         ({"model": "other"}, "model m, there other"),
         ({"num_layers": 3}, "num_layers 2, there 3"),
         ({"num_kv_heads": 8, "head_dim": 2}, "num_kv_heads 4, there 8; head_dim 4, there 2"),
+        ({"piece_heads": 2}, "piece_heads 1, there 2"),
         ({"tp_size": 2, "block_size": 8}, "tp_size 1, there 2"),
+        ({"model": "other", "tp_size": 4}, "model m, there other; tp_size 1, there 4"),
     ],
 )
 def test_what_means_something_else_cannot_be_converted(change: dict[str, object], told: str) -> None:
-    here = KVLayout("m", torch.float32, num_layers=2, num_kv_heads=4, head_dim=4, block_size=16)
+    here = KVLayout("m", torch.float32, num_layers=2, num_kv_heads=4, head_dim=4, block_size=16, piece_heads=1)
     with pytest.raises(LayoutMismatch, match=f"cannot be converted: {told}$"):
         require_convertible(here, replace(here, **change))
     require_convertible(here, replace(here, dtype=FP8, block_size=7))

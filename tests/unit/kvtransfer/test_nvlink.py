@@ -78,7 +78,7 @@ def test_a_known_peer_costs_no_look_at_the_host_and_is_still_checked(monkeypatch
 
     transport = NvlinkTransport("c", WorkerId("w"), Epoch(1), torch.device("cuda", 0))
     transport._page_bytes = DESCRIPTOR.page_bytes
-    transport._targets[DESCRIPTOR.location] = _Target(SimpleNamespace(), DESCRIPTOR.num_blocks)
+    transport._targets[DESCRIPTOR.location] = _Target(SimpleNamespace(), DESCRIPTOR.num_pages)
     monkeypatch.setattr(memory, "host_identity", lambda: pytest.fail("it looked"))
     assert transport.connect(DESCRIPTOR).descriptor == DESCRIPTOR
     with pytest.raises(LayoutMismatch, match="pages of 8192 bytes there, 4096 here"):

@@ -326,11 +326,11 @@ def test_other_page_sizes_are_refused(sides: tuple[Side, Side]) -> None:
         writer.transport.connect(change(receiver.descriptor, page_bytes=LAYOUT.page_bytes * 2))
 
 
-@pytest.mark.parametrize("num_blocks", [0, 1, NUM_BLOCKS - 1, NUM_BLOCKS + 1, -1, 1 << 40])
-def test_a_segment_of_another_size_than_announced_is_refused(sides: tuple[Side, Side], num_blocks: int) -> None:
+@pytest.mark.parametrize("num_pages", [0, 1, NUM_PAGES - 1, NUM_PAGES + 1, -1, 1 << 40])
+def test_a_segment_of_another_size_than_announced_is_refused(sides: tuple[Side, Side], num_pages: int) -> None:
     writer, receiver = sides
     with pytest.raises(LayoutMismatch, match=str(HEADER_BYTES + NUM_BLOCKS * LAYOUT.block_bytes)):
-        writer.transport.connect(change(receiver.descriptor, num_blocks=num_blocks))
+        writer.transport.connect(change(receiver.descriptor, num_pages=num_pages))
 
 
 def test_an_empty_file_is_refused(sides: tuple[Side, Side], cluster: str) -> None:

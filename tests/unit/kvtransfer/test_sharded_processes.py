@@ -1,0 +1,130 @@
+"""Workers of several ranks in processes of their own, over real transports of host memory: what arrives, and what is left of the dead."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from harness.shard_process import ShardProcess, shard_process
+from harness.ucx import needs_ucx
+
+from diptych.kvtransfer.shm import SHM, sweep_orphans
+from diptych.messages.errors import PeerGone
+
+BLOCKS, LAYERS, TIMEOUT_S = 64, 3, 20.0
+NUM_PAGES = BLOCKS * LAYERS
+TPS = [(1, 2), (2, 1), (2, 2), (2, 4), (4, 2)]
+
+
+@dataclass
+class Pair:
+    cluster: str
+    tps: tuple[int, int]
+    writer: ShardProcess
+    receiver: ShardProcess
+
+
+@pytest.fixture(scope="module", params=["shm", pytest.param("ucx", marks=needs_ucx)])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=TPS, ids=lambda tps: f"{tps[0]} to {tps[1]}")
+def pair(request: pytest.FixtureRequest, transport: str) -> Iterator[Pair]:
+    cluster, (here, there) = f"test{uuid4().hex[:8]}", request.param
+    with (
+        shard_process(transport, cluster, "prefill-0", ["cpu"] * here, BLOCKS) as writer,
+        shard_process(transport, cluster, "decode-0", ["cpu"] * there, BLOCKS) as receiver,
+    ):
+        writer.call("connect", receiver.target)
+        yield Pair(cluster, request.param, writer, receiver)
+    assert not list(SHM.glob(f"diptych-{cluster}*")), "segments left behind"
+
+
+def shuffled(seed: int, count: int = NUM_PAGES) -> dict[int, int]:
+    draw = np.random.default_rng(seed)
+    return dict(zip(draw.permutation(NUM_PAGES)[:count].tolist(), draw.permutation(NUM_PAGES)[:count].tolist(), strict=True))
+
+
+def assert_works(writer: ShardProcess, receiver: ShardProcess, seed: int) -> None:
+    """Scattered pages arrive, no other is touched, and the count is full when they are there, not before."""
+    numbers, expected, pages = writer.call("fill", seed), receiver.call("fill", 10**6 + seed), shuffled(seed, 100)
+    expected[list(pages.values())] = numbers[list(pages)]
+    receiver.call("reset", seed)
+    receiver.tell("read_when_landed", seed, len(pages), TIMEOUT_S)
+    for start in range(0, len(pages), 30):
+        writer.call("write", receiver.target, dict(list(pages.items())[start : start + 30]), seed)
+    assert (receiver.answer() == expected).all()
+    assert writer.call("stop", receiver.target, seed, TIMEOUT_S)
+    assert receiver.call("num_landed", seed) == 100 * 8
+
+
+def until(condition: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < give_up_at, f"not within {TIMEOUT_S} s"
+        time.sleep(0.005)
+
+
+def test_pages_arrive_whole(pair: Pair) -> None:
+    before = pair.writer.call("stats")
+    assert_works(pair.writer, pair.receiver, seed=1)
+    assert_works(pair.writer, pair.receiver, seed=2)
+    num_pages, num_bytes, busy_s = (now - then for now, then in zip(pair.writer.call("stats"), before, strict=True))
+    assert (num_pages, num_bytes) == (200, 200 * 2 * 4 * 4 * 8 * 4)
+    assert busy_s > 0
+
+
+def test_what_is_stopped_writes_no_more(pair: Pair, transport: str) -> None:
+    """Pages that are dropped are never counted, so what lacks them is never taken for whole."""
+    pages, times = shuffled(3), 200
+    pair.receiver.call("reset", 3)
+    assert pair.writer.call("write_and_stop", pair.receiver.target, pages, 3, times, TIMEOUT_S)
+    counted, before = pair.receiver.call("num_landed", 3), pair.receiver.call("read")
+    if transport == "shm":
+        assert counted < times * NUM_PAGES * 8, "all had left: nothing was tried"
+    pair.writer.call("fill", 5)                                  # would show if anything still left
+    time.sleep(0.05)
+    assert pair.receiver.call("num_landed", 3) == counted
+    assert (pair.receiver.call("read") == before).all()
+    assert pair.writer.call("busy_s", pair.receiver.target, 3) == 0.0
+    assert_works(pair.writer, pair.receiver, seed=4)
+
+
+def test_a_killed_writer_is_fenced_with_all_its_ranks(pair: Pair, transport: str) -> None:
+    with shard_process(transport, pair.cluster, "prefill-1", ["cpu"] * pair.tps[0], BLOCKS) as victim:
+        victim.call("connect", pair.receiver.target)
+        victim.call("fill", 7)
+        pair.receiver.call("reset", 5)
+        victim.tell("write_for_ever", pair.receiver.target, shuffled(5), 5)
+        until(lambda: pair.receiver.call("num_landed", 5) > NUM_PAGES * 8)
+        victim.kill()
+        until(lambda: pair.receiver.call("fence", victim.target, 1.0))
+        counted, fresh = pair.receiver.call("num_landed", 5), pair.receiver.call("fill", 8)
+        time.sleep(0.2)
+        assert (pair.receiver.call("read") == fresh).all()
+        assert pair.receiver.call("num_landed", 5) == counted
+    left = sorted(path.name for path in SHM.glob(f"diptych-{pair.cluster}-prefill-1*"))
+    ranks = ["", *(f".{rank}" for rank in range(1, pair.tps[0]))] if transport == "shm" else []
+    assert left == sorted(f"diptych-{pair.cluster}-prefill-1{rank}-1" for rank in ranks)
+    assert sorted(sweep_orphans(pair.cluster)) == left, "a rank's segment is left behind, or somebody else's is not"
+    assert_works(pair.writer, pair.receiver, seed=6)
+
+
+def test_a_killed_receiver_comes_back(pair: Pair, transport: str) -> None:
+    with shard_process(transport, pair.cluster, "decode-1", ["cpu"] * pair.tps[1], BLOCKS) as victim:
+        old = victim.target
+        pair.writer.call("connect", old)
+        assert_works(pair.writer, victim, seed=7)
+        victim.kill()
+    with shard_process(transport, pair.cluster, "decode-1", ["cpu"] * pair.tps[1], BLOCKS, epoch=2) as again:
+        pair.writer.call("disconnect", old)
+        with pytest.raises(PeerGone):
+            pair.writer.call("write", old, {0: 0}, 8)
+        pair.writer.call("connect", again.target)
+        assert_works(pair.writer, again, seed=9)
+        pair.writer.call("disconnect", again.target)
+        assert pair.writer.call("num_mapped", "decode-1") == 0
+    assert_works(pair.writer, pair.receiver, seed=10)
