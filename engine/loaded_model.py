@@ -1,5 +1,6 @@
 """A model in the ranks of its worker: one Transformer each, with its part of the weights, and a runner over them all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +58,15 @@ class LoadedModel:
 
 
 def load_model(
-    folder: Path, config: ModelConfig, engine: EngineConfig, layout: KVLayout, dtype: torch.dtype, kv_scales: torch.Tensor
+    folder: Path,
+    config: ModelConfig,
+    engine: EngineConfig,
+    devices: Sequence[torch.device],
+    layout: KVLayout,
+    dtype: torch.dtype,
+    kv_scales: torch.Tensor,
 ) -> LoadedModel:
-    """Raises ModelError."""
-    devices, load_format = _devices(engine), LoadFormat(engine.load_format)
-    config.of_rank(Shard(0, engine.tp))
+    """Onto the devices of all ranks. Raises ModelError."""
     needs = OpsNeeds(
         head_dim=config.head_dim,
         block_size=layout.block_size,
@@ -83,7 +88,7 @@ def load_model(
         shard, device = Shard(rank, engine.tp), devices[rank]
         if device.type == "cuda":
             require_room_for_weights(weight_plan(config, shard), dtype, device)
-        weights = load_weights(folder, config, dtype, device, load_format, shard)
+        weights = load_weights(folder, config, dtype, device, LoadFormat(engine.load_format), shard)
         return Transformer(config.of_rank(shard), weights, ranked.ops[rank])
 
     return LoadedModel(ranks, ranks.run(load), list(ranked.ops))
@@ -92,7 +97,7 @@ def load_model(
 MOST_PADDING = 64                             # rows that a step is padded by at most: see prompt_steps.py
 
 
-def _devices(engine: EngineConfig) -> list[torch.device]:
+def devices_of(engine: EngineConfig) -> list[torch.device]:
     """Of each rank: from the current GPU on, or the one that is named."""
     device = torch.device(engine.device)
     if device.type != "cuda" or not torch.cuda.is_available():

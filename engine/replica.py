@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,25 +11,21 @@ import torch
 from torch import Tensor
 
 from ..kernels.kv_storage import FP8
-from ..kernels.ops import Ops, UnsupportedByKernels
-from ..kernels.selection import ops_for
 from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.layout import KVLayout
 from ..kvtransfer.selection import Owner, make_transports
+from ..kvtransfer.sharded import ShardedBundle
 from ..kvtransfer.staging import Staging
-from ..kvtransfer.transport import Bundle, KVMemory, KVPool
+from ..kvtransfer.transport import Bundle, KVMemory
 from ..messages.errors import ModelError, PoolTooSmall
 from ..messages.ids import WorkerId
 from ..messages.steps import StepModel
-from ..models.config import ModelConfig
-from ..models.loader import LoadFormat, load_kv_scales, load_weights
-from ..models.transformer import Transformer
-from ..models.weights import weight_plan
+from ..models.config import ModelConfig, Shard
+from ..models.loader import LoadFormat, load_kv_scales
 from .calibration import calibrate, warm_up
 from .config import EngineConfig, ReceiverPool, WorkerConfig
 from .engine import Engine, EngineLimits
-from .gpu_memory import kv_room, require_room_for_weights
-from .model_runner import ModelRunner, TorchRunner
+from .loaded_model import devices_of, load_model
 from .predictor import PRIOR
 
 NUM_SAMPLES = 64                # of a weights file, evenly spread
@@ -44,8 +41,8 @@ GPU_CALIBRATION_S = 3.0           # whose longest steps take a fifth of a second
 @dataclass(frozen=True)
 class Replica:
     engine: Engine
-    pool: KVPool
-    transport: TransportBundle
+    pool: KVMemory
+    transport: Bundle
     layer_group: int                          # layers whose pages leave together
     step_model: StepModel = PRIOR             # of this model on this device, as far as is known before anything is served
     staging: Staging | None = None            # of a prefill worker whose receivers' pools have another layout
@@ -61,44 +58,51 @@ class Replica:
             self.staging.transport.close()
 
 
-def build_replica(config: WorkerConfig, transport: TransportBundle | None = None) -> Replica:
+def build_replica(config: WorkerConfig, transport: Bundle | None = None) -> Replica:
     """Raises ModelError, PoolTooSmall, ClusterError (no shared memory, no UCX). `transport` makes the pool; None: the config's."""
     torch.set_num_threads(config.num_threads)
     folder, engine = Path(config.engine.model_path), config.engine
     model_config = ModelConfig.from_folder(folder)
-    dtype, device, load_format = _dtype(engine, model_config), _device(engine), _load_format(engine)
-    kv_scales = load_kv_scales(folder, model_config, load_format)
-    layout = KVLayout(
-        model=fingerprint(folder, load_format),
-        dtype=_kv_dtype(engine.kv_dtype, dtype),
-        num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        block_size=engine.block_size,
-    )
+    dtype, devices = _dtype(engine, model_config), devices_of(engine)
+    kv_scales = load_kv_scales(folder, model_config, _load_format(engine))
+    layout = _layout(config, model_config, dtype)
     layout_there = _layout_there(config.receiver, layout, dtype)
-    num_blocks = _num_blocks(engine, layout, device)
+    num_blocks = _num_blocks(engine, layout)
     if num_blocks is not None:
         _limits(engine, model_config, num_blocks)            # refuses before anything large is loaded
-    ops = _ops(device, model_config, layout, dtype, kv_scales)
-    if device.type == "cuda":
-        require_room_for_weights(weight_plan(model_config), dtype, device)
-    model = Transformer(model_config, load_weights(folder, model_config, dtype, device, load_format), ops)
+    model, is_cpu = load_model(folder, model_config, engine, devices, layout, dtype, kv_scales), devices[0].type == "cpu"
     if num_blocks is None:
-        room = kv_room(model, dtype, layout, engine, device) - (STAGING_BYTES[device.type] if layout_there != layout else 0)
-        num_blocks = _blocks_in(room, "what the model leaves of the GPU,", layout)
+        room = model.kv_room(dtype, layout, engine) - (STAGING_BYTES["cuda"] // engine.tp if layout_there != layout else 0)
+        num_blocks = _blocks_in(room, "what the model leaves of the GPU,", layout, layout.rank_block_bytes)
     limits = _limits(engine, model_config, num_blocks)
-    transport = transport or _transports(config, config.worker_id)
+    transport = transport or _transports(config, config.worker_id, devices)
     pool = transport.allocate(layout, num_blocks)
-    ops.prepare(model_config.num_heads, pool.tensor, min(limits.max_step_tokens, limits.max_model_len))
-    staging = _staging(config, pool, layout_there, kv_scales) if layout_there != layout else None
-    layer_group = engine.layer_group or (1 if device.type == "cpu" else math.ceil(layout.num_layers / GPU_LAYER_GROUPS))
-    runner, budget_s = _runner(model, pool, limits, device, layer_group), CALIBRATION_S
-    if device.type == "cuda":
+    model.prepare(pool.ranks, min(limits.max_step_tokens, limits.max_model_len))
+    staging = _staging(config, pool, layout_there, kv_scales, devices) if layout_there != layout else None
+    layer_group = engine.layer_group or (1 if is_cpu else math.ceil(layout.num_layers / GPU_LAYER_GROUPS))
+    runner, budget_s = model.runner(pool.ranks, limits, layer_group), CALIBRATION_S
+    if not is_cpu:
         warm_up(runner, limits)
         budget_s = GPU_CALIBRATION_S
     step_model = calibrate(runner, limits, time.monotonic, budget_s)
     return Replica(Engine(runner, num_blocks, limits), pool, transport, layer_group, step_model, staging)
+
+
+def _layout(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:
+    """Raises ModelError: the ranks of this pool, or of the finest one, cannot share the heads."""
+    engine, finest = config.engine, max(config.finest_tp, config.engine.tp)
+    for tp in (engine.tp, finest):
+        model.of_rank(Shard(0, tp))
+    return KVLayout(
+        model=fingerprint(Path(engine.model_path), _load_format(engine)),
+        dtype=_kv_dtype(engine.kv_dtype, dtype),
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=engine.block_size,
+        tp_size=engine.tp,
+        piece_heads=model.num_kv_heads // finest if finest > 1 else 0,
+    )
 
 
 def _layout_there(receiver: ReceiverPool | None, layout: KVLayout, dtype: torch.dtype) -> KVLayout:
@@ -108,29 +112,24 @@ def _layout_there(receiver: ReceiverPool | None, layout: KVLayout, dtype: torch.
     return replace(layout, block_size=receiver.block_size, dtype=_kv_dtype(receiver.kv_dtype, dtype))
 
 
-def _staging(config: WorkerConfig, pool: KVPool, layout: KVLayout, kv_scales: Tensor) -> Staging:
+def _staging(config: WorkerConfig, pool: KVMemory, layout: KVLayout, kv_scales: Tensor, devices: Sequence[torch.device]) -> Staging:
     """Never more blocks than the whole pool would fill."""
-    transport = _transports(config, WorkerId(f"{config.worker_id}.staging"))
+    transport = _transports(config, WorkerId(f"{config.worker_id}.staging"), devices)
     num_blocks = -(-pool.num_blocks * pool.layout.block_size // layout.block_size)
-    room = max(1, STAGING_BYTES[pool.tensor.device.type] // layout.block_bytes)
+    room = max(1, STAGING_BYTES[devices[0].type] // layout.block_bytes)
     return Staging(pool, transport.allocate(layout, min(num_blocks, room)), transport, kv_scales)
 
 
-def _transports(config: WorkerConfig, owner: WorkerId) -> TransportBundle:
-    return make_transports(config.transports, Owner(config.cluster, owner, config.epoch, config.engine.device))
+def _transports(config: WorkerConfig, owner: WorkerId, devices: Sequence[torch.device]) -> Bundle:
+    """Where all workers have one rank, pages are written whole."""
+    if max(config.finest_tp, len(devices)) == 1:
+        return _rank_transports(config, owner, config.engine.device)
+    owners = [owner, *(WorkerId(f"{owner}.{rank}") for rank in range(1, len(devices)))]
+    return ShardedBundle([_rank_transports(config, owner, str(device)) for owner, device in zip(owners, devices, strict=True)])
 
 
-def _runner(model: Transformer, pool: KVPool, limits: EngineLimits, device: torch.device, layer_group: int) -> ModelRunner:
-    if device.type == "cpu":
-        return TorchRunner(model, pool, device)
-    from .cuda_runner import CudaRunner  # needs Triton
-
-    return CudaRunner(model, pool, limits, device, layer_group)
-
-
-def _device(engine: EngineConfig) -> torch.device:
-    device = torch.device(engine.device)
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and torch.cuda.is_available() else device
+def _rank_transports(config: WorkerConfig, owner: WorkerId, device: str) -> TransportBundle:
+    return make_transports(config.transports, Owner(config.cluster, owner, config.epoch, device))
 
 
 def fingerprint(folder: Path, load_format: LoadFormat) -> str:
@@ -148,19 +147,20 @@ def fingerprint(folder: Path, load_format: LoadFormat) -> str:
     return digest.hexdigest()
 
 
-def _num_blocks(engine: EngineConfig, layout: KVLayout, device: torch.device) -> int | None:
+def _num_blocks(engine: EngineConfig, layout: KVLayout) -> int | None:
     """None: as many as the model will leave room for."""
     if engine.num_blocks is not None:
         return engine.num_blocks
-    if engine.kv_memory_bytes is None and device.type == "cuda":
+    if engine.kv_memory_bytes is None and engine.device != "cpu":
         return None
-    return _blocks_in(DEFAULT_KV_BYTES if engine.kv_memory_bytes is None else engine.kv_memory_bytes, "kv_memory_bytes", layout)
+    num_bytes = DEFAULT_KV_BYTES if engine.kv_memory_bytes is None else engine.kv_memory_bytes
+    return _blocks_in(num_bytes, "kv_memory_bytes", layout, layout.block_bytes)
 
 
-def _blocks_in(num_bytes: int, whose: str, layout: KVLayout) -> int:
-    if num_bytes < layout.block_bytes:
-        raise PoolTooSmall(f"{whose} {num_bytes}: one block of {layout.block_size} tokens takes {layout.block_bytes}")
-    return num_bytes // layout.block_bytes
+def _blocks_in(num_bytes: int, whose: str, layout: KVLayout, block_bytes: int) -> int:
+    if num_bytes < block_bytes:
+        raise PoolTooSmall(f"{whose} {num_bytes}: one block of {layout.block_size} tokens takes {block_bytes}")
+    return num_bytes // block_bytes
 
 
 def _limits(engine: EngineConfig, model: ModelConfig, num_blocks: int) -> EngineLimits:
@@ -171,13 +171,6 @@ def _limits(engine: EngineConfig, model: ModelConfig, num_blocks: int) -> Engine
     if not 0 < wanted <= room:
         raise PoolTooSmall(f"max_model_len {wanted}: the KV pool of {num_blocks} blocks holds {room} tokens")
     return EngineLimits(engine.block_size, wanted, engine.max_step_tokens, engine.max_sequences, engine.prefix_cache)
-
-
-def _ops(device: torch.device, model: ModelConfig, layout: KVLayout, dtype: torch.dtype, kv_scales: Tensor) -> Ops:
-    try:
-        return ops_for(device, model.head_dim, layout.block_size, dtype, layout.dtype, kv_scales)
-    except UnsupportedByKernels as refused:
-        raise ModelError(f"{model.architecture} in blocks of {layout.block_size} tokens: {refused}") from refused
 
 
 def _load_format(engine: EngineConfig) -> LoadFormat:

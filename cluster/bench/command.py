@@ -143,6 +143,7 @@ def engine(
     device: Annotated[str, typer.Option()] = "cuda",
     block_size: Annotated[int, typer.Option(help="tokens of a KV block")] = 64,
     repeats: Annotated[int, typer.Option(min=3, help="of each prefill row; decode rows take ten times as many steps")] = 7,
+    tp: Annotated[int, typer.Option(min=1, help="ranks, each on a GPU of its own; kernels are timed for one")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="small shapes, to see that it works")] = False,
     json: Annotated[Path | None, report_option()] = None,
     png: Annotated[Path | None, report_option(help="milliseconds and roofline share of each row")] = None,
@@ -150,7 +151,7 @@ def engine(
     """Time one engine by itself, without a cluster: prefill, decode, kernels, each beside its roofline."""
     from .engine_bench import EngineBench, run_engine_bench  # torch: not for every command that only names `bench`
 
-    plan = EngineBench(model, load_format, dtype, device, block_size, repeats, quick)
+    plan = EngineBench(model, load_format, dtype, device, block_size, repeats, quick, tp)
     with _exit_codes():
         result = run_engine_bench(plan, Console())
         if json is not None:

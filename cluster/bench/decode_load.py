@@ -29,7 +29,7 @@ from ...messages.membership import MemoryDescriptor
 from ...messages.requests import TokenDelta
 from ...models.config import ModelConfig
 from ...models.embedded.path import embedded_model_path
-from .engine_bench import request_of
+from .engine_bench import fill_with_noise, request_of
 from .transfer_peer import IMM, Path, Remote, TransportEnd, remote
 from .transfer_rows import LoadRow
 
@@ -92,8 +92,7 @@ class DecodingEnd:
             self._replica = build_replica(WorkerConfig(self._cluster, self._name, Epoch(1), config, (self._path.transport,)))
             self._model, self._shape = ModelConfig.from_folder(folder), shape
         pool, layout = self._replica.pool, self._replica.pool.layout
-        for block in pool.tensor:  # block by block: normal_ of all at once takes twice the memory
-            block.normal_()
+        fill_with_noise(pool)
         (descriptor,) = self._replica.transport.register(pool)
         blocks = self._replica.engine.pool.take(shape.arriving_bytes // layout.block_bytes)
         assert blocks is not None, "the pool was sized for this"

@@ -4,11 +4,12 @@
 
 A prefill row is the time from launching a step of whole prompts to having its tokens. A decode row is the time between the ends of
 successive steps of the same sequences, each launched while the one before runs; what it exceeds a bare replay of the same CUDA graph by is
-the host's share. Weights and KV are random: zeros run faster than anything real.
+the host's share. Weights and KV are random: zeros run faster than anything real. Of several ranks the ceilings add up.
 """
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +20,12 @@ from rich.table import Table
 
 from ...engine.config import EngineConfig, WorkerConfig
 from ...engine.engine import Engine
+from ...engine.loaded_model import devices_of
 from ...engine.replica import Replica, build_replica
 from ...kvtransfer.bundle import TransportBundle
 from ...kvtransfer.local import LocalTransport
+from ...kvtransfer.sharded import ShardedBundle
+from ...kvtransfer.transport import Bundle, KVMemory
 from ...messages.ids import Address, BlockId, Epoch, RequestId, WorkerId
 from ...messages.requests import GenerateRequest, Route, SamplingParams, TokenDelta, WorkerRef
 from ...models.config import ModelConfig
@@ -44,6 +48,7 @@ class EngineBench:
     block_size: int
     repeats: int
     quick: bool
+    tp: int = 1
 
     @property
     def prefills(self) -> list[tuple[int, int]]:
@@ -56,12 +61,12 @@ class EngineBench:
 
 def run_engine_bench(bench: EngineBench, console: Console) -> EngineReport:
     """Raises ModelError, PoolTooSmall, ClusterError."""
-    device, model = torch.device(bench.device), ModelConfig.from_folder(bench.model)
-    replica = build_replica(_config(bench, model), TransportBundle([LocalTransport(device)]))
-    pool = replica.pool.tensor
-    for block in pool:                       # block by block: normal_ of all at once takes twice the memory
-        block.normal_()
-    ceilings = _ceilings(pool.dtype, device, bench.quick)
+    config, model = _config(bench, ModelConfig.from_folder(bench.model)), ModelConfig.from_folder(bench.model)
+    devices = devices_of(config.engine)
+    replica = build_replica(config, _local(devices))
+    fill_with_noise(replica.pool)
+    of_one = _ceilings(replica.pool.layout.dtype, devices[0], bench.quick)
+    ceilings = Ceilings(bench.tp * of_one.bytes_per_s, bench.tp * of_one.flops_per_s)
     rows = []
     for count, length in bench.prefills:
         if length <= model.max_position_embeddings:
@@ -69,11 +74,24 @@ def run_engine_bench(bench: EngineBench, console: Console) -> EngineReport:
     for count, context in bench.decodes:
         if context < model.max_position_embeddings:
             rows.append(_decode(replica, model, count, context, 10 * bench.repeats, ceilings))
-    kernels, cudnn = kernel_rows(model, pool, ceilings, bench.quick) if device.type == "cuda" else ([], {})
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    report = EngineReport(bench.model.name, name, f"torch {torch.__version__}", ceilings, rows + kernels, cudnn)
+    has_kernels = devices[0].type == "cuda" and bench.tp == 1
+    kernels, cudnn = kernel_rows(model, replica.pool.ranks[0].tensor, ceilings, bench.quick) if has_kernels else ([], {})
+    name = torch.cuda.get_device_name() if devices[0].type == "cuda" else "CPU"
+    report = EngineReport(bench.model.name, f"{bench.tp} ranks, each on {name}" if bench.tp > 1 else name, f"torch {torch.__version__}", ceilings, rows + kernels, cudnn)
     _print(report, console)
     return report
+
+
+def _local(devices: Sequence[torch.device]) -> Bundle:
+    """Pools that no other process reaches."""
+    ranks = [TransportBundle([LocalTransport(device)]) for device in devices]
+    return ranks[0] if len(ranks) == 1 else ShardedBundle(ranks)
+
+
+def fill_with_noise(pool: KVMemory) -> None:
+    for of_rank in pool.ranks:
+        for block in of_rank.tensor:         # block by block: normal_ of all at once takes twice the memory
+            block.normal_()
 
 
 def _config(bench: EngineBench, model: ModelConfig) -> WorkerConfig:
@@ -91,6 +109,7 @@ def _config(bench: EngineBench, model: ModelConfig) -> WorkerConfig:
         max_step_tokens=most,
         max_sequences=max(count for count, _ in bench.decodes),
         prefix_cache=False,
+        tp=bench.tp,
     )
     return WorkerConfig("bench", NOBODY.worker_id, NOBODY.epoch, engine)
 
@@ -143,14 +162,14 @@ def _adopt(engine: Engine, request: GenerateRequest, blocks: list[BlockId]) -> N
 
 
 def _bare_replay_ms(replica: Replica, count: int) -> float | None:
-    """The last step's graph again and again, with nothing between."""
-    if replica.pool.tensor.device.type == "cpu":
+    """The last step's graph again and again, with nothing between. None: there is no such graph, or one in each of several ranks."""
+    device, runner = replica.pool.ranks[0].tensor.device, replica.engine.runner
+    if device.type == "cpu" or len(replica.pool.ranks) > 1:
         return None
     from ...engine.cuda_runner import CudaRunner  # needs Triton
 
-    runner = replica.engine.runner
     assert isinstance(runner, CudaRunner)
-    return time_ms(lambda: runner.replay_last(count), replica.pool.tensor.device)
+    return time_ms(lambda: runner.replay_last(count), device)
 
 
 def request_of(index: int, length: int, max_tokens: int, model: ModelConfig) -> GenerateRequest:

@@ -76,7 +76,8 @@ def check_logits(num_rows: int, ends: list[Exchange], run_all: RunAll) -> None:
     """Twice, from the same buffers."""
     columns, dtype = ends[0].shape.logit_columns, ends[0].shape.dtype
     for seed in range(2):
-        parts = [torch.randn(num_rows, columns, generator=torch.Generator().manual_seed(seed + 10 * rank)).to(dtype) for rank in range(len(ends))]
+        generator = torch.Generator().manual_seed(seed)
+        parts = [torch.randn(num_rows, columns, generator=generator).to(dtype) for _ in ends]
         found: dict[int, Tensor] = {}
 
         def place(rank: int, parts: list[Tensor] = parts) -> None:

@@ -95,10 +95,10 @@ def shm_cluster(
     plain = EngineConfig(str(model), block_size=4, num_blocks=128, max_step_tokens=64)
     name = f"test{uuid4().hex[:8]}"
     prefill, decode = prefill or plain, decode or plain
-    receiver = ReceiverPool(decode.block_size, decode.kv_dtype)
+    receiver, finest = ReceiverPool(decode.block_size, decode.kv_dtype), max(prefill.tp, decode.tp)
     cluster = ShmCluster(
-        WorkerConfig(name, WorkerId("prefill-0"), Epoch(1), prefill, transports, receiver=receiver),
-        WorkerConfig(name, WorkerId("decode-0"), Epoch(1), decode, transports),
+        WorkerConfig(name, WorkerId("prefill-0"), Epoch(1), prefill, transports, receiver=receiver, finest_tp=finest),
+        WorkerConfig(name, WorkerId("decode-0"), Epoch(1), decode, transports, finest_tp=finest),
     )
     try:
         yield cluster

@@ -168,7 +168,9 @@ def test_norms(n: int) -> None:
 
 
 @pytest.mark.parametrize("scatters", [False, True])
-@pytest.mark.parametrize(("num_ranks", "width", "dtype"), [(2, 4096, BF16), (8, 8192, BF16), (4, 5120, torch.float16), (2, 4096, torch.float32)])
+@pytest.mark.parametrize(
+    ("num_ranks", "width", "dtype"), [(2, 4096, BF16), (8, 8192, BF16), (4, 5120, torch.float16), (2, 4096, torch.float32)]
+)
 def test_exchange(num_ranks: int, width: int, dtype: torch.dtype, scatters: bool) -> None:
     shape = exchange.ExchangeShape(num_ranks, 16, width, logit_rows=4, logit_columns=1024, dtype=dtype)
     memories = [torch.zeros(sum(shape.sizes), dtype=torch.uint8) for _ in range(num_ranks)]
