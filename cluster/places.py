@@ -54,8 +54,12 @@ def places_of(spec: Spec) -> frozenset[PlaceName]:
 
 def num_gpus(spec: Spec) -> int:
     """That all workers take together."""
-    places = places_of(spec)
-    return len(places) - count(places, PlaceKind.GATEWAY) if spec.model.device is Device.CUDA else 0
+    return sum(pool.workers * gpus_each(spec, pool) for pool in spec.pools.by_name.values())
+
+
+def gpus_each(spec: Spec, pool: PoolSpec) -> int:
+    """That a worker takes, all of one host."""
+    return pool.tp if spec.model.device is Device.CUDA else 0
 
 
 def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
@@ -73,6 +77,7 @@ def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
         probe_links=True,
         min_gbps=spec.transfer.min_gbps or 0.0,
         refuse_below_floor=spec.transfer.below_floor == "refuse",
+        finest_tp=spec.finest_tp,
     )
 
 
@@ -152,4 +157,5 @@ def _engine_config(spec: Spec, pool: PoolSpec) -> EngineConfig:
         max_sequences=pool.max_sequences or default.max_sequences,
         layer_group=pool.layer_group,
         prefix_cache=pool.prefix_cache,
+        tp=pool.tp,
     )
