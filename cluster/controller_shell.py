@@ -58,6 +58,8 @@ class ControllerShell:
         try:
             if is_to_stop(self._spec.name):
                 self._stopping.set()
+            else:
+                self._runtime.reserve()
             for event in self._runtime.adopt():
                 self._controller.observe(event, self._clock.now_s)
             while self._status.phase is not Phase.STOPPED:
