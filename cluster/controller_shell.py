@@ -16,7 +16,7 @@ from ..messages.ids import Epoch
 from ..messages.zmq_post import Keyring
 from .controller import Controller, Phase, Timeouts
 from .lives import Place
-from .places import places_of
+from .places import PlaceKind, places_of, pool_of
 from .pulse import DeploymentStatus, PlaceStatus
 from .ray_runtime import RayRuntime, is_to_stop, write_stop
 from .spec import Spec
@@ -111,6 +111,7 @@ class ControllerShell:
             gateway=pulse.gateway if pulse else None,
             links=pulse.links if pulse else (),
             host=pulse.host if pulse else "",
+            tp=None if place.name.kind is PlaceKind.GATEWAY else pool_of(self._spec, place.name.kind).tp,
         )
 
 
