@@ -3,7 +3,6 @@
 A place keeps its name; each process that stands there is a life of it, numbered by its epoch.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -114,10 +113,6 @@ def pool_of(spec: Spec, kind: PlaceKind) -> PoolSpec:
     pool = spec.pools.prefill if kind is PlaceKind.PREFILL else spec.pools.decode
     assert pool is not None, "a colocated deployment has no prefill places"
     return pool
-
-
-def count(places: Iterable[PlaceName], kind: PlaceKind) -> int:
-    return sum(place.kind is kind for place in places)
 
 
 def _rate_limits(spec: Spec) -> RateLimits:
