@@ -16,7 +16,7 @@ from ..messages.ids import Epoch
 from ..messages.zmq_post import Keyring
 from .controller import Controller, Phase, Timeouts
 from .lives import Place
-from .places import places_of
+from .places import PlaceKind, places_of, pool_of
 from .pulse import DeploymentStatus, PlaceStatus
 from .ray_runtime import RayRuntime, is_to_stop, write_stop
 from .spec import Spec
@@ -58,6 +58,8 @@ class ControllerShell:
         try:
             if is_to_stop(self._spec.name):
                 self._stopping.set()
+            else:
+                self._runtime.reserve()
             for event in self._runtime.adopt():
                 self._controller.observe(event, self._clock.now_s)
             while self._status.phase is not Phase.STOPPED:
@@ -109,6 +111,7 @@ class ControllerShell:
             gateway=pulse.gateway if pulse else None,
             links=pulse.links if pulse else (),
             host=pulse.host if pulse else "",
+            tp=None if place.name.kind is PlaceKind.GATEWAY else pool_of(self._spec, place.name.kind).tp,
         )
 
 

@@ -3,7 +3,6 @@
 A place keeps its name; each process that stands there is a life of it, numbered by its epoch.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -54,8 +53,12 @@ def places_of(spec: Spec) -> frozenset[PlaceName]:
 
 def num_gpus(spec: Spec) -> int:
     """That all workers take together."""
-    places = places_of(spec)
-    return len(places) - count(places, PlaceKind.GATEWAY) if spec.model.device is Device.CUDA else 0
+    return sum(pool.workers * gpus_each(spec, pool) for pool in spec.pools.by_name.values())
+
+
+def gpus_each(spec: Spec, pool: PoolSpec) -> int:
+    """That a worker takes, all of one host."""
+    return pool.tp if spec.model.device is Device.CUDA else 0
 
 
 def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
@@ -73,6 +76,7 @@ def worker_config(spec: Spec, place: PlaceName, epoch: Epoch) -> WorkerConfig:
         probe_links=True,
         min_gbps=spec.transfer.min_gbps or 0.0,
         refuse_below_floor=spec.transfer.below_floor == "refuse",
+        finest_tp=spec.finest_tp,
     )
 
 
@@ -109,10 +113,6 @@ def pool_of(spec: Spec, kind: PlaceKind) -> PoolSpec:
     pool = spec.pools.prefill if kind is PlaceKind.PREFILL else spec.pools.decode
     assert pool is not None, "a colocated deployment has no prefill places"
     return pool
-
-
-def count(places: Iterable[PlaceName], kind: PlaceKind) -> int:
-    return sum(place.kind is kind for place in places)
 
 
 def _rate_limits(spec: Spec) -> RateLimits:
@@ -152,4 +152,5 @@ def _engine_config(spec: Spec, pool: PoolSpec) -> EngineConfig:
         max_sequences=pool.max_sequences or default.max_sequences,
         layer_group=pool.layer_group,
         prefix_cache=pool.prefix_cache,
+        tp=pool.tp,
     )

@@ -52,6 +52,7 @@ class PlaceStatus(Struct, frozen=True):
     gateway: GatewayStatus | None
     links: tuple[LinkMeasured, ...] = ()      # a prefill worker's, to the decode workers that it has met
     host: str = ""                            # where its mailbox is; empty: not known
+    tp: int | None = None                     # a worker's ranks
 
 
 class DeploymentStatus(Struct, frozen=True):

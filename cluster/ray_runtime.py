@@ -28,11 +28,12 @@ from ..messages.membership import Membership, Role
 from ..messages.zmq_post import Keyring
 from .controller import Action, Drain, Kill, Publish, Start
 from .gateway_shell import GatewayShell
+from .hosts import actor_options, bundle_of, reserving_order
 from .lives import Adopted, Answered, Died, Event, StartFailed
 from .places import PlaceKind, PlaceName, pool_of, worker_config
 from .pulse import Pulse, ShellState
 from .ray_nodes import Nodes, here
-from .spec import Device, Hosts, Spec
+from .spec import Spec
 from .worker_shell import WorkerShell
 
 logger = logging.getLogger(__name__)
@@ -41,11 +42,6 @@ NAMESPACE = "diptych"
 ASK_PERIOD_S = 0.4
 LEAVE_GRACE_S = 1.5                           # from being asked to leave until Ray is told to kill it
 SIGKILL_AFTER_S = 0.5                         # Ray's kill is a message; a process that hangs does not read it
-CPUS_PER_ACTOR = 0.01
-"""Ray counts CPUs to place actors and does not bind them; the spec's num_threads says what a worker uses. Where there are hosts to choose
-from, that is what a place on a CPU takes."""
-
-A_LITTLE = 0.001                              # of a resource that hosts offer to be told apart by
 
 
 def controller_name(deployment: str) -> str:
@@ -150,6 +146,11 @@ class RayRuntime:
         self._nodes = Nodes(self.node_id)
         self._ports: dict[PlaceName, int] = {}                   # of gateways, as they were last
 
+    def reserve(self) -> None:
+        """Asks for the room of all workers, before the first of them starts."""
+        for name in reserving_order(self.spec):
+            self._placement(name)
+
     def adopt(self) -> list[Event]:
         """The lives that an earlier controller left, and those whose death it has not confirmed."""
         traces = traces_of(self.spec.name)
@@ -211,13 +212,9 @@ class RayRuntime:
             gateway = ray.remote(GatewayShell).options(**options, scheduling_strategy=beside_us)
             return gateway.remote(self.spec, name, self.keyring, here, self._ports.get(name, 0))
         config = worker_config(self.spec, name, epoch)
-        options |= {"num_cpus": CPUS_PER_ACTOR, "num_gpus": self._num_gpus}
+        options |= actor_options(self.spec, pool_of(self.spec, name.kind))
         place = PlacementGroupSchedulingStrategy(self._placement(name), placement_group_bundle_index=0)
         return ray.remote(WorkerShell).options(**options, scheduling_strategy=place).remote(Role(name.kind), config, self.keyring, here)
-
-    @property
-    def _num_gpus(self) -> int:
-        return 1 if self.spec.model.device is Device.CUDA else 0
 
     def _placement(self, name: PlaceName) -> PlacementGroup:
         """A place's own, kept over its lives."""
@@ -226,17 +223,9 @@ class RayRuntime:
         try:
             group = ray.util.get_placement_group(group_name)
         except ValueError:
-            group = ray.util.placement_group([self._bundle(name)], strategy="STRICT_PACK", name=group_name, lifetime="detached")
+            bundle = bundle_of(self.spec, pool_of(self.spec, name.kind), self.node_ip)
+            group = ray.util.placement_group([bundle], strategy="STRICT_PACK", name=group_name, lifetime="detached")
         return group
-
-    def _bundle(self, name: PlaceName) -> dict[str, float]:
-        """What its host must have."""
-        gpus = {"GPU": float(self._num_gpus)} if self._num_gpus else {}
-        if self.spec.hosts is Hosts.ONE:
-            return {"CPU": CPUS_PER_ACTOR, f"node:{self.node_ip}": A_LITTLE, **gpus}
-        pool = pool_of(self.spec, name.kind)
-        node = {pool.node: A_LITTLE} if pool.node is not None else {}
-        return {"CPU": CPUS_PER_ACTOR if gpus else float(pool.num_threads), **node, **gpus}
 
     def _publish(self, membership: Membership) -> None:
         self.news = membership

@@ -20,7 +20,8 @@ from ..messages.zmq_post import Keyring
 from . import records
 from .controller import Phase
 from .gateway.decisions import RequestExplanation
-from .places import PlaceKind, num_gpus
+from .hosts import what_is_missing
+from .places import PlaceKind
 from .pulse import DeploymentStatus
 from .ray_head import start_head, stop_head
 from .ray_join import join, running_ray
@@ -131,25 +132,8 @@ def _check_hosts(spec: Spec) -> None:
 
     own, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()  # type: ignore[no-untyped-call]
     offers = [node["Resources"] for node in nodes if node["Alive"] and (spec.hosts is Hosts.ANY or node["NodeID"] == own)]
-    needed, there = num_gpus(spec), _count(offers, "GPU")
-    if needed > there:
-        whose = "this Ray cluster" if spec.hosts is Hosts.ANY else "this host"
-        raise ClusterError(f"model.device: cuda: the workers need {needed} GPU(s), one each; {whose} has {there}")
-    for kind, pool in {"prefill": spec.pools.prefill, "decode": spec.pools.decode}.items():
-        if pool is None or spec.hosts is Hosts.ONE:
-            continue
-        fitting = [each for each in offers if pool.node is None or pool.node in each]
-        if not fitting:
-            raise ClusterError(f"pools.{kind}.node: none of the {len(offers)} hosts of this Ray cluster offers {pool.node!r}")
-        if needed and pool.workers > (there := _count(fitting, "GPU")):
-            where = "this Ray cluster" if pool.node is None else f"the hosts that offer {pool.node!r}"
-            raise ClusterError(f"pools.{kind}.workers: {pool.workers} need a GPU each, and {where} have {there}")
-        if not needed and pool.num_threads > (most := max(int(each.get("CPU", 0)) for each in fitting)):
-            raise ClusterError(f"pools.{kind}.num_threads: {pool.num_threads}, but no host has more than {most} CPUs that Ray may give")
-
-
-def _count(offers: list[dict[str, float]], resource: str) -> int:
-    return sum(int(each.get(resource, 0)) for each in offers)
+    if problem := what_is_missing(spec, offers):
+        raise ClusterError(problem)
 
 
 def find(name: str | None) -> Deployment:

@@ -10,6 +10,8 @@
 With `hosts: any` workers stand wherever the Ray cluster has room for them, and listen at their hosts' addresses (as the gateways do for
 them) instead of the loopback; `pools.decode.node: rack-7` wants hosts that offer this Ray resource.
 
+With `tp: 2` a worker has two ranks, which share the heads of every layer: on GPUs one each, of the same host.
+
 Without a prefill pool the decode workers prefill by themselves (colocated). Where the pools' `block_size` or `kv_dtype` differ, prefill
 workers convert what they send. Relative paths are relative to the file. Whatever is
 wrong is a SpecError, one line for each key, with the key's path: `pools.decode.workers: must be >= 1, not 0`.
@@ -93,7 +95,7 @@ class Objectives(ClassObjectives):
 class PoolSpec(Section):
     workers: Count
     node: Annotated[str, Field(min_length=1)] | None = None    # a Ray resource that their hosts offer; None: any host
-    tp: Count = 1                             # ranks of one worker
+    tp: Count = 1                             # ranks of one worker, each on a GPU of its own
     block_size: Annotated[int, Field(ge=1, le=256, strict=True)] | None = None      # tokens; None: 16 on the CPU, 64 on a GPU
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = "auto"      # of the KV pool; auto: the model's dtype
     max_model_len: Count | None = None
@@ -102,7 +104,7 @@ class PoolSpec(Section):
     kv_memory: Size | None = None             # bytes; None: 256 MiB on the CPU; on a GPU what the model leaves of gpu_memory
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.9      # share of a GPU that a worker takes
     num_blocks: Count | None = None           # instead of kv_memory
-    num_threads: Count = 1
+    num_threads: Count = 1                    # torch's, of each rank
     layer_group: Count | None = None
     prefix_cache: Flag = True
 
@@ -110,6 +112,11 @@ class PoolSpec(Section):
 class PoolsSpec(Section):
     decode: PoolSpec
     prefill: PoolSpec | None = None           # None: colocated
+
+    @property
+    def by_name(self) -> dict[str, PoolSpec]:
+        """Those that there are."""
+        return {"decode": self.decode} if self.prefill is None else {"prefill": self.prefill, "decode": self.decode}
 
 
 class RouterSpec(Section):
@@ -160,6 +167,10 @@ class Spec(Section):
         """Of KV, in order of preference."""
         default = ("nvlink",) if self.model.device is Device.CUDA else ("shm",)
         return default if self.transfer.transports is None else self.transfer.transports
+
+    @property
+    def finest_tp(self) -> int:
+        return max(pool.tp for pool in self.pools.by_name.values())
 
     def api_keys(self) -> frozenset[str]:
         """Raises SpecError: the file was there when the spec was read, and may not be now."""
@@ -219,10 +230,9 @@ def _impossible(spec: Spec) -> list[str]:
     if spec.hosts is Hosts.ANY and spec.pools.prefill is not None and "ucx" not in spec.transports:
         named = ", ".join(spec.transports)
         found.append(f"hosts: any: transfer.transports must name ucx, not only {named}: nothing else reaches other hosts")
-    pools = {"prefill": spec.pools.prefill, "decode": spec.pools.decode}
-    for name, pool in pools.items():
-        if pool is not None:
-            found.extend(_impossible_pool(f"pools.{name}", pool, spec.hosts))
+    for name, pool in spec.pools.by_name.items():
+        found.extend(_impossible_pool(f"pools.{name}", pool, spec.hosts))
+    found.extend(_uneven_tp(spec.pools))
     return found
 
 
@@ -232,11 +242,19 @@ def _impossible_pool(path: str, pool: PoolSpec, hosts: Hosts) -> list[str]:
         found.append(f"{path}.node: {pool.node!r} is a resource of Ray's own; give the hosts another")
     elif pool.node is not None and hosts is Hosts.ONE:
         found.append(f"{path}.node: needs hosts: any; otherwise all stand on the controller's host")
-    if pool.tp != 1:
-        found.append(f"{path}.tp: must be 1, not {pool.tp}: tensor parallelism is not there yet")
     if pool.num_blocks is not None and "kv_memory" in pool.model_fields_set:
         found.append(f"{path}.num_blocks: give this or kv_memory, not both")
     return found
+
+
+def _uneven_tp(pools: PoolsSpec) -> list[str]:
+    """A rank of the coarser pool must hold the heads of whole ranks of the finer."""
+    if pools.prefill is None:
+        return []
+    here, there = pools.prefill.tp, pools.decode.tp
+    if max(here, there) % min(here, there) == 0:
+        return []
+    return [f"pools.prefill.tp: {here}, and pools.decode.tp is {there}: one must be a multiple of the other"]
 
 
 def _missing_files(spec: Spec) -> list[str]:

@@ -31,12 +31,14 @@ def deployment_view(status: DeploymentStatus) -> RenderableType:
 def _place_table(places: tuple[PlaceStatus, ...]) -> Table:
     hosts = {place.host for place in places if place.host}
     where = ("host",) if len(hosts) > 1 else ()
-    columns = ("place", *where, "state", "pid", "for", "restarts", "waiting", "running", "KV blocks used", "step error", "last error")
-    table = Table(*columns, box=None, pad_edge=False)
+    ranks = ("tp",) if any((place.tp or 1) > 1 for place in places) else ()
+    load = ("waiting", "running", "KV blocks used", "step error")
+    table = Table("place", *where, *ranks, "state", "pid", "for", "restarts", *load, "last error", box=None, pad_edge=False)
     for place in places:
         table.add_row(
             place.name,
             *[place.host for _ in where],
+            *[str(place.tp or "") for _ in ranks],
             Text("failed" if place.failed else place.state or "down", STATE_STYLE[place.state]),
             str(place.pid or ""),
             duration(place.state_for_s) if place.state else "",

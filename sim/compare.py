@@ -38,7 +38,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def compare(
-    workers: Annotated[int, typer.Option(min=2, help="GPUs; half of them prefill in the split plants")] = 16,
+    workers: Annotated[int, typer.Option(min=2, help="Of one GPU each; half of them prefill in the split plants")] = 16,
     trace: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Azure, BurstGPT or Mooncake")] = None,
     long: Annotated[bool, typer.Option(help="Without a trace: long prompts instead of bursts")] = False,
     requests: Annotated[int, typer.Option(min=10, help="The trace's first so many")] = 3000,

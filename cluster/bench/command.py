@@ -106,7 +106,7 @@ def serve(
     ttft_ms: Annotated[float | None, objective_option(min=0)] = None,
     tpot_ms: Annotated[float | None, objective_option(min=0)] = None,
     tell_objective: Annotated[bool, objective_option("--tell-objective", help="to the server, with each request")] = False,
-    gpus: Annotated[int, objective_option(min=1, help="that serve, for goodput per GPU")] = 1,
+    gpus: Annotated[int, objective_option(min=1, help="that serve, all ranks of all workers: for goodput per GPU")] = 1,
     mode: Annotated[PromptMode, prompt_option()] = PromptMode.TOKEN_IDS,
     vocab_size: Annotated[int | None, prompt_option(min=1, help="default: from /v1/models, else of --tokenizer")] = None,
     tokenizer: Annotated[Path | None, prompt_option(help="folder with tokenizer.json, for text and chat")] = None,

@@ -1,5 +1,6 @@
 """What the runtime makes of members' answers. Ray carries them; the members are played."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from diptych.cluster.places import PlaceKind, PlaceName
 from diptych.cluster.pulse import Pulse, ShellState
 from diptych.cluster.ray_join import join
 from diptych.cluster.records import Record
-from diptych.cluster.spec import Spec
+from diptych.cluster.spec import Spec, parse_spec
 from diptych.messages.ids import Address, Epoch
 from diptych.messages.membership import Membership
 from diptych.messages.zmq_post import Keyring
@@ -70,6 +71,23 @@ def poll(runtime: "RayRuntime", now_s: float) -> list[object]:
         ray.wait([process.answer])
         events += runtime.poll(now_s)
     return events
+
+
+def test_room_is_reserved_once_for_all_lives_of_a_place(ray_head: str) -> None:
+    join(Record("played", ray_head, None))
+    import ray
+
+    from diptych.cluster.ray_runtime import RayRuntime
+
+    tree = {"name": "ranks", "model": {"path": "embedded"}, "hosts": "any", "pools": {"decode": {"workers": 1, "tp": 2}}}
+    runtime = RayRuntime(parse_spec(tree, Path()), Keyring.new(), node_id="", node_ip="")
+    try:
+        runtime.reserve()
+        runtime.reserve()
+        groups = [each for each in ray.util.placement_group_table().values() if each["name"] == "diptych-ranks/decode-0"]
+        assert [(each["strategy"], each["bundles"]) for each in groups] == [("STRICT_PACK", {0: {"CPU": 2.0}})]
+    finally:
+        runtime.close()
 
 
 def test_a_membership_that_was_lost_on_the_way_is_told_again(ray_head: str) -> None:

@@ -1,11 +1,12 @@
 """What a spec may say, and what is said of one that is wrong."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diptych.cluster.places import PlaceKind, PlaceName, count, gateway_config, places_of, pool_of, worker_config
+from diptych.cluster.places import PlaceKind, PlaceName, gateway_config, num_gpus, places_of, pool_of, worker_config
 from diptych.cluster.spec import load_spec, parse_spec
 from diptych.engine.config import ReceiverPool
 from diptych.messages.errors import SpecError
@@ -51,8 +52,7 @@ def refusal(tree: dict[str, Any], folder: Path) -> str:
 
 def test_a_whole_spec_becomes_configs(folder: Path) -> None:
     spec = load_spec(folder / "spec.yaml")
-    places = places_of(spec)
-    assert [count(places, kind) for kind in PlaceKind] == [2, 3, 2]
+    assert Counter(place.kind for place in places_of(spec)) == {PlaceKind.PREFILL: 2, PlaceKind.DECODE: 3, PlaceKind.GATEWAY: 2}
 
     decode = worker_config(spec, PlaceName(PlaceKind.DECODE, 2), Epoch(7))
     assert (decode.worker_id, decode.epoch, decode.cluster) == ("decode-2", 7, "llama-8b")
@@ -73,7 +73,7 @@ def test_a_whole_spec_becomes_configs(folder: Path) -> None:
 
 def test_the_smallest_spec_is_colocated_and_on_the_loopback(folder: Path) -> None:
     spec = parse_spec(minimal(), folder)
-    assert count(places_of(spec), PlaceKind.PREFILL) == 0
+    assert {place.kind for place in places_of(spec)} == {PlaceKind.DECODE, PlaceKind.GATEWAY}
     assert spec.router.host == "127.0.0.1"
     assert spec.model.served_name == "weights"
 
@@ -107,6 +107,25 @@ def test_prefill_workers_know_how_the_decode_pool_holds_kv(folder: Path) -> None
     assert (prefill.receiver, decode.receiver) == (ReceiverPool(16, "fp8_e4m3"), None)
 
 
+def test_ranks(folder: Path) -> None:
+    def ranks(**tp: int) -> list[tuple[int, int]]:
+        spec = parse_spec(minimal(pools={name: {"workers": 1, "tp": size} for name, size in tp.items()}), folder)
+        configs = [worker_config(spec, PlaceName(PlaceKind(name), 0), Epoch(1)) for name in tp]
+        return [(config.engine.tp, config.finest_tp) for config in configs]
+
+    assert ranks(decode=3) == [(3, 3)]
+    assert ranks(prefill=2, decode=1) == [(2, 2), (1, 2)], "the other pool's may be the finest"
+    assert ranks(prefill=2, decode=6) == [(2, 6), (6, 6)]
+
+
+def test_gpus_are_counted_by_rank(folder: Path) -> None:
+    pools = {"prefill": {"workers": 3, "tp": 2}, "decode": {"workers": 2, "tp": 4}}
+    assert num_gpus(parse_spec(minimal(pools=pools), folder)) == 0
+    model = {"path": "weights", "device": "cuda"}
+    assert num_gpus(parse_spec(minimal(model=model, pools=pools), folder)) == 3 * 2 + 2 * 4
+    assert num_gpus(parse_spec(minimal(model=model), folder)) == 1
+
+
 def test_embedded_model(tmp_path: Path) -> None:
     spec = parse_spec(minimal(model={"path": "embedded"}), tmp_path)
     assert (Path(spec.model.path) / "config.json").is_file()
@@ -121,7 +140,12 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
     ("sections", "text"),
     [
         ({"pools": {"decode": {"workers": 0}}}, "pools.decode.workers: must be >= 1, not 0"),
-        ({"pools": {"decode": {"workers": 1, "tp": 2}}}, "pools.decode.tp: must be 1, not 2"),
+        ({"pools": {"decode": {"workers": 1, "tp": 0}}}, "pools.decode.tp: must be >= 1, not 0"),
+        ({"pools": {"decode": {"workers": 1, "tp": 1.5}}}, "pools.decode.tp: Input should be a valid integer, not 1.5"),
+        (
+            {"pools": {"prefill": {"workers": 1, "tp": 3}, "decode": {"workers": 1, "tp": 2}}},
+            "pools.prefill.tp: 3, and pools.decode.tp is 2: one must be a multiple of the other",
+        ),
         ({"pools": {"decode": {"workers": 1, "node": "rack"}}}, "pools.decode.node: needs hosts: any"),
         ({"hosts": "any", "pools": BOTH}, "hosts: any: transfer.transports must name ucx, not only shm"),
         ({"hosts": "any", "pools": {"decode": {"workers": 1, "node": "CPU"}}}, "pools.decode.node: 'CPU' is a resource of Ray's own"),
