@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import torch
+from harness.sharded_runner import ShardedRunner, sharded_layout
 
 from diptych.decode_worker.worker import DecodeWorker
 from diptych.engine.config import EngineConfig, WorkerConfig
@@ -17,8 +18,10 @@ from diptych.engine.replica import Replica
 from diptych.engine.worker import Worker
 from diptych.kvtransfer.bundle import TransportBundle
 from diptych.kvtransfer.fake import FakeFabric, FakeTransport, as_pages
+from diptych.kvtransfer.layout import KVLayout
+from diptych.kvtransfer.sharded import ShardedBundle
 from diptych.kvtransfer.staging import Staging
-from diptych.kvtransfer.transport import KVPool, PageIds, Peer
+from diptych.kvtransfer.transport import Bundle, KVPool, PageIds, Peer
 from diptych.messages.fake_post import FakeNetwork, FakePost
 from diptych.messages.ids import Address, Epoch, Imm, RequestId, WorkerId
 from diptych.messages.membership import Membership, Role
@@ -100,12 +103,15 @@ class FakeCluster:
         others: Sequence[str] = (),
         num_layers: int = 2,
         gathers: bool = False,
+        tps: tuple[int, int] | None = None,
     ) -> None:
         """With a floor links are probed, and each page takes PAGE_S. Prefill workers whose blocks are of another size convert pages in
-        a pool of `staging_blocks`. `others`: transports beside the one called fake, which comes first. `gathers`: its links are such."""
+        a pool of `staging_blocks`. `others`: transports beside the one called fake, which comes first. `gathers`: its links are such.
+        `tps`: ranks of a prefill worker, of a decode worker; None: pages are written whole."""
         self.now = 1000.0
         self.floor = floor
         self.block_sizes = {Role.PREFILL: prefill_block_size, Role.DECODE: BLOCK_SIZE}
+        self.tps = None if tps is None else dict(zip((Role.PREFILL, Role.DECODE), tps, strict=True))
         self.staging_blocks = staging_blocks
         self.other_names = others
         self.others: dict[WorkerId, list[FakeTransport]] = {}
@@ -134,19 +140,20 @@ class FakeCluster:
     def start(self, role: Role, worker_id: WorkerId) -> None:
         self._epoch += 1
         name = f"{worker_id}.{self._epoch}"
-        transport = self.fabric.transport(name)
-        transport.gathers = self.gathers
-        others = [FakeTransport(self.fabric, f"{name}.{other}".encode(), other) for other in self.other_names]
+        ranks = [self._transports(name, rank) for rank in range(self.num_ranks(role))]
         block_size = self.block_sizes[role]
         num_blocks = -(-self.num_blocks * BLOCK_SIZE // block_size)
-        bundle, staging = TransportBundle([transport, *others]), None
-        pool = bundle.allocate(fake_layout(block_size, self.num_layers), num_blocks)
+        bundle, staging = self._bundle(ranks), None
+        pool = bundle.allocate(self._layout(role, block_size), num_blocks)
         limits = EngineLimits(block_size, self.num_blocks * BLOCK_SIZE, self.max_step_tokens, max_sequences=4)
-        engine = Engine(FakeRunner(pool), num_blocks, limits)
+        engine = Engine(FakeRunner(pool) if self.tps is None else ShardedRunner(pool), num_blocks, limits)
+        (transport, *others), *further = ranks
+        others += [each for of_rank in further for each in of_rank]
         if block_size != BLOCK_SIZE:
-            transport = LateTransport(self.fabric, f"{name}.staging".encode())
-            made = transport.allocate(fake_layout(BLOCK_SIZE, self.num_layers), self.staging_blocks)
-            staging = Staging(pool, made, TransportBundle([transport]))
+            transport, *late = [LateTransport(self.fabric, f"{name}.{rank}.staging".encode()) for rank in range(len(ranks))]
+            out = self._bundle([[each] for each in (transport, *late)])
+            staging = Staging(pool, out.allocate(self._layout(role, BLOCK_SIZE), self.staging_blocks), out)
+            others += late
         replica = Replica(engine, pool, bundle, layer_group=1, staging=staging)
         self.transports[worker_id], self.others[worker_id] = transport, others
         for each in (transport, *others):
@@ -157,6 +164,28 @@ class FakeCluster:
             config = msgspec.structs.replace(config, probe_links=True, **floor)
         make = PrefillWorker if role is Role.PREFILL else DecodeWorker
         self.workers[worker_id] = make(config, self.network.post(name), replica, clock=lambda: self.now)
+
+    def num_ranks(self, role: Role) -> int:
+        return 1 if self.tps is None else self.tps[role]
+
+    def _transports(self, name: str, rank: int) -> list[FakeTransport]:
+        own = f"{name}.{rank}" if rank else name
+        first = self.fabric.transport(own)
+        first.gathers = self.gathers
+        return [first, *(FakeTransport(self.fabric, f"{own}.{other}".encode(), other) for other in self.other_names)]
+
+    def _bundle(self, ranks: list[list[FakeTransport]]) -> Bundle:
+        bundles = [TransportBundle(transports) for transports in ranks]
+        return bundles[0] if self.tps is None else ShardedBundle(bundles)
+
+    def _layout(self, role: Role, block_size: int) -> KVLayout:
+        if self.tps is None:
+            return fake_layout(block_size, self.num_layers)
+        return sharded_layout(self.num_ranks(role), block_size, self.num_layers)
+
+    def transports_of(self, worker_id: WorkerId) -> list[FakeTransport]:
+        """Of all its ranks."""
+        return [self.transports[worker_id], *self.others[worker_id]]
 
     def publish(self) -> None:
         """All members learn who lives, at once: membership does not travel on the faulty network."""
@@ -178,7 +207,7 @@ class FakeCluster:
     def kill(self, worker_id: WorkerId) -> None:
         worker = self.workers.pop(worker_id)
         self.network.kill(worker.post.address)
-        for transport in (self.transports[worker_id], *self.others[worker_id]):
+        for transport in self.transports_of(worker_id):
             self.fabric.kill(transport.location)
         for answer in self.answers.values():
             route = answer.request.route

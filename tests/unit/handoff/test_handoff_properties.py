@@ -13,6 +13,7 @@ from harness.fake_cluster import BLOCK_SIZE, TIMEOUT_S, FakeCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.kvtransfer.fake import FakeTransport
 from diptych.messages.codec import Message
 from diptych.messages.fake_post import FakePost
 from diptych.messages.handoff import KVAccept, KVCancel, KVCommitted, KVDrained, KVLanded, RefuseReason, Ticket
@@ -24,6 +25,9 @@ WORKERS = [WorkerId(name) for name in ("prefill-0", "prefill-1", "decode-0", "de
 BLOCK_SIZES = [BLOCK_SIZE, 8, BLOCK_SIZE, 3]
 """Of prefill workers; others than BLOCK_SIZE are converted."""
 
+TPS = [None, (1, 2), (2, 1), (2, 2), (2, 4), (4, 2)]
+"""Ranks of prefill workers, of decode workers."""
+
 PROGRESS = {"submit": 6, "turn": 30, "deliver": 40, "land": 16, "undisturbed": 2}
 FAULTS = {
     "drop": 2, "double": 3, "abort": 3, "wait_a_little": 1, "wait_for_deadlines": 0.4, "kill": 0.4, "kill_unseen": 0.4, "forge": 2,
@@ -34,9 +38,11 @@ FAULTS = {
 class History:
     """Events on a cluster, drawn with one seed."""
 
-    def __init__(self, seed: int, faults: dict[str, float], prefill_block_size: int = BLOCK_SIZE) -> None:
+    def __init__(
+        self, seed: int, faults: dict[str, float], prefill_block_size: int = BLOCK_SIZE, tps: tuple[int, int] | None = None
+    ) -> None:
         self.random = random.Random(seed)
-        self.cluster = FakeCluster(num_prefill=2, num_decode=2, num_blocks=14, prefill_block_size=prefill_block_size)
+        self.cluster = FakeCluster(num_prefill=2, num_decode=2, num_blocks=14, prefill_block_size=prefill_block_size, tps=tps)
         weights = PROGRESS | faults
         self.events: list[Callable[[], None]] = [getattr(self, name) for name in weights]
         self.weights = list(weights.values())
@@ -52,8 +58,9 @@ class History:
         """No more faults. What messages were lost for ends by its deadline or by its client's patience."""
         self.cluster.tell_late_news()
         self.cluster.fabric.mend()
-        for transport in self.cluster.transports.values():
-            transport.fences = True
+        for name in WORKERS:
+            for transport in self.cluster.transports_of(name):
+                transport.fences = True
         for pause in (0.0, TIMEOUT_S + 1, 200.0):
             self.cluster.now += pause
             self.cluster.settle()
@@ -133,15 +140,20 @@ class History:
 
     def cut_a_link(self) -> None:
         """Between two that live. What was under way is lost or lands late; nobody knows which before the link is there again."""
-        fabric, names = self.cluster.fabric, [self.cluster.transports[name].location for name in WORKERS]
+        fabric = self.cluster.fabric
         if fabric.cut:
             fabric.mend()
         else:
-            fabric.cut.add((self.random.choice(names[:2]), self.random.choice(names[2:])))
+            writer, receiver = (self._any_transport(names).location for names in (WORKERS[:2], WORKERS[2:]))
+            fabric.cut.add((writer, receiver))
 
     def deafen_a_fence(self) -> None:
-        transport = self.cluster.transports[self.random.choice(WORKERS[2:])]
+        transport = self._any_transport(WORKERS[2:])
         transport.fences = not transport.fences
+
+    def _any_transport(self, names: list[WorkerId]) -> FakeTransport:
+        """Of any rank."""
+        return self.random.choice(self.cluster.transports_of(self.random.choice(names)))
 
     def forge(self) -> None:
         """A message with a ticket that nobody gave out: of a live request, an unknown one, an epoch long gone."""
@@ -162,9 +174,9 @@ class History:
 
 
 @settings(max_examples=120)
-@given(seed=st.integers(0, 2**32), prefill_block_size=st.sampled_from(BLOCK_SIZES))
-def test_any_mix_of_faults(seed: int, prefill_block_size: int) -> None:
-    history = History(seed, FAULTS, prefill_block_size)
+@given(seed=st.integers(0, 2**32), prefill_block_size=st.sampled_from(BLOCK_SIZES), tps=st.sampled_from(TPS))
+def test_any_mix_of_faults(seed: int, prefill_block_size: int, tps: tuple[int, int] | None) -> None:
+    history = History(seed, FAULTS, prefill_block_size, tps)
     history.run(400)
     history.finish()
 
@@ -173,7 +185,8 @@ def test_any_mix_of_faults(seed: int, prefill_block_size: int) -> None:
 def test_each_fault_alone(fault: str) -> None:
     """Histories long enough, and the fault frequent enough, that it strikes in every state; on a fast and on a very slow link."""
     for seed in range(16):
-        history = History(seed, {fault: FAULTS[fault] * 3, "land": (16, 0.7)[seed % 2]}, BLOCK_SIZES[seed // 2 % len(BLOCK_SIZES)])
+        weights = {fault: FAULTS[fault] * 3, "land": (16, 0.7)[seed % 2]}
+        history = History(seed, weights, BLOCK_SIZES[seed // 2 % len(BLOCK_SIZES)], TPS[seed // 3 % len(TPS)])
         history.run(500)
         history.finish()
 
@@ -199,7 +212,7 @@ def test_what_arrives_between_the_layers_of_a_step(seed: int) -> None:
 def test_reordering_alone_never_fails_a_request() -> None:
     """Messages and pages in any order, none lost: every request is answered in full."""
     for seed in range(40):
-        history = History(seed, {}, BLOCK_SIZES[seed % len(BLOCK_SIZES)])
+        history = History(seed, {}, BLOCK_SIZES[seed % len(BLOCK_SIZES)], TPS[seed % len(TPS)])
         history.run(400)
         history.cluster.settle()
         answers = history.cluster.answers.values()

@@ -1,9 +1,12 @@
 """A staging pool is small, and its pages are shared: none is made anew while a write may read it, none is lost, nobody starves."""
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from harness.shards import fill, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +15,7 @@ from diptych.kvtransfer.bundle import TransportBundle
 from diptych.kvtransfer.fake import FakeFabric, FakeTransport
 from diptych.kvtransfer.layout import KVLayout
 from diptych.kvtransfer.plan import PagePlan
+from diptych.kvtransfer.sharded import KVShards, ShardedBundle
 from diptych.kvtransfer.staging import StagedPages, Staging
 from diptych.kvtransfer.transport import KVPool, Peer
 from diptych.messages.errors import LayoutMismatch
@@ -127,3 +131,42 @@ def test_a_layout_of_other_heads_is_refused_before_anything_is_made() -> None:
     other = KVLayout("fake", torch.int64, num_layers=2, num_kv_heads=2, head_dim=1, block_size=4)
     with pytest.raises(LayoutMismatch, match="num_kv_heads 1, there 2"):
         Staging(source, bundle.allocate(other, 1), bundle)
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def shards(layout: KVLayout, num_blocks: int) -> KVShards:
+    pools = [KVPool(layout, torch.zeros(layout.shape(num_blocks), dtype=layout.dtype)) for _ in range(layout.tp_size)]
+    return KVShards(layout, tuple(pools))
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize(("dtypes", "sizes"), [((torch.float32, FP8), (6, 4)), ((FP8, torch.bfloat16), (4, 8)), ((FP8, FP8), (4, 2))])
+def test_ranks_make_together_what_one_would(tp_size: int, dtypes: tuple[torch.dtype, torch.dtype], sizes: tuple[int, int]) -> None:
+    """Each its own heads, with the scales of those."""
+    here = KVLayout("m", dtypes[0], 3, 4, 8, sizes[0], piece_heads=1)
+    scales = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0)) + 0.25
+    pages = np.array([0, 1, 2, 4, 5, 8])
+    made = []
+    for tp in (1, tp_size):
+        source_layout = replace(here, tp_size=tp)
+        source = shards(source_layout, 4)
+        bits = shards(replace(source_layout, dtype=torch.int8), 4) if dtypes[0] is FP8 else source
+        fill(bits)
+        if dtypes[0] is FP8:
+            source = KVShards(source_layout, tuple(KVPool(source_layout, pool.tensor.view(FP8)) for pool in bits.ranks))
+        fabric = FakeFabric()
+        bundle = ShardedBundle([TransportBundle([fabric.transport(f"rank {rank}")]) for rank in range(tp)])
+        staging = Staging(source, bundle.allocate(replace(source_layout, dtype=dtypes[1], block_size=sizes[1]), 3), bundle, scales)
+        staging.make(pages, np.array([3, 7, 1, 0, 8, 2]), np.array([2, 0, 3]))
+        made.append(whole(KVShards(staging.layout, tuple(KVPool(staging.layout, p.tensor.float()) for p in staging.pool.ranks))))
+    assert torch.equal(made[0].nan_to_num(7777.0), made[1].nan_to_num(7777.0))
+    assert made[0].any()
+
+
+def test_ranks_that_are_not_as_many_are_refused() -> None:
+    source = KVLayout("m", torch.float32, 3, 4, 8, 6, tp_size=2, piece_heads=1)
+    bundle = ShardedBundle([TransportBundle([FakeFabric().transport("staging")])])
+    with pytest.raises(LayoutMismatch, match="tp_size 2, there 1"):
+        Staging(shards(source, 2), bundle.allocate(replace(source, tp_size=1, block_size=4), 1), bundle)

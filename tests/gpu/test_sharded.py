@@ -1,0 +1,156 @@
+"""Workers of one and of two ranks, each on a GPU of its own, exchange pages over NVLink; every process sees both GPUs."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from harness.shard_process import ShardProcess, shard_process
+from harness.shards import fill, layout_of, whole
+
+from diptych.kvtransfer.bundle import TransportBundle
+from diptych.kvtransfer.local import LocalTransport
+from diptych.kvtransfer.sharded import KVShards, ShardedBundle
+from diptych.kvtransfer.shm import SHM, sweep_orphans
+from diptych.kvtransfer.staging import Staging
+from diptych.kvtransfer.transport import KVPool
+from diptych.messages.errors import PeerGone
+
+pytestmark = [pytest.mark.gpu2, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
+
+BLOCKS, LAYERS, TIMEOUT_S = 512, 3, 20.0
+NUM_PAGES = BLOCKS * LAYERS
+BOTH, FIRST, SECOND = ("cuda:0", "cuda:1"), ("cuda:0",), ("cuda:1",)
+SWAPPED = BOTH[::-1]
+
+
+@dataclass
+class Pair:
+    cluster: str
+    devices: tuple[tuple[str, ...], tuple[str, ...]]
+    writer: ShardProcess
+    receiver: ShardProcess
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(BOTH, FIRST), (BOTH, SECOND), (FIRST, BOTH), (SECOND, BOTH), (BOTH, BOTH), (BOTH, SWAPPED)],
+    ids=lambda devices: " to ".join("+".join(each) for each in devices),
+)
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    cluster, (here, there) = f"test{uuid4().hex[:8]}", request.param
+    with (
+        shard_process("nvlink", cluster, "prefill-0", here, BLOCKS) as writer,
+        shard_process("nvlink", cluster, "decode-0", there, BLOCKS) as receiver,
+    ):
+        writer.call("connect", receiver.target)
+        yield Pair(cluster, request.param, writer, receiver)
+    assert not list(SHM.glob(f"diptych-{cluster}*")), "segments left behind"
+
+
+def shuffled(seed: int, count: int = NUM_PAGES) -> dict[int, int]:
+    draw = np.random.default_rng(seed)
+    return dict(zip(draw.permutation(NUM_PAGES)[:count].tolist(), draw.permutation(NUM_PAGES)[:count].tolist(), strict=True))
+
+
+def assert_works(writer: ShardProcess, receiver: ShardProcess, seed: int) -> None:
+    """Scattered pages arrive, no other is touched, and the count is full when they are there, not before."""
+    numbers, expected, pages = writer.call("fill", seed), receiver.call("fill", 10**7 + seed), shuffled(seed, 1000)
+    expected[list(pages.values())] = numbers[list(pages)]
+    receiver.call("reset", seed)
+    receiver.tell("read_when_landed", seed, len(pages), TIMEOUT_S)
+    for start in range(0, len(pages), 300):
+        writer.call("write", receiver.target, dict(list(pages.items())[start : start + 300]), seed)
+    assert (receiver.answer() == expected).all()
+    assert writer.call("stop", receiver.target, seed, TIMEOUT_S)
+    assert receiver.call("num_landed", seed) == len(pages) * 8
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_pages_arrive_whole_whichever_device_is_current(pair: Pair, current: int) -> None:
+    for process in (pair.writer, pair.receiver):
+        process.call("set_device", current)
+    for seed in range(10 * current, 10 * current + 4):
+        assert_works(pair.writer, pair.receiver, seed)
+    assert pair.writer.call("stats")[2] > 0
+    for process in (pair.writer, pair.receiver):
+        assert process.call("current_device") == current
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_pages_wait_for_the_streams_of_their_own_ranks(pair: Pair, current: int) -> None:
+    pair.writer.call("set_device", current)
+    pages = shuffled(30)
+    pair.receiver.call("reset", 30)
+    pair.writer.call("stall", 1.0)
+    pair.writer.call("write", pair.receiver.target, pages, 30)
+    assert not pair.writer.call("stop", pair.receiver.target, 30, 0.0)
+    assert pair.receiver.call("num_landed", 30) == 0, "a rank's pages left before they were computed"
+    assert pair.writer.call("stop", pair.receiver.target, 30, TIMEOUT_S)
+    assert pair.receiver.call("num_landed", 30) == NUM_PAGES * 8
+    assert pair.writer.call("busy_s", pair.receiver.target, 30) == 0.0
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_unmapping_leaves_nothing_and_can_be_repeated(pair: Pair, current: int) -> None:
+    pair.writer.call("set_device", current)
+    for _ in range(2):
+        pair.writer.call("disconnect", pair.receiver.target)
+        pair.writer.call("disconnect", pair.receiver.target)
+        assert pair.writer.call("num_mapped", f"{pair.cluster}-decode-0") == 0
+        with pytest.raises(PeerGone):
+            pair.writer.call("write", pair.receiver.target, {0: 0}, 40)
+        pair.writer.call("connect", pair.receiver.target)
+    assert_works(pair.writer, pair.receiver, seed=41)
+
+
+def test_the_dead_write_no_more_and_come_back(pair: Pair) -> None:
+    with shard_process("nvlink", pair.cluster, "prefill-1", pair.devices[0], BLOCKS) as victim:
+        victim.call("connect", pair.receiver.target)
+        pair.receiver.call("reset", 50)
+        victim.tell("write_for_ever", pair.receiver.target, shuffled(50), 50)
+        give_up_at = time.monotonic() + TIMEOUT_S
+        while pair.receiver.call("num_landed", 50) < NUM_PAGES * 8:
+            assert time.monotonic() < give_up_at
+        victim.kill()
+        assert pair.receiver.call("fence", victim.target, 1.0)
+        counted, fresh = pair.receiver.call("num_landed", 50), pair.receiver.call("fill", 51)
+        time.sleep(0.3)
+        assert (pair.receiver.call("read") == fresh).all()
+        assert pair.receiver.call("num_landed", 50) == counted
+    assert len(sweep_orphans(pair.cluster)) == len(pair.devices[0])
+    with shard_process("nvlink", pair.cluster, "decode-1", pair.devices[1], BLOCKS) as victim:
+        old = victim.target
+        pair.writer.call("connect", old)
+        assert_works(pair.writer, victim, seed=52)
+        victim.kill()
+    with shard_process("nvlink", pair.cluster, "decode-1", pair.devices[1], BLOCKS, epoch=2) as again:
+        pair.writer.call("disconnect", old)
+        pair.writer.call("connect", again.target)
+        assert_works(pair.writer, again, seed=53)
+        pair.writer.call("disconnect", again.target)
+    assert_works(pair.writer, pair.receiver, seed=54)
+
+
+def test_each_rank_converts_on_its_own_gpu() -> None:
+    """What two GPUs make together is what two CPUs would."""
+    made, layout = [], layout_of(2, torch.float32)
+    scales = torch.rand(LAYERS, 2, 4, generator=torch.Generator().manual_seed(0)) + 0.25
+    for devices in (("cpu", "cpu"), BOTH):
+        source = KVShards(layout, tuple(KVPool(layout, torch.zeros(layout.shape(4), device=device)) for device in devices))
+        fill(source)
+        bundle = ShardedBundle([TransportBundle([LocalTransport(torch.device(device))]) for device in devices])
+        there = replace(layout, dtype=torch.float8_e4m3fn, block_size=2)
+        staging = Staging(source, bundle.allocate(there, 3), bundle, scales)
+        staging.make(np.array([0, 1, 2, 4, 5, 8]), np.array([3, 7, 1, 0, 8, 2]), np.array([2, 0, 3]))
+        for device in BOTH:
+            torch.cuda.synchronize(device)
+        made.append(whole(KVShards(there, tuple(KVPool(there, pool.tensor.float()) for pool in staging.pool.ranks))))
+    assert torch.equal(*made)
+    assert made[0].any()
