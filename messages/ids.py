@@ -23,7 +23,7 @@ BlockHash = NewType("BlockHash", bytes)
 """Hash of a full block's tokens chained to all before it: equal hashes mean equal prefixes."""
 
 Imm = NewType("Imm", int)
-"""The receiver's counter that a ticket's writer counts up, one per page."""
+"""The receiver's counter that a ticket's writer counts up, one per page or piece of one."""
 
 
 def new_nonce() -> int:

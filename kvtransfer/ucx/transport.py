@@ -13,6 +13,7 @@ import ctypes
 import logging
 import secrets
 import weakref
+from contextlib import nullcontext
 
 import msgspec
 import numpy as np
@@ -75,14 +76,15 @@ class UcxTransport:
 
     def adopt(self, pool: KVPool) -> None:
         where = (pool.tensor.data_ptr(), pool.tensor.nbytes, pool.layout.piece_bytes)
-        if pool.tensor.is_cuda:
-            with torch.cuda.device(pool.tensor.device):
-                torch.cuda.synchronize()                          # and the context is this thread's
-                self._shim.register(*where, MemoryType.CUDA, CUDA_DRIVER)
-        else:
-            self._shim.register(*where, MemoryType.HOST)
         self._lent = pool.tensor
-        self._start(pool.layout)
+        if not pool.tensor.is_cuda:
+            self._shim.register(*where, MemoryType.HOST)
+            self._start(pool.layout)
+            return
+        with torch.cuda.device(pool.tensor.device):
+            torch.cuda.synchronize()                              # and the context is this thread's
+            self._shim.register(*where, MemoryType.CUDA, CUDA_DRIVER)
+            self._start(pool.layout)
 
     def _start(self, layout: KVLayout) -> None:
         self._page_bytes = layout.piece_bytes
@@ -199,7 +201,8 @@ class UcxTransport:
     def close(self) -> None:
         """The pool's memory goes when its tensor does."""
         self._links.clear()
-        self._close()
+        with nullcontext() if self._device.type == "cpu" else torch.cuda.device(self._device):        # UCX unmaps in what is current
+            self._close()
 
 
 def _decode(descriptor: MemoryDescriptor) -> Location:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from diptych.kvtransfer.bundle import TransportBundle
 from diptych.kvtransfer.fake import FakeFabric, FakeTransport
 from diptych.kvtransfer.layout import KVLayout
-from diptych.kvtransfer.selection import AS_FAST, Owner, fastest_first, make_transports, what_is_wrong
+from diptych.kvtransfer.selection import AS_FAST, Owner, fastest_first, make_sharded, make_transports, what_is_wrong
 from diptych.kvtransfer.transport import Peer
 from diptych.messages.errors import ClusterError, PeerGone, TransferError
 from diptych.messages.ids import Epoch, Imm, WorkerId
@@ -177,3 +177,19 @@ def test_links_are_counted_when_they_are_found_anew_or_change() -> None:
             here.connect(there.descriptors)
         counts.append(here.num_links(there.descriptors))
     assert counts == [1, 1, 1, 2, 2, 2, 3, 4]
+
+
+def test_each_rank_has_shared_memory_of_its_own() -> None:
+    """Also beside the worker's staging pool, whose ranks have some, too."""
+    names = set()
+    for worker in ("prefill-0", "prefill-0.staging"):
+        owner = Owner("test-ranks", WorkerId(worker), Epoch(7), "cpu")
+        sharded = make_sharded(["shm"], owner, ["cpu"] * 3)
+        layout = KVLayout("test", torch.int64, 1, num_kv_heads=3, head_dim=1, block_size=4, tp_size=3, piece_heads=1)
+        try:
+            names |= {each.location.decode() for each in sharded.register(sharded.allocate(layout, 2))}
+        finally:
+            sharded.close()
+    suffixes = ["", ".1", ".2", ".staging", ".staging.1", ".staging.2"]
+    assert names == {f"diptych-test-ranks-prefill-0{suffix}-7" for suffix in suffixes}
+    assert owner.of_rank(2, "cuda:2") == Owner("test-ranks", WorkerId("prefill-0.staging.2"), Epoch(7), "cuda:2")
