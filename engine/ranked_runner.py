@@ -20,19 +20,19 @@ class RankedRunner:
 
     def __init__(self, ranks: Ranks, runners: Sequence[ModelRunner]) -> None:
         assert len(ranks) == len(runners)
-        self._ranks, self._runners = ranks, runners
+        self._ranks, self.runners = ranks, tuple(runners)
         self.runs_ahead = runners[0].runs_ahead
 
     @property
     def padded_rows(self) -> Sequence[int]:
-        return self._runners[0].padded_rows
+        return self.runners[0].padded_rows
 
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
-        hooks: list[Callable[[int], None] | None] = [None] * len(self._runners)
+        hooks: list[Callable[[int], None] | None] = [None] * len(self.runners)
         if on_layer is not None:
             layers = _Layers(self._ranks)
-            hooks = [layers.then(on_layer), *(layers.of(rank) for rank in range(1, len(self._runners)))]
-        return self._ranks.run(lambda rank: self._runners[rank].launch(plan, hooks[rank]))[0]
+            hooks = [layers.then(on_layer), *(layers.of(rank) for rank in range(1, len(self.runners)))]
+        return self._ranks.run(lambda rank: self.runners[rank].launch(plan, hooks[rank]))[0]
 
 
 class _Layers:

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.kv_storage import FP8
-from ..kvtransfer.bundle import TransportBundle
 from ..kvtransfer.layout import KVLayout
-from ..kvtransfer.selection import Owner, make_transports
-from ..kvtransfer.sharded import ShardedBundle
+from ..kvtransfer.selection import Owner, make_sharded, make_transports
 from ..kvtransfer.staging import Staging
 from ..kvtransfer.transport import Bundle, KVMemory
 from ..messages.errors import ModelError, PoolTooSmall
@@ -122,14 +120,10 @@ def _staging(config: WorkerConfig, pool: KVMemory, layout: KVLayout, kv_scales: 
 
 def _transports(config: WorkerConfig, owner: WorkerId, devices: Sequence[torch.device]) -> Bundle:
     """Where all workers have one rank, pages are written whole."""
+    whose = Owner(config.cluster, owner, config.epoch, config.engine.device)
     if max(config.finest_tp, len(devices)) == 1:
-        return _rank_transports(config, owner, config.engine.device)
-    owners = [owner, *(WorkerId(f"{owner}.{rank}") for rank in range(1, len(devices)))]
-    return ShardedBundle([_rank_transports(config, owner, str(device)) for owner, device in zip(owners, devices, strict=True)])
-
-
-def _rank_transports(config: WorkerConfig, owner: WorkerId, device: str) -> TransportBundle:
-    return make_transports(config.transports, Owner(config.cluster, owner, config.epoch, device))
+        return make_transports(config.transports, whose)
+    return make_sharded(config.transports, whose, [str(device) for device in devices])
 
 
 def fingerprint(folder: Path, load_format: LoadFormat) -> str:

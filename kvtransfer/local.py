@@ -1,13 +1,22 @@
 """A pool that no other process reaches: for one engine by itself, as a benchmark or a test runs it."""
 
+from collections.abc import Sequence
 
 import torch
 
 from ..messages.errors import ClusterError, PeerGone
 from ..messages.ids import Imm
 from ..messages.membership import MemoryDescriptor
+from .bundle import TransportBundle
 from .layout import KVLayout
-from .transport import KVPool, PageIds, Peer, TransferStats
+from .sharded import ShardedBundle
+from .transport import Bundle, KVPool, PageIds, Peer, TransferStats
+
+
+def local_bundle(devices: Sequence[torch.device]) -> Bundle:
+    """Of each rank."""
+    ranks = [TransportBundle([LocalTransport(device)]) for device in devices]
+    return ranks[0] if len(ranks) == 1 else ShardedBundle(ranks)
 
 
 class LocalTransport:

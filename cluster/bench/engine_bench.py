@@ -22,10 +22,8 @@ from ...engine.config import EngineConfig, WorkerConfig
 from ...engine.engine import Engine
 from ...engine.loaded_model import devices_of
 from ...engine.replica import Replica, build_replica
-from ...kvtransfer.bundle import TransportBundle
-from ...kvtransfer.local import LocalTransport
-from ...kvtransfer.sharded import ShardedBundle
-from ...kvtransfer.transport import Bundle, KVMemory
+from ...kvtransfer.local import local_bundle
+from ...kvtransfer.transport import KVMemory
 from ...messages.ids import Address, BlockId, Epoch, RequestId, WorkerId
 from ...messages.requests import GenerateRequest, Route, SamplingParams, TokenDelta, WorkerRef
 from ...models.config import ModelConfig
@@ -63,7 +61,7 @@ def run_engine_bench(bench: EngineBench, console: Console) -> EngineReport:
     """Raises ModelError, PoolTooSmall, ClusterError."""
     config, model = _config(bench, ModelConfig.from_folder(bench.model)), ModelConfig.from_folder(bench.model)
     devices = devices_of(config.engine)
-    replica = build_replica(config, _local(devices))
+    replica = build_replica(config, local_bundle(devices))
     fill_with_noise(replica.pool)
     of_one = _ceilings(replica.pool.layout.dtype, devices[0], bench.quick)
     ceilings = Ceilings(bench.tp * of_one.bytes_per_s, bench.tp * of_one.flops_per_s)
@@ -76,16 +74,14 @@ def run_engine_bench(bench: EngineBench, console: Console) -> EngineReport:
             rows.append(_decode(replica, model, count, context, 10 * bench.repeats, ceilings))
     has_kernels = devices[0].type == "cuda" and bench.tp == 1
     kernels, cudnn = kernel_rows(model, replica.pool.ranks[0].tensor, ceilings, bench.quick) if has_kernels else ([], {})
-    name = torch.cuda.get_device_name() if devices[0].type == "cuda" else "CPU"
-    report = EngineReport(bench.model.name, f"{bench.tp} ranks, each on {name}" if bench.tp > 1 else name, f"torch {torch.__version__}", ceilings, rows + kernels, cudnn)
+    report = EngineReport(bench.model.name, _where(devices), f"torch {torch.__version__}", ceilings, rows + kernels, cudnn)
     _print(report, console)
     return report
 
 
-def _local(devices: Sequence[torch.device]) -> Bundle:
-    """Pools that no other process reaches."""
-    ranks = [TransportBundle([LocalTransport(device)]) for device in devices]
-    return ranks[0] if len(ranks) == 1 else ShardedBundle(ranks)
+def _where(devices: Sequence[torch.device]) -> str:
+    name = torch.cuda.get_device_name() if devices[0].type == "cuda" else "CPU"
+    return name if len(devices) == 1 else f"{len(devices)} ranks, each on {name}"
 
 
 def fill_with_noise(pool: KVMemory) -> None:

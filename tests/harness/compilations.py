@@ -19,13 +19,12 @@ def compiled_in_service(folder: Path, **changes: Any) -> tuple[int, list[str]]:
 
 
 def _serve(folder: str, changes: dict[str, Any]) -> tuple[int, list[str]]:
-    import torch
     import triton
 
     from diptych.engine.config import EngineConfig, WorkerConfig
+    from diptych.engine.loaded_model import devices_of
     from diptych.engine.replica import build_replica
-    from diptych.kvtransfer.bundle import TransportBundle
-    from diptych.kvtransfer.local import LocalTransport
+    from diptych.kvtransfer.local import local_bundle
     from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
     from diptych.messages.requests import GenerateRequest, Route, SamplingParams, WorkerRef
 
@@ -34,7 +33,7 @@ def _serve(folder: str, changes: dict[str, Any]) -> tuple[int, list[str]]:
     nobody = WorkerRef(WorkerId("w"), Epoch(0), Address(""))
     config = EngineConfig(folder, load_format="dummy", dtype="bfloat16", device="cuda", block_size=16, num_blocks=400, max_sequences=24)
     worker = WorkerConfig("test", nobody.worker_id, nobody.epoch, engine=replace(config, **changes))
-    engine = build_replica(worker, TransportBundle([LocalTransport(torch.device("cuda"))])).engine
+    engine = build_replica(worker, local_bundle(devices_of(worker.engine))).engine
     before, draw = len(compiled), random.Random(1)
     longest = engine.limits.max_model_len - 40
     for step in range(STEPS):
