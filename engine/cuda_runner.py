@@ -164,8 +164,7 @@ class CudaRunner:
     def _decode(self, chunks: Sequence[Chunk], draws: Sequence[Draw], on_layer: Callable[[int], None] | None) -> Tensor:
         logits = self._graphs.replay([self._decode_row(chunk, draw) for chunk, draw in zip(chunks, draws, strict=True)])
         if on_layer is not None:
-            for layer in range(self._num_layers):
-                on_layer(layer)
+            on_layer(self._num_layers - 1)
         return logits
 
     def _decode_row(self, chunk: Chunk, draw: Draw) -> DecodeRow:

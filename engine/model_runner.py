@@ -50,7 +50,8 @@ class ModelRunner(Protocol):
         ...
 
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepOutputs:
-        """`on_layer(i)` is called once layer i's KV of this step is in the pool (on a GPU: queued to be, on the current stream)."""
+        """`on_layer(i)` is called once the KV of this step up to layer i is in the pool (on a GPU: queued to be, before what is queued on
+        the current stream from then on): for all layers or some of them, in order, and the last."""
         ...
 
 

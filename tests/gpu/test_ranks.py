@@ -28,11 +28,11 @@ pytestmark = [pytest.mark.gpu2, pytest.mark.skipif(torch.cuda.device_count() < 2
 
 BF16 = torch.bfloat16
 FAMILIES = {
-    "llama": Case("Llama", 8, 2, 64, {"vocab_size": 96}),
+    "llama": Case("Llama", 8, 2, 64, {"vocab_size": 98}),
     "llama, biases": Case("Llama", 8, 4, 64, {"attention_bias": True, "mlp_bias": True, "intermediate_size": 48}),
-    "mistral, window": Case("Mistral", 4, 4, 64, {"sliding_window": 20, "vocab_size": 96}),
+    "mistral, window": Case("Mistral", 4, 4, 64, {"sliding_window": 20, "vocab_size": 98}),
     "qwen2": Case("Qwen2", 2, 2, 64, {"hidden_size": 128}),
-    "qwen3, tied": Case("Qwen3", 4, 2, 128, {"vocab_size": 96, "tie_word_embeddings": True}),
+    "qwen3, tied": Case("Qwen3", 4, 2, 128, {"vocab_size": 98, "tie_word_embeddings": True}),
 }
 
 
