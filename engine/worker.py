@@ -100,6 +100,7 @@ class Worker(RoleSide):
             max_model_len=limits.max_model_len,
             descriptors=self._descriptors,
             draining=self._draining,
+            tp=len(self.replica.pool.ranks),
         )
 
     def status(self) -> WorkerStatus:

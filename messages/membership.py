@@ -56,6 +56,7 @@ class Member(Struct, frozen=True):
     max_model_len: int                        # tokens, prompt and output together
     descriptors: tuple[MemoryDescriptor, ...] = ()
     draining: bool = False                    # finishes what it has, takes nothing new
+    tp: int = 1                               # its ranks, each on a GPU of its own
 
 
 class Membership(Struct, frozen=True, tag=True):

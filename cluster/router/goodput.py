@@ -8,9 +8,9 @@
     nobody did, or none can keep TTFT ──► Refuse, with the time until one could; or, if it may be late, Route: the least late
 
 *Capacity used* is the rise of a potential: each resource touched (a prefill queue against TTFT, a decode step against TPOT, KV memory)
-is priced STEEPNESS**load, so a worker near its limit is dear and an idle one nearly free. (Exponential prices on loads are what makes
-online assignment competitive: Aspnes, Azar, Fiat, Plotkin, Waarts, "On-line routing of virtual circuits with applications to load
-balancing and machine scheduling", JACM 1997.)
+is priced STEEPNESS**load, so a worker near its limit is dear and an idle one nearly free; one that is two GPUs costs twice as much at the
+same load. (Exponential prices on loads are what makes online assignment competitive: Aspnes, Azar, Fiat, Plotkin, Waarts, "On-line routing
+of virtual circuits with applications to load balancing and machine scheduling", JACM 1997.)
 
 Of a pool larger than ALL_UP_TO, two workers are drawn for each request, and one that holds the longest prefix of the prompt is added if
 neither does: gateways that share a stale view do not all run to the same worker.
@@ -197,11 +197,12 @@ class _Target(Struct, frozen=True):
     scale_s: float                            # what a token's time is measured against
     most_s: float                             # a token's time that keeps the promise, were steps as long as the model is wrong
     error: float                              # of the step model
+    tp: int
 
 
 def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: PrefillEstimate) -> _Source:
     scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S
-    cost = _rise(estimate.backlog_s / scale_s, (estimate.backlog_s + estimate.own_s) / scale_s)
+    cost = worker.tp * _rise(estimate.backlog_s / scale_s, (estimate.backlog_s + estimate.own_s) / scale_s)
     keeps_ttft = (estimate.ttft_s + estimate.spare_s) * (1 + _error(worker)) <= work.ttft_slack_s
     return _Source(worker.ref, estimate, cost, keeps_ttft)
 
@@ -213,11 +214,12 @@ def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inf
         ref=worker.ref,
         side=decode_side(worker, work, inflow),
         memory=memory,
-        cost=_rise(held, memory),
+        cost=worker.tp * _rise(held, memory),
         fits=needed + worker.num_decoding <= worker.num_free_blocks,
         scale_s=promised_s or NO_TPOT_SCALE_S,
         most_s=math.inf if promised_s is None or work.num_outputs <= 1 else promised_s / (1 + error),
         error=error,
+        tp=worker.tp,
     )
 
 
@@ -225,7 +227,7 @@ def _predict(work: Work, target: _Target, source: _Source, kv_arrival_s: float) 
     is_local, ttft_s = source.ref is target.ref, source.estimate.ttft_s
     estimate = estimate_decode(target.side, kv_arrival_s, source.estimate.own_s if is_local else 0.0)
     joining_s = (kv_arrival_s - ttft_s) / max(1.0, work.num_outputs - 1)
-    step_cost = _rise(estimate.before_s / target.scale_s, (estimate.after_s + joining_s) / target.scale_s)
+    step_cost = target.tp * _rise(estimate.before_s / target.scale_s, (estimate.after_s + joining_s) / target.scale_s)
     tpot_s = estimate.tpot_s + joining_s
     return Prediction(
         route=Route(decode=target.ref, prefill=None if is_local else source.ref),

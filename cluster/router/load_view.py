@@ -147,6 +147,7 @@ class _Worker:
             reported_at=self.reported_at,
             sent_at=sent.first_at,
             message_s=self.round_trip_s / 2,
+            tp=self.member.tp,
         )
         return self.load
 

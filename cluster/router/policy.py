@@ -71,6 +71,7 @@ class WorkerLoad(Struct, frozen=True):
     reported_at: float | None = None          # policy's clock: when the report came; None: never
     sent_at: float | None = None              # policy's clock: the first of num_sent_tokens; None: there are none
     message_s: float = 0.0                    # one way, to the worker or from it
+    tp: int = 1                               # GPUs that it is
 
     @property
     def used_share(self) -> float:

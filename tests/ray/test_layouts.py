@@ -25,3 +25,16 @@ def test_an_fp8_decode_pool_holds_four_times_as_much(cluster: StartCluster) -> N
     assert prefill is not None
     assert decode is not None
     assert decode.num_blocks // 4 == prefill.num_blocks
+
+
+def test_ranks_that_share_the_heads(cluster: StartCluster, colocated: Cluster) -> None:
+    def answers(served: Cluster) -> list[str]:
+        return [served.complete(prompt, max_tokens=24)["choices"][0]["text"] for prompt in PROMPTS]
+
+    expected = answers(colocated)
+    apart = cluster(pools={"prefill": POOL | {"tp": 2}, "decode": POOL | {"tp": 4, "block_size": 32}})
+    assert [apart.place(name).tp for name in ("prefill-0", "decode-0")] == [2, 4]
+    assert answers(apart) == expected
+    for victim in ("decode-0", "prefill-0"):
+        apart.wait_until_back(apart.kill(victim))
+        assert answers(apart) == expected

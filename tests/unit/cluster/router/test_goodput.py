@@ -94,6 +94,20 @@ class TestChoice:
         assert policy().choose(REQUEST, view([free], decode), 0.0).prefill == free.ref
         assert policy().choose(REQUEST, view([busy], decode), 0.0).prefill is None
 
+    @pytest.mark.parametrize(("decoding", "goes_to"), [(120, "d0"), (150, "d1")])
+    def test_two_gpus_at_a_load_cost_twice_as_much_as_one(self, decoding, goes_to):
+        one, two = load("d0", decoding=decoding), msgspec.structs.replace(load("d1", decoding=20), tp=2)
+        assert policy().choose(REQUEST, view([], [two, one]), 0.0).decode == ref(goes_to)
+
+    @given(st.lists(workers, min_size=1, max_size=3), st.lists(workers, max_size=3))
+    def test_as_many_gpus_for_all_decide_alike(self, decode, prefill):
+        named = {"p": prefill, "d": decode}
+        pools = [[load(f"{role}{i}", waiting=w, decoding=d, free=f) for i, (w, d, f) in enumerate(of)] for role, of in named.items()]
+        wide = [[msgspec.structs.replace(worker, tp=4) for worker in pool] for pool in pools]
+        ours, theirs = (policy().decide(REQUEST, view(*of), 0.0) for of in (pools, wide))
+        assert ours.decision == theirs.decision
+        assert [4 * each.cost for each in ours.predictions] == pytest.approx([each.cost for each in theirs.predictions])
+
     def test_local_only_when_told(self):
         assert policy(local_only=True).choose(REQUEST, view([load("p0")], [load("d0")]), 0.0).prefill is None
 

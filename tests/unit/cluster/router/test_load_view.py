@@ -35,6 +35,12 @@ def test_a_new_worker_counts_as_idle_until_it_reports():
     assert [(w.ref, w.num_requests, w.num_free_blocks) for w in (*view.prefill, *view.decode)] == [(P0, 0, 100), (D0, 0, 100)]
 
 
+def test_a_workers_gpus_are_its_members():
+    view = LoadView(silent_after_s=3.0)
+    view.set_membership(Membership(1, (msgspec.structs.replace(member(D0), tp=4), member(P0)), ()), 0.0)
+    assert [worker.tp for worker in (*view.view(0.0).prefill, *view.view(0.0).decode)] == [1, 4]
+
+
 def test_a_report_is_the_load():
     view = loads(D0)
     view.heard(D0, report(D0, waiting=1, tokens=30, running=5, reserved=2, free=40), 1.0)
