@@ -1,6 +1,6 @@
 """Ten minutes of traffic on a CPU deployment while a random worker is killed (SIGKILL) every 15 s.
 
-    PYTHONPATH=tests python tests/bench/soak.py [--minutes 10] [--every 15] [--transport shm]
+    PYTHONPATH=tests python tests/bench/soak.py [--minutes 10] [--every 15] [--transport shm] [--tp 1 1]
 
 Prints a summary; exits with 0 if no stream was wrong, every request ended, the pools are whole and the
 memory of what was not killed is flat.
@@ -26,11 +26,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every", type=float, default=15.0, help="seconds between kills")
     parser.add_argument("--transport", default="shm")
+    parser.add_argument("--tp", type=int, nargs=2, default=(1, 1), help="ranks of a prefill and of a decode worker")
     options = parser.parse_args()
     tree = {
         "name": f"soak-{os.getpid()}",
         "model": {"path": "embedded"},
-        "pools": {"prefill": POOL, "decode": POOL},
+        "pools": {role: POOL | {"tp": tp} for role, tp in zip(("prefill", "decode"), options.tp, strict=True)},
         "router": {"port": 0},
         "transfer": {"transports": [options.transport]},
     }
