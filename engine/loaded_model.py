@@ -83,6 +83,8 @@ def load_model(
     except UnsupportedByKernels as refused:
         raise ModelError(f"{config.architecture} in blocks of {layout.block_size} tokens: {refused}") from refused
     ranks = Ranks(devices, ranked.abort)
+    if devices[0].type == "cuda":
+        torch.cuda.set_device(devices[0])
 
     def load(rank: int) -> Transformer:
         shard, device = Shard(rank, engine.tp), devices[rank]

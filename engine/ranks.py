@@ -7,6 +7,7 @@ Ranks wait for each other in what they compute, so one that fails leaves the oth
 kernels go on waiting, until the process ends.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -67,6 +70,7 @@ class Ranks:
         try:
             future.set_result(work(rank))
         except BaseException as error:
+            logger.error("rank %d of %d has failed: %r", rank, len(self), error)      # rank 0 may wait for it on its GPU, and tell nobody
             if self._failure is None:
                 self._failure = error
             self._together.abort()
