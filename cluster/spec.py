@@ -101,7 +101,7 @@ class PoolSpec(Section):
     max_model_len: Count | None = None
     max_step_tokens: Count | None = None      # None: 512 on the CPU, 2048 on a GPU
     max_sequences: Count | None = None        # None: 64 on the CPU, 256 on a GPU
-    kv_memory: Size | None = None             # bytes of all ranks together; None: 256 MiB on the CPU; on a GPU what the model leaves of gpu_memory
+    kv_memory: Size | None = None             # bytes, of all ranks; None: 256 MiB on the CPU; on a GPU what the model leaves of gpu_memory
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.9      # share of a GPU that a worker takes
     num_blocks: Count | None = None           # instead of kv_memory
     num_threads: Count = 1                    # torch's, of each rank
