@@ -1,7 +1,7 @@
 """How a deployment looks in a terminal."""
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..messages.requests import LoadReport
@@ -33,7 +33,8 @@ def _place_table(places: tuple[PlaceStatus, ...]) -> Table:
     where = ("host",) if len(hosts) > 1 else ()
     ranks = ("tp",) if any((place.tp or 1) > 1 for place in places) else ()
     load = ("waiting", "running", "KV blocks used", "step error")
-    table = Table("place", *where, *ranks, "state", "pid", "for", "restarts", *load, "last error", box=None, pad_edge=False)
+    names = Column("place", no_wrap=True)
+    table = Table(names, *where, *ranks, "state", "pid", "for", "restarts", *load, "last error", box=None, pad_edge=False)
     for place in places:
         table.add_row(
             place.name,

@@ -270,7 +270,9 @@ class KVReceiver:
         num_live = sum(h.imm is not None for h in self._handoffs.values()) + len(scheduler.running)
         prefix = pool.match(handoff.hashes)
         num_new = scheduler.blocks_for(len(handoff.request.token_ids)) - len(prefix)
-        if not self.imms or not has_room(pool, num_new, num_live, self._engine.limits.max_sequences):
+        if not self.imms:
+            return False
+        if not has_room(pool, num_new, num_live, self._engine.limits.max_sequences):
             scheduler.claim(num_new + num_live, due_at)
             return False
         blocks = pool.take(num_new, prefix)

@@ -190,7 +190,7 @@ class CudaRunner:
         pending = [i for i, chunk in enumerate(chunks) if chunk.samples and chunk.sequence.is_pending]
         rows = packed.query_starts[1:][pending].astype(np.int64) - 1          # a pending token is its chunk's last
         sources = np.array([self._row_of[chunks[i].sequence] for i in pending], dtype=np.int64)
-        share = share_tokens([chunk.end for chunk in chunks if chunk.count == 1], self.pool.layout.num_kv_heads, self._num_sms)
+        share = share_tokens([chunk.end for chunk in chunks if chunk.count == 1], self.pool.layout.rank_heads, self._num_sms)
         return PromptStep(packed, rows, sources, *columns(draws), share)
 
     def _kernel_by_kernel(

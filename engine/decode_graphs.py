@@ -9,6 +9,7 @@ A batch takes the next larger graph; the rows over are padding, which reads and 
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from .draw import Draw
-from .graph_results import standing
+from .graph_results import begin_capture, standing
 from .staging import Staging
 
 SMALL_BATCHES = (1, 2, 4, 8)
@@ -74,20 +75,22 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """All graphs, the largest first: the others fit into its memory."""
-        pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self._sizes):
-            stream = torch.cuda.Stream()                        # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    self._step(size)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Torch's own stream for captures is on one device, for all; and other ranks' threads go on meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                logits = self._step(size)
-            self._graphs[size] = graph, standing(logits)
-            del logits
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()      # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for size in reversed(self._sizes):
+                self._capture(size, pool, stream)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _capture(self, size: int, memory: Any, stream: torch.cuda.Stream) -> None:
+        for _ in range(WARM_UPS):
+            self._step(size)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        begin_capture(graph, memory)
+        logits = self._step(size)
+        graph.capture_end()
+        self._graphs[size] = graph, standing(logits)
 
     def replay(self, rows: list[DecodeRow]) -> Tensor:
         """Queues the step → logits [len(rows), vocab], until the next replay; tokens are in `sampled`."""
@@ -116,7 +119,7 @@ class DecodeGraphs:
         numbers[6, :n] = [row.draw.top_p for row in rows]
         numbers[7, :n] = [row.draw.min_p for row in rows]
         numbers[8, :n] = [row.draw.fraction for row in rows]
-        header[9] = share_tokens([row.context for row in rows], self._pool.layout.num_kv_heads, self._num_sms)
+        header[9] = share_tokens([row.context for row in rows], self._pool.layout.rank_heads, self._num_sms)
         begin, end = header.size, header.size + sum(lengths)
         host.numpy()[4 * begin : 4 * end].view(np.int32)[:] = [block for row in rows for block in row.blocks]
         self._upload[:end].copy_(host[: 4 * end].view(torch.int32), non_blocking=True)

@@ -1,4 +1,6 @@
-"""What CUDA graphs of one memory pool leave behind, without keeping its memory from the next graph."""
+"""CUDA graphs of one memory pool: how a capture begins, and what they leave behind without keeping its memory from the next graph."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,12 @@ class _Memory:
 
     def __init__(self, tensor: Tensor) -> None:
         self.__cuda_array_interface__ = {"data": (tensor.data_ptr(), False), "shape": (tensor.nbytes,), "typestr": "|u1", "version": 3}
+
+
+def begin_capture(graph: torch.cuda.CUDAGraph, memory: Any) -> None:
+    """On the current stream, with nothing under way there. Not by `torch.cuda.graph`, which empties the caches of all devices first, and
+    has one stream for all: other ranks' threads may be capturing, or have kernels that wait for this rank's."""
+    graph.capture_begin(pool=memory, capture_error_mode="thread_local")
 
 
 def standing(result: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from ..kernels.ops import Ops, UnsupportedByKernels
 from ..kernels.selection import OpsNeeds, ops_of_ranks
 from ..kvtransfer.layout import KVLayout
+from ..kvtransfer.nvlink import cudart
 from ..kvtransfer.transport import KVPool
 from ..messages.errors import ModelError
 from ..models.config import ModelConfig, Shard
@@ -19,6 +21,7 @@ from .config import EngineConfig
 from .engine import EngineLimits
 from .gpu_memory import kv_room, require_room_for_weights
 from .model_runner import ModelRunner, TorchRunner
+from .prompt_steps import FINE
 from .ranked_runner import RankedRunner
 from .ranks import Ranks
 from .scheduler import MAX_SCORED_TOKENS
@@ -73,11 +76,12 @@ def load_model(
         dtype=dtype,
         kv_dtype=layout.dtype,
         kv_scales=kv_scales,
-        max_rows=max(engine.max_step_tokens, engine.max_sequences) + MOST_PADDING,
-        logit_rows=max(engine.max_sequences, MOST_PADDING) + min(MAX_SCORED_TOKENS, engine.max_step_tokens),
+        max_rows=max(engine.max_step_tokens, engine.max_sequences) + FINE,          # the padding of a step with prompts
+        logit_rows=engine.max_sequences + min(MAX_SCORED_TOKENS, engine.max_step_tokens),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
     )
+    _require_atomics(devices)
     try:
         ranked = ops_of_ranks(devices, needs)
     except UnsupportedByKernels as refused:
@@ -86,17 +90,27 @@ def load_model(
     if devices[0].type == "cuda":
         torch.cuda.set_device(devices[0])
 
+    def check(rank: int) -> None:
+        if devices[rank].type == "cuda":
+            require_room_for_weights(weight_plan(config, Shard(rank, engine.tp)), dtype, devices[rank])
+
     def load(rank: int) -> Transformer:
         shard, device = Shard(rank, engine.tp), devices[rank]
-        if device.type == "cuda":
-            require_room_for_weights(weight_plan(config, shard), dtype, device)
         weights = load_weights(folder, config, dtype, device, LoadFormat(engine.load_format), shard)
         return Transformer(config.of_rank(shard), weights, ranked.ops[rank])
 
+    ranks.run(check)
     return LoadedModel(ranks, ranks.run(load), list(ranked.ops))
 
 
-MOST_PADDING = 64                             # rows that a step is padded by at most: see prompt_steps.py
+def _require_atomics(devices: Sequence[torch.device]) -> None:
+    """By which ranks on GPUs tell each other. Raises ModelError."""
+    if devices[0].type == "cpu" or not torch.cuda.is_available():
+        return
+    for here, there in permutations(devices, 2):
+        assert here.index is not None
+        if not cudart.has_native_atomics(here.index, there.index):
+            raise ModelError(f"tp {len(devices)}: {here} and {there} have no atomic operations on each other's memory, so no NVLink")
 
 
 def devices_of(engine: EngineConfig) -> list[torch.device]:

@@ -21,7 +21,7 @@ from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
 from .engine import EngineLimits
 from .graph_choice import replay_s
-from .graph_results import standing
+from .graph_results import begin_capture, standing
 from .prompt_steps import PromptStep, StepInputs, StepShape, fast_shapes, fill, inputs_within, padded_rows, shape_for, step_shapes
 from .staging import Staging
 
@@ -107,12 +107,9 @@ class PromptGraphs:
                 pieces[-1].capture_end()
                 layers.append(layer)
                 pieces.append(torch.cuda.CUDAGraph())
-                begin(pieces[-1])
+                begin_capture(pieces[-1], memory)
 
-        def begin(piece: torch.cuda.CUDAGraph) -> None:
-            piece.capture_begin(pool=memory, capture_error_mode="thread_local")      # other ranks' threads go on
-
-        begin(pieces[-1])
+        begin_capture(pieces[-1], memory)
         logits = standing(self._step(inputs, shape, cut))
         pieces[-1].capture_end()
         hosts = [_arrays(inputs_within(buffer, shape, self._max_blocks)[0]) for buffer in self._staging.buffers]

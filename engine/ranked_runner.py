@@ -27,6 +27,10 @@ LOOK_S = 0.1                    # whether a rank has failed
 OnLayer = Callable[[int], None]
 
 
+class RankFailed(Exception):
+    """Another rank has failed, and says why."""
+
+
 class RankedRunner:
     """`runners`: of each rank, alike but for who samples."""
 
@@ -74,7 +78,9 @@ class _ComputedLayers(_Layers):
             self._changed.notify()
             if rank:
                 return
-            while min(self._num_done) <= layer and not self._ranks.has_failed:
+            while min(self._num_done) <= layer:
+                if self._ranks.has_failed:
+                    raise RankFailed(f"layer {layer} is computed in rank 0 alone")
                 self._changed.wait(LOOK_S)
         self._on_layer(layer)
 

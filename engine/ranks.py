@@ -3,18 +3,19 @@
     run(work):  rank 0 ─ work(0) ───────┐
                 rank 1 ─ work(1) ───────┴─► results, in the order of the ranks
 
-Ranks wait for each other in what they compute, so one that fails leaves the others waiting. `on_failure` ends that where it can; a GPU's
-kernels go on waiting, until the process ends.
+Ranks wait for each other in what they compute, so one that fails leaves the others waiting: `on_failure` ends that.
 """
 
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, TypeVar
 
 import torch
+
+ABORT_S = 10.0                  # so long the others may take to end, once a rank has failed
 
 T = TypeVar("T")
 
@@ -22,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class Ranks:
-    """`devices`: of each rank. The threads end with the process."""
+    """`devices`: of each rank. `on_failure` is told which rank has failed, in that rank's thread."""
 
-    def __init__(self, devices: Sequence[torch.device], on_failure: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, devices: Sequence[torch.device], on_failure: Callable[[int], None] = lambda rank: None) -> None:
         self.devices = tuple(devices)
         self._on_failure = on_failure
-        self._jobs = [queue.SimpleQueue[Callable[[], None]]() for _ in self.devices[1:]]
+        self._jobs = [queue.SimpleQueue[Callable[[], None] | None]() for _ in self.devices[1:]]
         self._together = threading.Barrier(len(self.devices))
         self._agreed: Any = None
         self._failure: BaseException | None = None            # the first one; it stays
@@ -51,11 +52,16 @@ class Ranks:
             jobs.put(lambda rank=rank, future=future: self._attempt(work, rank, future))    # type: ignore[misc]
         own: Future[T] = Future()
         self._attempt(work, 0, own)
-        for future in others:
-            future.exception()                                 # waits
+        wait(others, return_when=FIRST_EXCEPTION)
         if self._failure is not None:
+            wait(others, ABORT_S)
             raise self._failure
         return [future.result() for future in (own, *others)]
+
+    def close(self) -> None:
+        """Ends the threads."""
+        for jobs in self._jobs:
+            jobs.put(None)
 
     def agree(self, rank: int, value: T) -> T:
         """What rank 0 brings, in all ranks: for a choice that each would make from measurements of its own. All must ask."""
@@ -74,13 +80,15 @@ class Ranks:
             if self._failure is None:
                 self._failure = error
             self._together.abort()
-            self._on_failure()
-            future.set_exception(error)
+            try:
+                self._on_failure(rank)
+            finally:
+                future.set_exception(error)
 
 
-def _serve(device: torch.device, num_threads: int, jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
+def _serve(device: torch.device, num_threads: int, jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     torch.set_num_threads(num_threads)                         # counts for this thread alone
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    while True:
-        jobs.get()()
+    while job := jobs.get():
+        job()

@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .config import EngineConfig, ReceiverPool, WorkerConfig
 from .engine import Engine, EngineLimits
 from .loaded_model import devices_of, load_model
 from .predictor import PRIOR
+from .ranks import Ranks
 
 NUM_SAMPLES = 64                # of a weights file, evenly spread
 SAMPLE_BYTES = 64 << 10
@@ -44,6 +46,7 @@ class Replica:
     layer_group: int                          # layers whose pages leave together
     step_model: StepModel = PRIOR             # of this model on this device, as far as is known before anything is served
     staging: Staging | None = None            # of a prefill worker whose receivers' pools have another layout
+    ranks: Ranks | None = None                # whose threads compute; None: the engine's runner has none
 
     @property
     def outbound(self) -> tuple[Bundle, KVMemory]:
@@ -54,6 +57,8 @@ class Replica:
         self.transport.close()
         if self.staging is not None:
             self.staging.transport.close()
+        if self.ranks is not None:
+            self.ranks.close()
 
 
 def build_replica(config: WorkerConfig, transport: Bundle | None = None) -> Replica:
@@ -73,17 +78,24 @@ def build_replica(config: WorkerConfig, transport: Bundle | None = None) -> Repl
         room = model.kv_room(dtype, layout, engine) - (STAGING_BYTES["cuda"] // engine.tp if layout_there != layout else 0)
         num_blocks = _blocks_in(room, "what the model leaves of the GPU,", layout, layout.rank_block_bytes)
     limits = _limits(engine, model_config, num_blocks)
-    transport = transport or _transports(config, config.worker_id, devices)
-    pool = transport.allocate(layout, num_blocks)
-    model.prepare(pool.ranks, min(limits.max_step_tokens, limits.max_model_len))
-    staging = _staging(config, pool, layout_there, kv_scales, devices) if layout_there != layout else None
-    layer_group = engine.layer_group or (1 if is_cpu else math.ceil(layout.num_layers / GPU_LAYER_GROUPS))
-    runner, budget_s = model.runner(pool.ranks, limits, layer_group), CALIBRATION_S
-    if not is_cpu:
-        warm_up(runner, limits)
-        budget_s = GPU_CALIBRATION_S
-    step_model = calibrate(runner, limits, time.monotonic, budget_s)
-    return Replica(Engine(runner, num_blocks, limits), pool, transport, layer_group, step_model, staging)
+    with ExitStack() as undo:                                # whatever fails from here on leaves no memory that is shared
+        undo.callback(model.ranks.close)
+        transport = transport or _transports(config, config.worker_id, devices)
+        undo.callback(transport.close)
+        pool = transport.allocate(layout, num_blocks)
+        model.prepare(pool.ranks, min(limits.max_step_tokens, limits.max_model_len))
+        staging = _staging(config, pool, layout_there, kv_scales, devices) if layout_there != layout else None
+        if staging is not None:
+            undo.callback(staging.transport.close)
+        layer_group = engine.layer_group or (1 if is_cpu else math.ceil(layout.num_layers / GPU_LAYER_GROUPS))
+        runner, budget_s = model.runner(pool.ranks, limits, layer_group), CALIBRATION_S
+        if not is_cpu:
+            warm_up(runner, limits)
+            budget_s = GPU_CALIBRATION_S
+        step_model = calibrate(runner, limits, time.monotonic, budget_s)
+        replica = Replica(Engine(runner, num_blocks, limits), pool, transport, layer_group, step_model, staging, model.ranks)
+        undo.pop_all()
+    return replica
 
 
 def _layout(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:

@@ -13,7 +13,8 @@ What makes it safe: a part lies in one of two buffers in turn. Who tells that it
 call k + 2 may overwrite it. Rows of `normed` are stored only once all have told that they are at the next call, after their products have
 read the last ones. Calls are counted on the device, so a captured CUDA graph goes on counting, and a forward pass makes an even number.
 
-A kernel spins until its peers' have begun: whoever waits for one rank's device must have launched the same on all of them.
+A kernel spins until its peers' have begun: whoever waits for one rank's device must have launched the same on all of them. If a rank fails
+before it has, `release` lets the others end.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -35,6 +36,7 @@ LOGIT_TILE = 4096
 MOST_GATHERED_ROWS = 256          # above, two H200 were 1 to 8 % faster scattered; below, up to 40 % slower
 PART, NORMED, LOGITS = range(3)   # what is told
 SPACE_BYTES = 1024                # of flags and counts
+LONG_AGO = 1 << 62                # no call will ever be waited for
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ class Exchange:
         self.rank, self.shape = rank, shape
         starts = [0, *accumulate(shape.sizes)]
         space, *parts, normed, logits = (own[a:b] for a, b in pairwise(starts))
-        words = space.view(torch.int64)
-        self._flags, self._counts = words[: 3 * shape.num_ranks], words[3 * shape.num_ranks :][:2]
-        self._finished = words[3 * shape.num_ranks + 2 :][:2]
+        num_flags, words = 3 * shape.num_ranks, space.view(torch.int64)
+        assert num_flags + 4 <= len(words), f"{shape.num_ranks} ranks do not fit into {SPACE_BYTES} bytes"
+        self._flags, self._counts, self._finished = words[:num_flags], words[num_flags:][:2], words[num_flags + 2 :][:2]
+        self._long_ago = torch.full((num_flags,), LONG_AGO, pin_memory=own.is_cuda)
+        self._aside = torch.cuda.Stream(own.device) if own.is_cuda else None
         self._parts = [part.view(shape.dtype) for part in parts]
         self._normed, self._logits = normed.view(shape.dtype), logits.view(shape.dtype)
         units = [(memory.data_ptr() - own.data_ptr()) // UNIT_BYTES for memory in memories]
@@ -89,6 +93,11 @@ class Exchange:
     def begin(self) -> None:
         """A forward pass."""
         self._turn = 0
+
+    def release(self) -> None:
+        """Ends all waiting on this rank's device, now and from now on: what it adds up means nothing any more. From any thread."""
+        with torch.cuda.stream(self._aside):
+            self._flags.copy_(self._long_ago, non_blocking=True)
 
     def part(self, num_rows: int) -> Tensor:
         """[num_rows, width]: where this rank's product of the next call is to be put."""

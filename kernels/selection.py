@@ -1,6 +1,7 @@
 """Which operations a device runs. Triton is imported for a CUDA device only: a CPU worker needs no such package."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class OpsNeeds:
 @dataclass(frozen=True)
 class RankOps:
     ops: Sequence[Ops]             # of each rank
-    abort: Callable[[], None]      # ends the waiting of ranks for one that has failed, where that can be done
+    abort: Callable[[int], None]   # ends the waiting of all ranks for this one, which has failed; in its thread
 
 
 def ops_of_ranks(devices: Sequence[torch.device], needs: OpsNeeds) -> RankOps:
@@ -39,15 +40,15 @@ def ops_of_ranks(devices: Sequence[torch.device], needs: OpsNeeds) -> RankOps:
     shares = [None] * size if scales is None else list(scales.chunk(size, dim=2))
     shape = needs.head_dim, needs.block_size, needs.dtype, needs.kv_dtype
     if size == 1:
-        return RankOps([ops_for(devices[0], *shape, shares[0])], lambda: None)
+        return RankOps([ops_for(devices[0], *shape, shares[0])], lambda rank: None)
     if devices[0].type == "cpu":
         exchange = HostExchange(size)
-        return RankOps([RankedReferenceOps(rank, exchange, shares[rank]) for rank in range(size)], exchange.abort)
+        return RankOps([RankedReferenceOps(rank, exchange, shares[rank]) for rank in range(size)], lambda rank: exchange.abort())
     ops_for(devices[0], *shape)                              # refuses
-    return RankOps(_ranked_on_gpus(devices, needs, shares), lambda: None)
+    return _ranked_on_gpus(devices, needs, shares)
 
 
-def _ranked_on_gpus(devices: Sequence[torch.device], needs: OpsNeeds, shares: Sequence[Tensor | None]) -> list[Ops]:
+def _ranked_on_gpus(devices: Sequence[torch.device], needs: OpsNeeds, shares: Sequence[Tensor | None]) -> RankOps:
     from .exchange import Exchange, ExchangeShape
     from .ranked_ops import RankedTritonOps
 
@@ -58,10 +59,20 @@ def _ranked_on_gpus(devices: Sequence[torch.device], needs: OpsNeeds, shares: Se
         ends = Exchange.among(devices, shape)
     except ValueError as error:
         raise UnsupportedByKernels(f"ranks on {size} GPUs: {error}") from None
-    return [
+    ops = [
         RankedTritonOps.among(device, end, None if share is None else share.contiguous().to(device))
         for device, end, share in zip(devices, ends, shares, strict=True)
     ]
+
+    def abort(failed: int) -> None:
+        for end in ends:
+            end.release()
+        with suppress(RuntimeError):                         # whatever the GPU has to say, somebody is told already
+            torch.cuda.synchronize(devices[failed])          # until then its kernels tell of calls that have been made
+        for end in ends:
+            end.release()
+
+    return RankOps(ops, abort)
 
 
 def ops_for(

@@ -58,7 +58,9 @@ class TransportBundle:
             transport.reset(imm)
 
     def fence(self, writer: Target, timeout_s: float) -> bool:
-        return all(self._transports[d.transport].fence(d, timeout_s) for d in writer if d.transport in self._transports)
+        deadline = time.monotonic() + timeout_s
+        known = [each for each in writer if each.transport in self._transports]
+        return all(self._transports[each.transport].fence(each, max(0.0, deadline - time.monotonic())) for each in known)
 
     # the writer's side
 

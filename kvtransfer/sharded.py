@@ -12,6 +12,7 @@ neighbours as there can be such ranks.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import msgspec
@@ -85,7 +86,11 @@ class ShardedBundle:
         assert layout.piece_heads > 0, "whole pages are written by a TransportBundle"
         assert layout.tp_size == len(self._ranks), f"{layout.tp_size} ranks share the pages, {len(self._ranks)} have transports"
         self._layout = layout
-        return KVShards(layout, tuple(rank.allocate(layout, num_blocks) for rank in self._ranks))
+        with ExitStack() as undo:                    # if one has no room, nothing stays of the others
+            undo.callback(self.close)
+            shards = KVShards(layout, tuple(rank.allocate(layout, num_blocks) for rank in self._ranks))
+            undo.pop_all()
+        return shards
 
     def register(self, pool: KVMemory) -> tuple[MemoryDescriptor, ...]:
         told = [rank.register(part) for rank, part in zip(self._ranks, pool.ranks, strict=True)]
@@ -107,7 +112,8 @@ class ShardedBundle:
                 rank.reset(counter)
 
     def fence(self, writer: Target, timeout_s: float) -> bool:
-        return all(rank.fence(writer, timeout_s) for rank in self._ranks)
+        deadline = time.monotonic() + timeout_s
+        return all(rank.fence(writer, max(0.0, deadline - time.monotonic())) for rank in self._ranks)
 
     def _counters(self, imm: Imm) -> list[Imm]:
         """Of each rank, that a lent imm stands for."""

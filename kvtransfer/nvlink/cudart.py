@@ -20,6 +20,7 @@ ANY_DIRECTION = 4              # cudaMemcpyDefault: from the addresses
 BATCHES_SINCE = 13000          # cudaMemcpyBatchAsync in its final form
 IN_STREAM_ORDER = 1            # cudaMemcpySrcAccessOrderStream
 OUT_OF_MEMORY = 2
+NATIVE_ATOMICS = 3             # cudaDevP2PAttrNativeAtomicSupported
 
 
 class CudaError(Exception):
@@ -57,6 +58,7 @@ def _library() -> ctypes.CDLL:
     library.cudaHostGetDevicePointer.argtypes = [POINTER(c_void_p), c_void_p, c_uint]
     library.cudaHostUnregister.argtypes = [c_void_p]
     library.cudaMemcpyAsync.argtypes = [c_void_p, c_void_p, c_size_t, c_int, c_void_p]
+    library.cudaDeviceGetP2PAttribute.argtypes = [POINTER(c_int), c_int, c_int, c_int]
     library.cudaRuntimeGetVersion.argtypes = [POINTER(c_int)]
     library.cudaGetErrorString.argtypes, library.cudaGetErrorString.restype = [c_int], c_char_p
     return library
@@ -139,3 +141,10 @@ def _has_batches() -> bool:
     version = c_int()
     _check("cudaRuntimeGetVersion", byref(version))
     return version.value >= BATCHES_SINCE
+
+
+def has_native_atomics(here: int, there: int) -> bool:
+    """Whether a kernel on one GPU may add to another one's memory: over NVLink, seldom over PCIe."""
+    value = c_int()
+    _check("cudaDeviceGetP2PAttribute", byref(value), NATIVE_ATOMICS, here, there)
+    return bool(value.value)

@@ -1,5 +1,6 @@
 """Workers whose ranks share the heads, as many on either side as they like: the tokens are those of workers of one rank."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from harness.families import Case, save_random_model
 from harness.shm_cluster import Result, ShmCluster, shm_cluster
 from harness.ucx import needs_ucx
+from safetensors.torch import load_file, save_file
 
 from diptych.engine.config import EngineConfig
 from diptych.messages.requests import SamplingParams
@@ -70,13 +72,22 @@ def test_blocks_of_other_sizes_too(prefill: int, decode: int, block_sizes: tuple
         assert_same(cluster, expected)
 
 
-def test_kv_of_another_type_too() -> None:
-    """Rounded as one rank would round it."""
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (4, 2), (2, 4)])
+def test_kv_of_another_type_too(prefill: int, decode: int, tmp_path: Path) -> None:
+    """Rounded as one rank would round it: each head by a scale of its own."""
+    folder = shutil.copytree(embedded_model_path(), tmp_path / "model")
+    draw = torch.Generator().manual_seed(5)
+    scales = {f"model.layers.{i}.self_attn.{letter}_scale": torch.rand(4, generator=draw) * 4 + 0.1 for i in range(6) for letter in "kv"}
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | scales, folder / "model.safetensors")
     found = []
-    for tp in (1, 2):
-        with shm_cluster(embedded_model_path(), engine(tp=tp), engine(tp=3 - tp, kv_dtype="fp8_e4m3", block_size=32)) as cluster:
-            found.append(tokens(cluster.generate(PROMPTS, GREEDY, split=True)))
-    assert found[0] == found[1]
+    for tps in ((1, 1), (prefill, decode)):
+        ours, theirs = (engine(model_path=str(folder), tp=tp, kv_dtype="fp8_e4m3") for tp in tps)
+        with shm_cluster(folder, ours, msgspec.structs.replace(theirs, block_size=32)) as cluster:
+            found += [tokens(cluster.generate(PROMPTS, GREEDY, split)) for split in (True, False)]
+    assert found[:2] == found[2:]
+    with shm_cluster(embedded_model_path(), engine(kv_dtype="fp8_e4m3"), engine(kv_dtype="fp8_e4m3")) as cluster:
+        assert tokens(cluster.generate(PROMPTS, GREEDY, split=True)) != found[0], "scales that make no difference"
 
 
 def test_a_model_whose_vocabulary_cannot_be_shared(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A model whose ranks are on two GPUs: what they exchange, and that they answer as one GPU does."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from harness.exchange_checks import ExchangeCase, check_logits, check_sums, shap
 from harness.families import Case, save_random_model
 from harness.served import DRAWN, GREEDY, NOBODY, engine_on, prompts, serve, wishes
 
+from diptych.engine import cuda_runner, decode_graphs
 from diptych.engine.engine import Engine
 from diptych.engine.ranked_runner import RankedRunner
 from diptych.engine.ranks import Ranks
+from diptych.kernels import context_shares
 from diptych.kernels.exchange import Exchange
+from diptych.kernels.selection import OpsNeeds, ops_of_ranks
 from diptych.messages.errors import ModelError
 from diptych.messages.ids import Address, RequestId
 from diptych.messages.requests import GenerateRequest, Route
@@ -183,6 +187,40 @@ def test_no_kernel_is_compiled_once_a_worker_serves(changes: dict[str, Any], tmp
     before, after = compiled_in_service(tmp_path, tp=2, **changes)
     assert before > 10, "the hook saw nothing"
     assert after == []
+
+
+def test_a_rank_that_fails_leaves_no_gpu_waiting() -> None:
+    """Rank 0 has queued more calls than rank 1 will ever make."""
+    devices = all_gpus()[:2]
+    needs = OpsNeeds(64, 16, torch.float32, torch.float32, None, max_rows=16, logit_rows=1, hidden_size=256, vocab_size=96)
+    ranked = ops_of_ranks(devices, needs)
+    ranks, weight = Ranks(devices, ranked.abort), [torch.ones(256, 256, device=device) for device in devices]
+
+    def work(rank: int) -> None:
+        x, residual, norm = (torch.ones(shape, device=devices[rank]) for shape in ((16, 256), (16, 256), (256,)))
+        for call in range(50):
+            if rank == 1 and call == 7:
+                raise ValueError("rank 1 is gone")
+            ranked.ops[rank].linear_add_rms_norm(x, weight[rank], None, residual, norm, 1e-5)
+        torch.cuda.synchronize(devices[rank])
+
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="rank 1 is gone"):
+        ranks.run(work)
+    assert time.monotonic() - began < 30
+
+
+def test_contexts_are_cut_for_the_heads_of_a_rank(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def share_tokens(contexts: list[int], kv_heads: int, num_sms: int) -> int:
+        asked.append(kv_heads)
+        return context_shares.share_tokens(contexts, kv_heads, num_sms)
+
+    for module in (decode_graphs, cuda_runner):
+        monkeypatch.setattr(module, "share_tokens", share_tokens)
+    serve(engine_on("cuda", folders["llama, biases"], tp=2), [(prompt, GREEDY) for prompt in prompts(12)])
+    assert set(asked) == {2}, "of 4 heads each of two ranks has two"
 
 
 def test_more_ranks_than_gpus(folders: dict[str, Path]) -> None:

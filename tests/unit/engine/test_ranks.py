@@ -2,10 +2,12 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from diptych.engine import ranks as ranks_module
 from diptych.engine.model_runner import Computed, StepOutputs, SyncRunner
 from diptych.engine.ranked_runner import RankedRunner
 from diptych.engine.ranks import Ranks
@@ -15,8 +17,8 @@ PATIENCE_S = 20.0
 NOTHING = StepPlan((), (), ())
 
 
-def ranks(count: int, on_failure: object = None) -> Ranks:
-    return Ranks([torch.device("cpu")] * count, on_failure if callable(on_failure) else lambda: None)
+def ranks(count: int, on_failure: Callable[[int], None] = lambda rank: None) -> Ranks:
+    return Ranks([torch.device("cpu")] * count, on_failure)
 
 
 def test_results_come_in_the_order_of_ranks() -> None:
@@ -56,8 +58,13 @@ def test_each_thread_computes_with_as_many_threads() -> None:
 
 @pytest.mark.parametrize("who", [0, 1, 2])
 def test_one_that_fails_leaves_nobody_waiting(who: int) -> None:
-    barrier = threading.Barrier(3)
-    three = ranks(3, barrier.abort)
+    barrier, failed = threading.Barrier(3), list[int]()
+
+    def end_waiting(rank: int) -> None:
+        failed.append(rank)
+        barrier.abort()
+
+    three = ranks(3, end_waiting)
 
     def work(rank: int) -> None:
         if rank == who:
@@ -69,6 +76,37 @@ def test_one_that_fails_leaves_nobody_waiting(who: int) -> None:
         three.run(work)
     assert time.monotonic() - began < PATIENCE_S
     assert three.has_failed
+    assert failed[0] == who, "the others have been interrupted"
+
+
+def test_who_cannot_be_interrupted_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "ABORT_S", 0.05)
+    forever, three = threading.Event(), ranks(3)
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            raise ValueError("rank 1")
+        if rank == 2:
+            forever.wait(PATIENCE_S)
+
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="rank 1"):
+        three.run(work)
+    assert time.monotonic() - began < PATIENCE_S
+    forever.set()
+
+
+def test_closed_ranks_have_no_threads() -> None:
+    before = threading.active_count()
+    three = ranks(3)
+    three.run(lambda rank: None)
+    assert threading.active_count() == before + 2
+    three.close()
+    for _ in range(200):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -112,10 +150,11 @@ def test_a_layer_is_told_of_when_all_ranks_are_through_with_it() -> None:
         assert {(rank, layer) for rank in range(3)} <= set(seen)
 
 
-def test_nobody_waits_for_the_layers_of_a_rank_that_has_failed() -> None:
-    log: list[tuple[int, int]] = []
+def test_layers_that_a_rank_has_not_computed_are_not_told_of() -> None:
+    log, told = list[tuple[int, int]](), list[int]()
     runner = RankedRunner(ranks(2), [Layered(0, log), Layered(1, log, fails_at=2)])
     began = time.monotonic()
     with pytest.raises(ValueError, match="layer 2"):
-        runner.launch(NOTHING, lambda layer: None)
+        runner.launch(NOTHING, told.append)
     assert time.monotonic() - began < PATIENCE_S
+    assert told == [0, 1]

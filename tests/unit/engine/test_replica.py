@@ -1,6 +1,8 @@
 """From a config to a replica: what does not fit is refused with its numbers and leaves no segment, and which weights share KV."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,7 +15,9 @@ from safetensors.torch import save_file
 from diptych.engine import replica as replica_module
 from diptych.engine.config import EngineConfig, ReceiverPool, WorkerConfig
 from diptych.engine.replica import build_replica, fingerprint
-from diptych.kvtransfer.shm import SHM
+from diptych.kvtransfer.layout import KVLayout
+from diptych.kvtransfer.shm import SHM, ShmTransport
+from diptych.kvtransfer.transport import KVPool
 from diptych.messages.errors import ClusterError, DiptychError, ModelError, PoolTooSmall, UnsupportedModel, WeightMismatch
 from diptych.messages.ids import Epoch, WorkerId
 from diptych.models.loader import LoadFormat
@@ -111,6 +115,54 @@ def test_kv_may_be_of_another_type_and_then_more_of_it_fits(folder: Path, kv_dty
     replica = build_replica(config(folder, kv_dtype=kv_dtype, num_blocks=None, kv_memory_bytes=8 * BLOCK_BYTES))
     assert (replica.pool.tensor.dtype, replica.pool.num_blocks) == (found, 8 * 4 // found.itemsize)
     replica.close()
+
+
+# Several ranks
+
+def test_kv_memory_is_that_of_all_ranks(folder: Path) -> None:
+    replica = build_replica(config(folder, tp=2, num_blocks=None, kv_memory_bytes=8 * BLOCK_BYTES))
+    assert [len(pool.tensor) for pool in replica.pool.ranks] == [8, 8]
+    assert sum(pool.tensor.nbytes for pool in replica.pool.ranks) == 8 * BLOCK_BYTES
+    replica.close()
+
+
+@pytest.mark.parametrize("finest", [1, 4])
+def test_heads_that_ranks_cannot_share_are_refused(folder: Path, finest: int) -> None:
+    """This worker's, or those of the deployment's finest pool: it could write no piece to them."""
+    error = refusal(msgspec.structs.replace(config(folder, tp=1 if finest > 1 else 4), finest_tp=finest))
+    assert isinstance(error, ModelError)
+    assert str(error) == "tp 4: num_key_value_heads is 2, which is no multiple of it"
+
+
+def test_nothing_is_left_where_a_later_ranks_pool_has_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, allocate = list[ShmTransport](), ShmTransport.allocate
+
+    def second_fails(self: ShmTransport, layout: KVLayout, num_blocks: int) -> KVPool:
+        made.append(self)
+        if len(made) == 2:
+            raise ClusterError("full")
+        return allocate(self, layout, num_blocks)
+
+    monkeypatch.setattr(ShmTransport, "allocate", second_fails)
+    before = threading.active_count()
+    assert str(refusal(config(folder, tp=2))) == "full"
+    assert len(made) == 2
+    _wait_for_threads(before)
+
+
+def test_a_closed_replica_has_no_threads(folder: Path) -> None:
+    before = threading.active_count()
+    replica = build_replica(config(folder, tp=2))
+    assert threading.active_count() > before
+    replica.close()
+    _wait_for_threads(before)
+
+
+def _wait_for_threads(count: int) -> None:
+    give_up_at = time.monotonic() + 10
+    while threading.active_count() > count:
+        assert time.monotonic() < give_up_at, f"{threading.enumerate()}"
+        time.sleep(0.01)
 
 
 # A staging pool

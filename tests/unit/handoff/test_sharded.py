@@ -5,9 +5,10 @@ import pytest
 from harness.fake_cluster import PAGE_S, TIMEOUT_S, FakeCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from diptych.kvtransfer.transport import NUM_IMMS
-from diptych.messages.handoff import KVAccept
+from diptych.messages.handoff import KVAccept, KVProbeAccept
 from diptych.messages.ids import Imm, WorkerId
 from diptych.messages.requests import FailureKind
 from diptych.prefill_worker.probe import Floor
@@ -137,6 +138,22 @@ def test_a_counter_that_the_receiver_does_not_lend_ends_the_handoff() -> None:
     cluster.settle()
     assert answer.failure is not None
     assert f"accepted with counter {NUM_IMMS // 4} of {NUM_IMMS // 4}" in answer.failure.message
+    cluster.assert_nothing_leaked()
+
+
+def test_a_counter_that_the_receiver_does_not_lend_ends_a_probe() -> None:
+    cluster = FakeCluster(floor=Floor(0.0, refuse=True), tps=(2, 1))
+    while not (accepts := [i for i, each in enumerate(cluster.network.in_flight) if isinstance(each.message, KVProbeAccept)]):
+        cluster.network.deliver_all()
+        cluster.turn()
+    [letter] = [cluster.network.in_flight.pop(i) for i in accepts]
+    cluster.gateway.send(letter.to, structs.replace(letter.message, imm=Imm(NUM_IMMS // 4)))
+    cluster.network.deliver_all()
+    cluster.turn()
+    assert not any(transport.stats.num_pages for transport in cluster.transports_of(PREFILL)), "written under a counter of nobody's"
+    for _ in range(200):
+        cluster.step()
+    assert len(cluster.links) == 1, "measured at the next try"
     cluster.assert_nothing_leaked()
 
 

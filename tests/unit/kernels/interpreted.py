@@ -293,6 +293,18 @@ def test_sums_over_ranks(case: ExchangeCase, num_ranks: int) -> None:
     check_sums(case, *ranks_in_turn(case, num_ranks))
 
 
+def test_a_released_rank_waits_for_nobody() -> None:
+    """As one whose peer has failed: it would spin here for ever."""
+    case = ExchangeCase(4, 64, torch.float32, scatters=True)
+    shape = shape_for(case, 2)
+    memories = [torch.zeros(sum(shape.sizes), dtype=torch.uint8) for _ in range(2)]
+    end = Exchange(0, memories, shape)
+    end.release()
+    for _ in range(3):
+        end.add_rms_norm(None, torch.zeros(4, 64), torch.ones(64), 1e-5, case.scatters)
+    end.gather_logits(end.logits_part(2))
+
+
 def test_logits_of_ranks() -> None:
     check_logits(5, *ranks_in_turn(ExchangeCase(1, 64, torch.float32, scatters=False), 3))
 

@@ -65,7 +65,7 @@ def test_ranks_together_compute_what_the_model_does(name: str, size: int, tmp_pa
         weights = load_weights(tmp_path, config, torch.float32, CPU, shard=Shard(rank, size))
         return Transformer(config.of_rank(Shard(rank, size)), weights, RankedReferenceOps(rank, exchange))
 
-    ranks = Ranks([CPU] * size, exchange.abort)
+    ranks = Ranks([CPU] * size, lambda rank: exchange.abort())
     models = ranks.run(load)
     pools = [new_pool(model.config) for model in models]
     logits = ranks.run(lambda rank: models[rank].forward(batch(), pools[rank]))
