@@ -1,6 +1,6 @@
 """What a worker takes of its host, and whether the hosts have it. Values in, values out; Ray's resources are plain dicts here.
 
-    spec ──► reserving_order()     worker places, in the order in which to ask for room
+    spec, hosts ──► reserving_order()      worker places, in the order in which to ask for room
          ──► bundle_of(pool)       what one of them reserves: its ranks' GPUs, or their threads' CPUs, all of one host
          ──► actor_options(pool)   what its actor takes of that
     spec, hosts ──► what_is_missing()      before anything starts
@@ -36,13 +36,13 @@ def actor_options(spec: Spec, pool: PoolSpec) -> dict[str, Any]:
     return {"num_cpus": CPUS_PER_ACTOR, "num_gpus": gpus_each(spec, pool)}
 
 
-def reserving_order(spec: Spec) -> list[PlaceName]:
-    """Those that want certain hosts come first, then those that take most of one: Ray spreads the small, and then no host has room for the
-    large any more."""
+def reserving_order(spec: Spec, offers: Sequence[Offer]) -> list[PlaceName]:
+    """Those that fewest hosts will do for come first, then those that take most of one: Ray spreads the small, and then no host has room
+    for the large any more."""
 
-    def key(place: PlaceName) -> tuple[bool, int, PlaceName]:
+    def key(place: PlaceName) -> tuple[int, int, PlaceName]:
         pool = pool_of(spec, place.kind)
-        return pool.node is None, -(gpus_each(spec, pool) or _cpus_each(pool)), place
+        return len(_fitting(pool, offers)), -(gpus_each(spec, pool) or _cpus_each(pool)), place
 
     return sorted((place for place in places_of(spec) if place.kind is not PlaceKind.GATEWAY), key=key)
 

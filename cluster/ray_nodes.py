@@ -15,7 +15,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from .hosts import Offer
 from .processes import Standing, find_process, is_dead, kill
+from .spec import Hosts, Spec
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,12 @@ class Nodes:
 
 def _is_alive(node_id: str) -> bool:
     return any(node["NodeID"] == node_id and node["Alive"] for node in _nodes())
+
+
+def offers(spec: Spec) -> list[Offer]:
+    """Of the hosts on which workers may stand."""
+    own = ray.get_runtime_context().get_node_id()
+    return [node["Resources"] for node in _nodes() if node["Alive"] and (spec.hosts is Hosts.ANY or node["NodeID"] == own)]
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from .hosts import actor_options, bundle_of, reserving_order
 from .lives import Adopted, Answered, Died, Event, StartFailed
 from .places import PlaceKind, PlaceName, pool_of, worker_config
 from .pulse import Pulse, ShellState
-from .ray_nodes import Nodes, here
+from .ray_nodes import Nodes, here, offers
 from .spec import Spec
 from .worker_shell import WorkerShell
 
@@ -148,7 +148,7 @@ class RayRuntime:
 
     def reserve(self) -> None:
         """Asks for the room of all workers, before the first of them starts."""
-        for name in reserving_order(self.spec):
+        for name in reserving_order(self.spec, offers(self.spec)):
             self._placement(name)
 
     def adopt(self) -> list[Event]:

@@ -26,7 +26,7 @@ from .pulse import DeploymentStatus
 from .ray_head import start_head, stop_head
 from .ray_join import join, running_ray
 from .records import Record
-from .spec import Hosts, Spec
+from .spec import Spec
 
 ANSWER_TIMEOUT_S = 20.0
 POLL_S = 0.1
@@ -128,11 +128,9 @@ def launch(spec: Spec, own_ray: bool = False) -> Deployment:
 
 def _check_hosts(spec: Spec) -> None:
     """Raises ClusterError: placement would wait until `start_s` for what no host has, and then could not say why."""
-    import ray
+    from .ray_nodes import offers
 
-    own, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()  # type: ignore[no-untyped-call]
-    offers = [node["Resources"] for node in nodes if node["Alive"] and (spec.hosts is Hosts.ANY or node["NodeID"] == own)]
-    if problem := what_is_missing(spec, offers):
+    if problem := what_is_missing(spec, offers(spec)):
         raise ClusterError(problem)
 
 

@@ -48,12 +48,17 @@ def test_on_a_cpu_it_reserves_the_threads_of_its_ranks_where_there_are_hosts_to_
 
 
 def test_room_is_asked_for_first_where_it_is_hardest_to_find() -> None:
-    def order(**pools: dict[str, Any]) -> list[str]:
-        return [str(place) for place in reserving_order(spec_of(**pools))]
+    racks, others = gpu_hosts(4, 4, node="rack"), gpu_hosts(4)
 
-    assert order(prefill={"tp": 2, "workers": 2}) == ["prefill-0", "prefill-1", "decode-0"]
-    assert order(prefill={}, decode={"tp": 2}) == ["decode-0", "prefill-0"]
-    assert order(prefill={"tp": 2}, decode={"node": "rack"}) == ["decode-0", "prefill-0"], "else it may find its hosts taken"
+    def order(offers: list[dict[str, float]], **pools: dict[str, Any]) -> list[str]:
+        return [str(place) for place in reserving_order(spec_of(**pools), offers)]
+
+    assert order(others, prefill={"tp": 2, "workers": 2}) == ["prefill-0", "prefill-1", "decode-0"]
+    assert order(others, prefill={}, decode={"tp": 2}) == ["decode-0", "prefill-0"]
+    asked = order([*racks, *others], prefill={"tp": 2}, decode={"node": "rack"})
+    assert asked == ["decode-0", "prefill-0"], "else it may find its hosts taken"
+    asked = order(racks, prefill={"tp": 4}, decode={"node": "rack", "workers": 2})
+    assert asked == ["prefill-0", "decode-0", "decode-1"], "what all hosts offer keeps nobody from any"
 
 
 TWO_WIDE: dict[str, dict[str, Any]] = {"prefill": {"workers": 2, "tp": 4}, "decode": {"workers": 4}}
