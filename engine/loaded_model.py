@@ -1,6 +1,7 @@
 """A model in the ranks of its worker: one Transformer each, with its part of the weights, and a runner over them all."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -99,8 +100,12 @@ def load_model(
         weights = load_weights(folder, config, dtype, device, LoadFormat(engine.load_format), shard)
         return Transformer(config.of_rank(shard), weights, ranked.ops[rank])
 
-    ranks.run(check)
-    return LoadedModel(ranks, ranks.run(load), list(ranked.ops))
+    with ExitStack() as undo:
+        undo.callback(ranks.close)
+        ranks.run(check)
+        loaded = LoadedModel(ranks, ranks.run(load), list(ranked.ops))
+        undo.pop_all()
+    return loaded
 
 
 def _require_atomics(devices: Sequence[torch.device]) -> None:

@@ -44,7 +44,8 @@ class Ranks:
         return self._failure is not None
 
     def run(self, work: Callable[[int], T]) -> list[T]:
-        """Raises what the first rank that failed has raised."""
+        """Raises what the first rank that failed has raised. Waits as long as the slowest takes: that a worker's loop stands still is seen
+        from outside (`timeouts: stall_s`)."""
         others: list[Future[T]] = []
         for rank, jobs in enumerate(self._jobs, 1):
             future: Future[T] = Future()

@@ -74,12 +74,12 @@ def build_replica(config: WorkerConfig, transport: Bundle | None = None) -> Repl
     if num_blocks is not None:
         _limits(engine, model_config, num_blocks)            # refuses before anything large is loaded
     model, is_cpu = load_model(folder, model_config, engine, devices, layout, dtype, kv_scales), devices[0].type == "cpu"
-    if num_blocks is None:
-        room = model.kv_room(dtype, layout, engine) - (STAGING_BYTES["cuda"] // engine.tp if layout_there != layout else 0)
-        num_blocks = _blocks_in(room, "what the model leaves of the GPU,", layout, layout.rank_block_bytes)
-    limits = _limits(engine, model_config, num_blocks)
-    with ExitStack() as undo:                                # whatever fails from here on leaves no memory that is shared
+    with ExitStack() as undo:                                # whatever fails from here on leaves no thread, and no memory that is shared
         undo.callback(model.ranks.close)
+        if num_blocks is None:
+            room = model.kv_room(dtype, layout, engine) - (STAGING_BYTES["cuda"] // engine.tp if layout_there != layout else 0)
+            num_blocks = _blocks_in(room, "what the model leaves of the GPU,", layout, layout.rank_block_bytes)
+        limits = _limits(engine, model_config, num_blocks)
         transport = transport or _transports(config, config.worker_id, devices)
         undo.callback(transport.close)
         pool = transport.allocate(layout, num_blocks)

@@ -42,7 +42,7 @@ class RankedReferenceOps(ReferenceOps):
     def linear_add_rms_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        parts = self._exchange.gather(self._rank, F.linear(x, weight))
-        total = sum(part.float() for part in parts) + (0 if bias is None else bias.float())
-        assert isinstance(total, Tensor)
+        total = torch.stack(self._exchange.gather(self._rank, F.linear(x, weight))).float().sum(0)
+        if bias is not None:
+            total += bias.float()
         return self.add_rms_norm(total.to(x.dtype), residual, norm_weight, eps)

@@ -80,7 +80,7 @@ def run_engine_bench(bench: EngineBench, console: Console) -> EngineReport:
 
 
 def _where(devices: Sequence[torch.device]) -> str:
-    name = torch.cuda.get_device_name() if devices[0].type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name(devices[0]) if devices[0].type == "cuda" else "CPU"
     return name if len(devices) == 1 else f"{len(devices)} ranks, each on {name}"
 
 

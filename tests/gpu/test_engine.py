@@ -1,6 +1,5 @@
 """The engine on a GPU against the same engine on the CPU, and its logits against transformers, for every family."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from harness.compilations import compiled_in_service
-from harness.families import save_random_model
+from harness.families import save_random_models
 from harness.served import DRAWN, FAMILIES, GREEDY, NOBODY, engine_on, prompts, serve, wishes
 
 from diptych.engine import prompt_steps
@@ -27,22 +26,16 @@ from diptych.models.config import ModelConfig
 from diptych.models.loader import load_weights
 from diptych.models.transformer import Transformer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("exact_products"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp(name) for name in FAMILIES}
-    for name, case in FAMILIES.items():
-        save_random_model(case, made[name])
-    return made
-
-
-@pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.cuda.empty_cache()
+    return save_random_models(FAMILIES, tmp_path_factory)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,7 @@
 """A model whose ranks are on two GPUs: what they exchange, and that they answer as one GPU does."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import transformers
 from harness.compilations import compiled_in_service
 from harness.exchange_checks import ExchangeCase, check_logits, check_sums, shape_for
-from harness.families import Case, save_random_model
+from harness.families import Case, save_random_models
 from harness.served import DRAWN, GREEDY, NOBODY, engine_on, prompts, serve, wishes
 
 from diptych.engine import cuda_runner, decode_graphs
@@ -28,7 +28,11 @@ from diptych.messages.errors import ModelError
 from diptych.messages.ids import Address, RequestId
 from diptych.messages.requests import GenerateRequest, Route
 
-pytestmark = [pytest.mark.gpu2, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
+pytestmark = [
+    pytest.mark.gpu2,
+    pytest.mark.usefixtures("exact_products"),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
 
 BF16 = torch.bfloat16
 FAMILIES = {
@@ -42,17 +46,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp("model") for name in FAMILIES}
-    for name, case in FAMILIES.items():
-        save_random_model(case, made[name])
-    return made
-
-
-@pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.cuda.empty_cache()
+    return save_random_models(FAMILIES, tmp_path_factory)
 
 
 def all_gpus() -> list[torch.device]:

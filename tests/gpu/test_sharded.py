@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from harness.shard_process import ShardProcess, shard_process
+from harness.shard_process import TIMEOUT_S, ShardProcess, assert_works, shard_process, shuffled
 from harness.shards import fill, layout_of, whole
 
 from diptych.kvtransfer.bundle import TransportBundle
@@ -24,7 +24,7 @@ from diptych.messages.errors import PeerGone
 
 pytestmark = [pytest.mark.gpu2, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
 
-BLOCKS, LAYERS, TIMEOUT_S = 512, 3, 20.0
+BLOCKS, LAYERS = 512, 3
 NUM_PAGES = BLOCKS * LAYERS
 BOTH, FIRST, SECOND = ("cuda:0", "cuda:1"), ("cuda:0",), ("cuda:1",)
 SWAPPED = BOTH[::-1]
@@ -54,30 +54,12 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     assert not list(SHM.glob(f"diptych-{cluster}*")), "segments left behind"
 
 
-def shuffled(seed: int, count: int = NUM_PAGES) -> dict[int, int]:
-    draw = np.random.default_rng(seed)
-    return dict(zip(draw.permutation(NUM_PAGES)[:count].tolist(), draw.permutation(NUM_PAGES)[:count].tolist(), strict=True))
-
-
-def assert_works(writer: ShardProcess, receiver: ShardProcess, seed: int) -> None:
-    """Scattered pages arrive, no other is touched, and the count is full when they are there, not before."""
-    numbers, expected, pages = writer.call("fill", seed), receiver.call("fill", 10**7 + seed), shuffled(seed, 1000)
-    expected[list(pages.values())] = numbers[list(pages)]
-    receiver.call("reset", seed)
-    receiver.tell("read_when_landed", seed, len(pages), TIMEOUT_S)
-    for start in range(0, len(pages), 300):
-        writer.call("write", receiver.target, dict(list(pages.items())[start : start + 300]), seed)
-    assert (receiver.answer() == expected).all()
-    assert writer.call("stop", receiver.target, seed, TIMEOUT_S)
-    assert receiver.call("num_landed", seed) == len(pages) * 8
-
-
 @pytest.mark.parametrize("current", [0, 1])
 def test_pages_arrive_whole_whichever_device_is_current(pair: Pair, current: int) -> None:
     for process in (pair.writer, pair.receiver):
         process.call("set_device", current)
     for seed in range(10 * current, 10 * current + 4):
-        assert_works(pair.writer, pair.receiver, seed)
+        assert_works(pair.writer, pair.receiver, shuffled(seed, NUM_PAGES, 1000), seed)
     assert pair.writer.call("stats")[2] > 0
     for process in (pair.writer, pair.receiver):
         assert process.call("current_device") == current
@@ -86,7 +68,7 @@ def test_pages_arrive_whole_whichever_device_is_current(pair: Pair, current: int
 @pytest.mark.parametrize("current", [0, 1])
 def test_pages_wait_for_the_streams_of_their_own_ranks(pair: Pair, current: int) -> None:
     pair.writer.call("set_device", current)
-    pages = shuffled(30)
+    pages = shuffled(30, NUM_PAGES)
     pair.receiver.call("reset", 30)
     pair.writer.call("stall", 1.0)
     pair.writer.call("write", pair.receiver.target, pages, 30)
@@ -107,14 +89,14 @@ def test_unmapping_leaves_nothing_and_can_be_repeated(pair: Pair, current: int) 
         with pytest.raises(PeerGone):
             pair.writer.call("write", pair.receiver.target, {0: 0}, 40)
         pair.writer.call("connect", pair.receiver.target)
-    assert_works(pair.writer, pair.receiver, seed=41)
+    assert_works(pair.writer, pair.receiver, shuffled(41, NUM_PAGES, 1000), 41)
 
 
 def test_the_dead_write_no_more_and_come_back(pair: Pair) -> None:
     with shard_process("nvlink", pair.cluster, "prefill-1", pair.devices[0], BLOCKS) as victim:
         victim.call("connect", pair.receiver.target)
         pair.receiver.call("reset", 50)
-        victim.tell("write_for_ever", pair.receiver.target, shuffled(50), 50)
+        victim.tell("write_for_ever", pair.receiver.target, shuffled(50, NUM_PAGES), 50)
         give_up_at = time.monotonic() + TIMEOUT_S
         while pair.receiver.call("num_landed", 50) < NUM_PAGES * 8:
             assert time.monotonic() < give_up_at
@@ -128,14 +110,14 @@ def test_the_dead_write_no_more_and_come_back(pair: Pair) -> None:
     with shard_process("nvlink", pair.cluster, "decode-1", pair.devices[1], BLOCKS) as victim:
         old = victim.target
         pair.writer.call("connect", old)
-        assert_works(pair.writer, victim, seed=52)
+        assert_works(pair.writer, victim, shuffled(52, NUM_PAGES, 1000), 52)
         victim.kill()
     with shard_process("nvlink", pair.cluster, "decode-1", pair.devices[1], BLOCKS, epoch=2) as again:
         pair.writer.call("disconnect", old)
         pair.writer.call("connect", again.target)
-        assert_works(pair.writer, again, seed=53)
+        assert_works(pair.writer, again, shuffled(53, NUM_PAGES, 1000), 53)
         pair.writer.call("disconnect", again.target)
-    assert_works(pair.writer, pair.receiver, seed=54)
+    assert_works(pair.writer, pair.receiver, shuffled(54, NUM_PAGES, 1000), 54)
 
 
 def test_each_rank_converts_on_its_own_gpu() -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -58,3 +59,11 @@ def save_random_model(case: Case, folder: Path) -> Any:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     oracle.save_pretrained(folder)
     return oracle
+
+
+def save_random_models(cases: dict[str, Case], factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each."""
+    folders = {name: factory.mktemp("model") for name in cases}
+    for name, case in cases.items():
+        save_random_model(case, folders[name])
+    return folders

@@ -14,11 +14,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from harness.peer_process import PeerProcess
+from harness.peer_process import PeerProcess, serve_calls
 
 from diptych.kvtransfer.layout import KVLayout
 from diptych.kvtransfer.transport import Peer
-from diptych.messages.errors import DiptychError
 from diptych.messages.ids import Epoch, Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
 
@@ -130,16 +129,7 @@ class Served:
 
 
 def serve(pipe: Connection, cluster: str, worker: str, epoch: int) -> None:
-    served = Served(cluster, worker, epoch)
-    while True:
-        method, arguments = pipe.recv()
-        if method == "end":
-            served.close()
-            return
-        try:
-            pipe.send(getattr(served, method)(*arguments))
-        except Exception as error:
-            pipe.send(error if isinstance(error, DiptychError | TimeoutError) else RuntimeError(f"{worker}: {error!r}"))
+    serve_calls(pipe, Served(cluster, worker, epoch), worker)
 
 
 def visible_gpu(index: int) -> str:

@@ -6,6 +6,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from diptych.messages.errors import DiptychError
+
 CALL_TIMEOUT_S = 60.0
 """Of the slowest call, which starts CUDA and compiles a kernel."""
 
@@ -53,3 +55,17 @@ class PeerProcess:
             self.process.kill()
         self.process.join(JOIN_TIMEOUT_S)
         return self.process.exitcode
+
+
+def serve_calls(pipe: "Connection[Any, Any]", served: Any, name: str) -> None:
+    """In the process: what `PeerProcess` asks `served` for, until `end`, which closes it."""
+    while True:
+        method, arguments = pipe.recv()
+        if method == "end":
+            served.close()
+            return
+        try:
+            answer = getattr(served, method)(*arguments)
+        except Exception as error:
+            answer = error if isinstance(error, DiptychError | TimeoutError) else RuntimeError(f"{name}: {error!r}")
+        pipe.send(answer)

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from harness.peer_process import PeerProcess
-from harness.shards import Side, fill, whole, write
+from harness.peer_process import PeerProcess, serve_calls
+from harness.shards import HEADS, Side, fill, whole, write
 
 from diptych.kvtransfer.selection import Owner, make_sharded
 from diptych.kvtransfer.transport import Peer
@@ -21,6 +24,9 @@ from diptych.messages.ids import Epoch, Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
 
 Target = tuple[MemoryDescriptor, ...]
+Numbers = npt.NDArray[Any]
+
+TIMEOUT_S = 20.0
 
 
 class Served:
@@ -46,7 +52,7 @@ class Served:
     def num_landed(self, imm: int) -> int:
         return self._bundle.num_landed(Imm(imm))
 
-    def read_when_landed(self, imm: int, num_pages: int, timeout_s: float) -> torch.Tensor:
+    def read_when_landed(self, imm: int, num_pages: int, timeout_s: float) -> Numbers:
         give_up_at = time.monotonic() + timeout_s
         while (counted := self.num_landed(imm)) < self._side.wanted(num_pages):
             if time.monotonic() > give_up_at:
@@ -58,11 +64,11 @@ class Served:
 
     # the memory
 
-    def fill(self, first: int) -> torch.Tensor:
-        return fill(self._side.memory, first)
+    def fill(self, first: int) -> Numbers:
+        return fill(self._side.memory, first).numpy()
 
-    def read(self) -> torch.Tensor:
-        return whole(self._side.memory)
+    def read(self) -> Numbers:
+        return whole(self._side.memory).numpy()
 
     # the writer's side
 
@@ -126,16 +132,7 @@ def serve(pipe: Connection, transport: str, owner: Owner, devices: Sequence[str]
         pipe.send(error)
         return
     pipe.send(served.describe())
-    while True:
-        method, arguments = pipe.recv()
-        if method == "end":
-            served.close()
-            return
-        try:
-            answer = getattr(served, method)(*arguments)
-            pipe.send(answer.numpy() if isinstance(answer, torch.Tensor) else answer)
-        except Exception as error:
-            pipe.send(error if isinstance(error, DiptychError | TimeoutError) else RuntimeError(f"{owner.worker_id}: {error!r}"))
+    serve_calls(pipe, served, owner.worker_id)
 
 
 class ShardProcess(PeerProcess):
@@ -158,3 +155,23 @@ def shard_process(
         yield process
     finally:
         process.end()
+
+
+def shuffled(seed: int, num_pages: int, count: int | None = None) -> dict[int, int]:
+    """`count` of so many pages (None: all), each to another one."""
+    draw = np.random.default_rng(seed)
+    here, there = (draw.permutation(num_pages)[:count].tolist() for _ in range(2))
+    return dict(zip(here, there, strict=True))
+
+
+def assert_works(writer: ShardProcess, receiver: ShardProcess, pages: dict[int, int], seed: int) -> None:
+    """In four writes: the pages arrive, no other is touched, and the count is full when they are there, not before."""
+    numbers, expected, each = writer.call("fill", seed), receiver.call("fill", 10**7 + seed), -(-len(pages) // 4)
+    expected[list(pages.values())] = numbers[list(pages)]
+    receiver.call("reset", seed)
+    receiver.tell("read_when_landed", seed, len(pages), TIMEOUT_S)
+    for start in range(0, len(pages), each):
+        writer.call("write", receiver.target, dict(list(pages.items())[start : start + each]), seed)
+    assert (receiver.answer() == expected).all()
+    assert writer.call("stop", receiver.target, seed, TIMEOUT_S)
+    assert receiver.call("num_landed", seed) == len(pages) * 2 * HEADS

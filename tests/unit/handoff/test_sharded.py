@@ -87,6 +87,15 @@ def test_a_piece_too_many_ends_the_handoff(tps: tuple[int, int]) -> None:
     cluster.assert_nothing_leaked()
 
 
+def assert_blocks_stay_held(cluster: FakeCluster, for_s: float) -> None:
+    until = cluster.now + for_s
+    while cluster.now < until:
+        cluster.network.deliver_all()
+        cluster.turn()
+        cluster.now += 0.01
+    assert cluster.workers[DECODE].engine.pool.num_held == BLOCKS, "used again although a rank's pieces may still land"
+
+
 @pytest.mark.parametrize("tps", [(2, 1), (1, 2), (2, 4)])
 def test_blocks_stay_held_until_every_rank_has_stopped(tps: tuple[int, int]) -> None:
     cluster = FakeCluster(tps=tps)
@@ -95,11 +104,7 @@ def test_blocks_stay_held_until_every_rank_has_stopped(tps: tuple[int, int]) -> 
     last = cluster.fabric.in_flight[-1]
     cluster.fabric.in_flight[:] = [last]
     cluster.abort(answer)
-    for _ in range(50):
-        cluster.network.deliver_all()
-        cluster.turn()
-        cluster.now += 0.01
-    assert cluster.workers[DECODE].engine.pool.num_held == BLOCKS, "used again although a rank's pieces may still land"
+    assert_blocks_stay_held(cluster, for_s=0.5)
     cluster.settle()
     cluster.assert_nothing_leaked()
 
@@ -113,11 +118,7 @@ def test_blocks_stay_held_until_every_rank_has_fenced(tps: tuple[int, int]) -> N
     last = cluster.transports_of(DECODE)[-1]
     last.fences = False
     cluster.restart(PREFILL)
-    for _ in range(100):
-        cluster.network.deliver_all()
-        cluster.turn()
-        cluster.now += 0.01
-    assert cluster.workers[DECODE].engine.pool.num_held == BLOCKS, "used again although a dead rank's pieces may still land"
+    assert_blocks_stay_held(cluster, for_s=1.0)
     last.fences = True
     cluster.settle()
     cluster.assert_nothing_leaked()

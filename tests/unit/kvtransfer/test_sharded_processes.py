@@ -5,15 +5,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from uuid import uuid4
 
-import numpy as np
 import pytest
-from harness.shard_process import ShardProcess, shard_process
+from harness.shard_process import TIMEOUT_S, ShardProcess, assert_works, shard_process, shuffled
 from harness.ucx import needs_ucx
 
 from diptych.kvtransfer.shm import SHM, sweep_orphans
 from diptych.messages.errors import PeerGone
 
-BLOCKS, LAYERS, TIMEOUT_S = 64, 3, 20.0
+BLOCKS, LAYERS = 64, 3
 NUM_PAGES = BLOCKS * LAYERS
 TPS = [(1, 2), (2, 1), (2, 2), (2, 4), (4, 2)]
 
@@ -43,24 +42,6 @@ def pair(request: pytest.FixtureRequest, transport: str) -> Iterator[Pair]:
     assert not list(SHM.glob(f"diptych-{cluster}*")), "segments left behind"
 
 
-def shuffled(seed: int, count: int = NUM_PAGES) -> dict[int, int]:
-    draw = np.random.default_rng(seed)
-    return dict(zip(draw.permutation(NUM_PAGES)[:count].tolist(), draw.permutation(NUM_PAGES)[:count].tolist(), strict=True))
-
-
-def assert_works(writer: ShardProcess, receiver: ShardProcess, seed: int) -> None:
-    """Scattered pages arrive, no other is touched, and the count is full when they are there, not before."""
-    numbers, expected, pages = writer.call("fill", seed), receiver.call("fill", 10**6 + seed), shuffled(seed, 100)
-    expected[list(pages.values())] = numbers[list(pages)]
-    receiver.call("reset", seed)
-    receiver.tell("read_when_landed", seed, len(pages), TIMEOUT_S)
-    for start in range(0, len(pages), 30):
-        writer.call("write", receiver.target, dict(list(pages.items())[start : start + 30]), seed)
-    assert (receiver.answer() == expected).all()
-    assert writer.call("stop", receiver.target, seed, TIMEOUT_S)
-    assert receiver.call("num_landed", seed) == 100 * 8
-
-
 def until(condition: Callable[[], bool]) -> None:
     give_up_at = time.monotonic() + TIMEOUT_S
     while not condition():
@@ -70,8 +51,8 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_pages_arrive_whole(pair: Pair) -> None:
     before = pair.writer.call("stats")
-    assert_works(pair.writer, pair.receiver, seed=1)
-    assert_works(pair.writer, pair.receiver, seed=2)
+    assert_works(pair.writer, pair.receiver, shuffled(1, NUM_PAGES, 100), 1)
+    assert_works(pair.writer, pair.receiver, shuffled(2, NUM_PAGES, 100), 2)
     num_pages, num_bytes, busy_s = (now - then for now, then in zip(pair.writer.call("stats"), before, strict=True))
     assert (num_pages, num_bytes) == (200, 200 * 2 * 4 * 4 * 8 * 4)
     assert busy_s > 0
@@ -79,7 +60,7 @@ def test_pages_arrive_whole(pair: Pair) -> None:
 
 def test_what_is_stopped_writes_no_more(pair: Pair, transport: str) -> None:
     """Pages that are dropped are never counted, so what lacks them is never taken for whole."""
-    pages, times = shuffled(3), 200
+    pages, times = shuffled(3, NUM_PAGES), 200
     pair.receiver.call("reset", 3)
     assert pair.writer.call("write_and_stop", pair.receiver.target, pages, 3, times, TIMEOUT_S)
     counted, before = pair.receiver.call("num_landed", 3), pair.receiver.call("read")
@@ -90,7 +71,7 @@ def test_what_is_stopped_writes_no_more(pair: Pair, transport: str) -> None:
     assert pair.receiver.call("num_landed", 3) == counted
     assert (pair.receiver.call("read") == before).all()
     assert pair.writer.call("busy_s", pair.receiver.target, 3) == 0.0
-    assert_works(pair.writer, pair.receiver, seed=4)
+    assert_works(pair.writer, pair.receiver, shuffled(4, NUM_PAGES, 100), 4)
 
 
 def test_a_killed_writer_is_fenced_with_all_its_ranks(pair: Pair, transport: str) -> None:
@@ -98,7 +79,7 @@ def test_a_killed_writer_is_fenced_with_all_its_ranks(pair: Pair, transport: str
         victim.call("connect", pair.receiver.target)
         victim.call("fill", 7)
         pair.receiver.call("reset", 5)
-        victim.tell("write_for_ever", pair.receiver.target, shuffled(5), 5)
+        victim.tell("write_for_ever", pair.receiver.target, shuffled(5, NUM_PAGES), 5)
         until(lambda: pair.receiver.call("num_landed", 5) > NUM_PAGES * 8)
         victim.kill()
         until(lambda: pair.receiver.call("fence", victim.target, 1.0))
@@ -110,21 +91,21 @@ def test_a_killed_writer_is_fenced_with_all_its_ranks(pair: Pair, transport: str
     ranks = ["", *(f".{rank}" for rank in range(1, pair.tps[0]))] if transport == "shm" else []
     assert left == sorted(f"diptych-{pair.cluster}-prefill-1{rank}-1" for rank in ranks)
     assert sorted(sweep_orphans(pair.cluster)) == left, "a rank's segment is left behind, or somebody else's is not"
-    assert_works(pair.writer, pair.receiver, seed=6)
+    assert_works(pair.writer, pair.receiver, shuffled(6, NUM_PAGES, 100), 6)
 
 
 def test_a_killed_receiver_comes_back(pair: Pair, transport: str) -> None:
     with shard_process(transport, pair.cluster, "decode-1", ["cpu"] * pair.tps[1], BLOCKS) as victim:
         old = victim.target
         pair.writer.call("connect", old)
-        assert_works(pair.writer, victim, seed=7)
+        assert_works(pair.writer, victim, shuffled(7, NUM_PAGES, 100), 7)
         victim.kill()
     with shard_process(transport, pair.cluster, "decode-1", ["cpu"] * pair.tps[1], BLOCKS, epoch=2) as again:
         pair.writer.call("disconnect", old)
         with pytest.raises(PeerGone):
             pair.writer.call("write", old, {0: 0}, 8)
         pair.writer.call("connect", again.target)
-        assert_works(pair.writer, again, seed=9)
+        assert_works(pair.writer, again, shuffled(9, NUM_PAGES, 100), 9)
         pair.writer.call("disconnect", again.target)
         assert pair.writer.call("num_mapped", "decode-1") == 0
-    assert_works(pair.writer, pair.receiver, seed=10)
+    assert_works(pair.writer, pair.receiver, shuffled(10, NUM_PAGES, 100), 10)
