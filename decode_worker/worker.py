@@ -12,11 +12,14 @@ from ..messages.requests import FailureKind, GenerateRequest, WorkerRef
 from .kv_receiver import KVReceiver
 from .probe_receiver import ProbeReceiver
 
+ROUSE_PERIOD_S = 0.005          # after 10 ms of rest an H200's driver takes 10 µs more for a step, after 150 ms 150
+
 
 class DecodeWorker(Worker):
     role = Role.DECODE
 
     def setup(self) -> None:
+        self._next_rouse = self.clock()
         self._receiver = KVReceiver(
             me=self.ref,
             post=self.post,
@@ -58,6 +61,9 @@ class DecodeWorker(Worker):
     def tick(self, now: float) -> None:
         self._receiver.tick(now)
         self._probes.tick(now)
+        if self._is_receiving(now) and not self.engine.has_work and now >= self._next_rouse:
+            self._next_rouse = now + ROUSE_PERIOD_S
+            self.engine.rouse()
 
     def abort(self, request_id: RequestId) -> None:
         self._receiver.abort(request_id)
@@ -68,9 +74,15 @@ class DecodeWorker(Worker):
         self._probes.update_membership(self.membership, self.clock())
 
     def idle_wait_s(self) -> float:
-        if self._receiver.is_waiting or self._receiver.expects_announcement(self.clock()):
+        now = self.clock()
+        if self._receiver.is_waiting or self._receiver.expects_announcement(now) or self._is_receiving(now):
             return 0.0
-        return min(0.001, super().idle_wait_s()) if self._probes.is_waiting else super().idle_wait_s()
+        is_looking = self._probes.is_waiting or (self.engine.runner.runs_ahead and self._receiver.expects_pages)
+        return min(0.001, super().idle_wait_s()) if is_looking else super().idle_wait_s()
+
+    def _is_receiving(self, now: float) -> bool:
+        """And is to be awake when the announcement comes. Where the model is on a CPU, others need the core."""
+        return self.engine.runner.runs_ahead and self._receiver.is_receiving(now)
 
     def _handoff_failed(self, request: GenerateRequest, kind: FailureKind, text: str) -> None:
         self.fail(request, kind, text, retryable=True)

@@ -157,6 +157,13 @@ class CudaRunner:
         scores = None if scored is None else self._sampler.score(logits, scored)
         return self._queue(chunks, len(sampling), scores)
 
+    @torch.inference_mode()
+    def rouse(self) -> None:
+        """What a step copies, both ways, and nothing between."""
+        self._graphs.rouse()
+        if self._seat.samples:
+            self._queue((), 1, None).is_ready()
+
     def replay_last(self, num_sequences: int) -> None:
         """Queues the graph of that batch once more, on what it was last given: for a benchmark."""
         self._graphs.replay_last(num_sequences)

@@ -23,7 +23,7 @@ from ..kernels.sampling import Draws, sample
 from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
-from .draw import Draw
+from .draw import DRAWN_AGAIN, Draw
 from .graph_results import begin_capture, standing
 from .staging import Staging
 
@@ -45,6 +45,9 @@ class DecodeRow(Struct, frozen=True):
     token: int
     blocks: Sequence[int]
     draw: Draw
+
+
+PADDING = DecodeRow(context=0, source=-1, token=0, blocks=(), draw=DRAWN_AGAIN)
 
 
 class DecodeGraphs:
@@ -99,6 +102,10 @@ class DecodeGraphs:
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[: len(rows)]
+
+    def rouse(self) -> None:
+        """Uploads a step of padding, which is not computed."""
+        self._stage([PADDING], self._sizes[0])
 
     def replay_last(self, num_rows: int) -> None:
         graph, _ = self._graphs[self._sizes[bisect_left(self._sizes, num_rows)]]

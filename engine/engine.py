@@ -157,6 +157,11 @@ class Engine:
             if chunk.sequence.state is SequenceState.RUNNING:
                 self._look_ahead(chunk, samples)
 
+    def rouse(self) -> None:
+        """A step is expected soon."""
+        if not self._under_way:
+            self.runner.rouse()
+
     def collect(self) -> list[SequenceStep]:
         """Waits for the oldest step under way; sequences that ended meanwhile are passed over."""
         step = self._under_way[0]

@@ -52,6 +52,9 @@ class RankedRunner:
         layers.launched()
         return outputs[0]
 
+    def rouse(self) -> None:
+        self._ranks.run(lambda rank: self.runners[rank].rouse())
+
 
 class _Layers(ABC):
     """Of one step: tells `on_layer` of each when all ranks have it."""

@@ -52,6 +52,9 @@ class KnownAnswers:
         self.busy_s += self._cost.step_s(features_of(plan))
         return Computed([ChunkOutput(Sampled(0) if chunk.samples else None) for chunk in plan.chunks])
 
+    def rouse(self) -> None:
+        return
+
 
 class Reservation:
     """A handoff's place on its decode worker; `ready` is called when it has blocks."""

@@ -76,6 +76,12 @@ def test_batch_mates_order_and_padding_change_nothing(count: int, folders: dict[
     assert serve(engine, wanted[::-1])[::-1] == alone
 
 
+def test_to_be_roused_changes_nothing(folders: dict[str, Path]) -> None:
+    engine = engine_on("cuda", folders["llama"])
+    wanted = [*wishes(9), *((prompt, DRAWN) for prompt in prompts(12)[9:])]
+    assert [one.tokens for one in serve(engine, wanted, num_rouses=4)] == [one.tokens for one in serve(engine, wanted)]
+
+
 def test_keys_and_values_in_fp8(folders: dict[str, Path]) -> None:
     """What a step computes is rounded differently on a GPU, so a key may fall on the other side of a boundary: first tokens agree."""
     wanted = [(prompt, GREEDY) for prompt in prompts(12)]

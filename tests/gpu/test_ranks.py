@@ -138,6 +138,12 @@ def test_batch_mates_order_and_padding_change_nothing(folders: dict[str, Path]) 
     assert serve(engine, wanted[::-1])[::-1] == alone
 
 
+def test_to_be_roused_changes_nothing(folders: dict[str, Path]) -> None:
+    engine = engine_on("cuda", folders["llama"], tp=2)
+    wanted = [(prompt, GREEDY if i % 2 else DRAWN) for i, prompt in enumerate(prompts(12))]
+    assert [one.tokens for one in serve(engine, wanted, num_rouses=4)] == [one.tokens for one in serve(engine, wanted)]
+
+
 def test_keys_and_values_in_fp8(folders: dict[str, Path]) -> None:
     wanted = [(prompt, GREEDY) for prompt in prompts(12)]
     ours, theirs = (serve(engine_on("cuda", folders["llama, biases"], tp=tp, kv_dtype="fp8_e4m3"), wanted) for tp in (2, 1))

@@ -48,13 +48,16 @@ def prompts(count: int) -> list[list[int]]:
     return [torch.randint(0, 97, (length,), generator=generator).tolist() for length in lengths]
 
 
-def serve(engine: Engine, wanted: list[tuple[list[int], SamplingParams]]) -> list[Served]:
-    """As a worker's loop does: launched whenever a step may be planned."""
+def serve(engine: Engine, wanted: list[tuple[list[int], SamplingParams]], num_rouses: int = 0) -> list[Served]:
+    """As a worker's loop does: launched whenever a step may be planned; or one by one, the device roused so often before each."""
     served = {RequestId(str(i)): Served([], [], []) for i in range(len(wanted))}
     for i, (prompt, sampling) in enumerate(wanted):
         engine.add(GenerateRequest(RequestId(str(i)), Address(""), tuple(prompt), sampling, Route(decode=NOBODY), 1e9), float(i))
     while engine.has_work:
-        if engine.may_plan and (plan := engine.plan()).chunks:
+        if num_rouses and not engine.is_computing:
+            for _ in range(num_rouses):
+                engine.rouse()
+        if (not engine.is_computing if num_rouses else engine.may_plan) and (plan := engine.plan()).chunks:
             engine.launch(plan)
         if engine.is_ready:
             for step in engine.collect():

@@ -150,6 +150,14 @@ def test_a_layer_is_told_of_when_all_ranks_are_through_with_it() -> None:
         assert {(rank, layer) for rank in range(3)} <= set(seen)
 
 
+def test_all_ranks_are_roused() -> None:
+    roused, runners = list[int](), [Layered(rank, []) for rank in range(3)]
+    for rank, each in enumerate(runners):
+        each.rouse = lambda rank=rank: roused.append(rank)      # type: ignore[method-assign]
+    RankedRunner(ranks(3), runners).rouse()
+    assert sorted(roused) == [0, 1, 2]
+
+
 def test_layers_that_a_rank_has_not_computed_are_not_told_of() -> None:
     log, told = list[tuple[int, int]](), list[int]()
     runner = RankedRunner(ranks(2), [Layered(0, log), Layered(1, log, fails_at=2)])

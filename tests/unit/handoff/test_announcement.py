@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from harness.fake_cluster import Answer, FakeCluster
 
+from diptych.decode_worker.kv_receiver import PAGES_ATTENTION_S
+from diptych.decode_worker.worker import ROUSE_PERIOD_S
 from diptych.engine.worker import ATTENTION_S, Worker
 from diptych.messages.errors import PeerGone
 from diptych.messages.handoff import KVAccept, KVLanded, KVOffer
@@ -80,10 +82,10 @@ def offered() -> FakeCluster:
     return cluster
 
 
-def waits_s(cluster: FakeCluster, worker: Worker) -> list[float]:
+def waits_s(cluster: FakeCluster, worker: Worker, attention_s: float = ATTENTION_S) -> list[float]:
     """Now, and when the time for attention is over."""
     began, waits = cluster.now, []
-    for cluster.now in (began, began + ATTENTION_S + 1e-6):
+    for cluster.now in (began, began + attention_s + 1e-6):
         waits.append(worker.idle_wait_s())
     cluster.now = began
     return waits
@@ -110,3 +112,42 @@ def test_a_receiver_looks_for_the_announcement_but_not_for_long(offered: FakeClu
     attentive_s, later_s = waits_s(offered, receiver)
     assert attentive_s == 0.0
     assert later_s > 0.0
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_receiver_beside_a_gpu_looks_for_pages_and_is_awake_once_some_have_come(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is its GPU. On a CPU others need the core."""
+    cluster, roused_at = FakeCluster(), list[float]()
+    receiver = cluster.workers[DECODE]
+    monkeypatch.setattr(receiver.engine.runner, "runs_ahead", has_gpu)
+    monkeypatch.setattr(receiver.engine.runner, "rouse", lambda: roused_at.append(cluster.now))
+    answer = cluster.submit(PROMPT, max_tokens=3)
+    for worker_id in (PREFILL, DECODE):                      # an offer and a step; the accept
+        cluster.network.deliver_all()
+        cluster.turn(worker_id)
+    assert (waits_s(cluster, receiver)[1] <= 0.001) == has_gpu
+    assert not roused_at, "a prompt may take seconds"
+    cluster.network.deliver_all()
+    cluster.turn(PREFILL)
+    cluster.now += 2 * ATTENTION_S
+    cluster.fabric.land_all()
+    cluster.turn(DECODE)
+    assert not receiver.engine.sequences, "the prompt takes another step"
+    attentive_s, later_s = waits_s(cluster, receiver, PAGES_ATTENTION_S)
+    assert (attentive_s == 0.0) == has_gpu
+    assert later_s > 0.0
+    for _ in range(10):
+        cluster.turn(DECODE)
+        cluster.now += ROUSE_PERIOD_S / 4
+    assert len(roused_at) == (3 if has_gpu else 0), roused_at
+    decoding = cluster.submit([1, 2, 3], max_tokens=8, prefill=None)
+    for _ in range(4):
+        cluster.network.deliver_all()
+        cluster.turn(DECODE)
+        cluster.now += ROUSE_PERIOD_S
+    assert decoding.tokens
+    assert len(roused_at) == (3 if has_gpu else 0), "it computes"
+    cluster.settle()
+    assert answer.complete
+    cluster.turn(DECODE)
+    assert waits_s(cluster, receiver)[0] > 0.001, "nothing more is to come"

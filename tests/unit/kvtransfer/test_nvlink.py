@@ -4,7 +4,7 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,8 +228,12 @@ class FakeStream:
 
     cuda_stream = 0
 
-    def __init__(self) -> None:
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
         self.is_idle: bool | Exception = False
+
+    def wait_event(self, event: object) -> None:
+        self._calls.append("wait_event")
 
     def query(self) -> bool:
         if isinstance(self.is_idle, Exception):
@@ -247,10 +251,13 @@ class Writes:
         from diptych.kvtransfer.nvlink.transport import NvlinkTransport, _Lane
 
         self.transport = NvlinkTransport("c", WorkerId("w"), Epoch(1), torch.device("cuda", 0))
-        self.transport._page_bytes = 4096
+        self.transport._page_bytes, self.transport._num_pages = 4096, 100
         self.transport._slots = Slots(torch.device("cpu"))
-        self.streams = [FakeStream(), FakeStream()]
-        self.transport._lanes = [_Lane(stream, None, torch.zeros(1)) for stream in self.streams]
+        self.calls: list[str] = []
+        self.streams = [FakeStream(self.calls), FakeStream(self.calls)]
+        self.transport._lanes = [_Lane(stream, lambda *_: self.calls.append("push"), torch.zeros(1)) for stream in self.streams]
+        self.transport._next_lane = cycle(self.transport._lanes)
+        self.transport._ready = SimpleNamespace(record=lambda: self.calls.append("record"))
         self.closed: list[str] = []
         self.transport._current = nullcontext()
 
@@ -258,7 +265,7 @@ class Writes:
         from diptych.kvtransfer.nvlink.transport import _Target
 
         descriptor = msgspec.structs.replace(DESCRIPTOR, location=name.encode())
-        memory = SimpleNamespace(close=lambda: self.closed.append(name))
+        memory = SimpleNamespace(pool=0, counters=0, close=lambda: self.closed.append(name))
         self.transport._targets[descriptor.location] = _Target(memory, 100)
         return Peer(descriptor)
 
@@ -316,6 +323,12 @@ def test_long_runs_are_for_copy_engines(engine: Any, lengths: list[int], by_copi
     slot.fill(pages, pages)
     runs = writes.transport._runs_to_copy(slot, len(pages))
     assert (None if runs is None else runs.lengths.tolist()) == (lengths if by_copies else None)
+
+
+def test_a_write_waits_for_what_the_engine_has_queued() -> None:
+    writes = Writes()
+    writes.transport.write_pages(writes.peer("a"), [3], [4], Imm(1))
+    assert writes.calls == ["record", "wait_event", "push"]
 
 
 @given(st.permutations([(0, 10), (5, 20), (30, 40), (32, 35), (40, 41), (60, 61), (50, 70), (80, 80)]))
