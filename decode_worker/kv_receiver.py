@@ -278,7 +278,7 @@ class KVReceiver:
         due_at = handoff.due_at
         if scheduler.owes_memory(due_at):
             return False                                     # preempted: what becomes free is theirs first
-        num_live = sum(h.imm is not None for h in self._handoffs.values()) + len(scheduler.running)
+        num_live = scheduler.num_reserved + len(scheduler.running)
         prefix = pool.match(handoff.hashes)
         num_new = scheduler.blocks_for(len(handoff.request.token_ids)) - len(prefix)
         if not self.imms:
@@ -290,6 +290,7 @@ class KVReceiver:
         if blocks is None:
             return False
         handoff.blocks, handoff.num_cached, handoff.imm = blocks, len(prefix), self.imms.pop()
+        scheduler.num_reserved += 1
         self._transport.reset(handoff.imm)
         handoff.session.move(HandoffState.RESERVED)
         handoff.session.deadline = now + self._timeout_s
@@ -337,6 +338,7 @@ class KVReceiver:
         self._engine.pool.release(handoff.blocks)
         if handoff.imm is not None:
             self.imms.append(handoff.imm)
+            self._engine.scheduler.num_reserved -= 1
         del self._handoffs[handoff.ticket.request_id]
         self._consumed[handoff.ticket] = None
         if len(self._consumed) > MAX_REMEMBERED_TICKETS:

@@ -174,8 +174,9 @@ def _limits(engine: EngineConfig, model: ModelConfig, num_blocks: int) -> Engine
     wanted = engine.max_model_len or min(model.max_position_embeddings, room)
     if wanted > model.max_position_embeddings:
         raise ModelError(f"max_model_len {wanted} is over the model's {model.max_position_embeddings} positions")
-    if not 0 < wanted <= room:
-        raise PoolTooSmall(f"max_model_len {wanted}: the KV pool of {num_blocks} blocks holds {room} tokens")
+    if not 1 < wanted <= room:
+        text = f"max_model_len {wanted}: the KV pool of {num_blocks} blocks holds {room} tokens"
+        raise PoolTooSmall(f"{text}, and a prompt of one and its answer take 2" if room == 1 or wanted == 1 else text)
     return EngineLimits(engine.block_size, wanted, engine.max_step_tokens, engine.max_sequences, engine.prefix_cache)
 
 

@@ -47,6 +47,13 @@ class StepPlan:
     preempted: tuple[Sequence, ...]        # gave their blocks back
 
 
+class Claim(Struct, frozen=True):
+    """Of a handoff that waits for a place here."""
+
+    num_blocks: int
+    due_at: float
+
+
 class Scheduler:
     def __init__(
         self, pool: BlockPool, block_size: int, max_step_tokens: int, max_sequences: int, pacer: Pacer | None = None
@@ -58,7 +65,8 @@ class Scheduler:
         self.pacer = pacer                     # None: only tokens are budgeted
         self.waiting: list[Sequence] = []      # by urgency
         self.running: list[Sequence] = []      # by arrival
-        self._claim: tuple[int, float] | None = None           # (blocks, due_at) of the most urgent handoff, for the next step
+        self.num_reserved = 0                                  # handoffs on their way here that have their blocks
+        self._claim: Claim | None = None                       # of the most urgent handoff, for the next step
 
     def add(self, sequence: Sequence) -> None:
         """To be admitted when there is room."""
@@ -94,11 +102,13 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         self._postpone_lost()
-        preempted = self._secure_decode_blocks()
+        claim, self._claim = self._claim, None
+        decodes = [s for s in self.running if s.is_decoding][: self._max_sequences]
+        preempted = self._secure_blocks(decodes)
         # What was just preempted would only take the blocks back that a decode needs next.
-        welcome = [] if preempted else self.waiting[:]
-        preempted = preempted or self._yield_to_waiting()
-        chunks = [Chunk(s, s.num_computed, 1) for s in self.running if s.is_decoding][: self._max_sequences]
+        welcome = [] if preempted else [s for s in self.waiting if claim is None or s.was_admitted or s.due_at < claim.due_at]
+        preempted = preempted or self._yield_to_waiting(claim, welcome)
+        chunks = [Chunk(s, s.num_computed, 1) for s in decodes if s.state is SequenceState.RUNNING]      # who has a block for its token
         room, num_decoding, scored_left = self._room(chunks), len(chunks), MAX_SCORED_TOKENS
         admitted, nobody_more = [], False
         for sequence in self._prompts(welcome, num_decoding):
@@ -138,14 +148,14 @@ class Scheduler:
         return -(-num_tokens // self._block_size)
 
     def claim(self, num_blocks: int, due_at: float) -> None:
-        """A handoff that is due then waits for a place and so many blocks: the next step's batch work makes room, if that is enough.
-        In place of what was claimed before."""
-        self._claim = num_blocks, due_at
+        """A handoff that is due then waits for a place and so many blocks: in the next step batch work makes room, if that is enough, and
+        nobody who is less urgent is admitted. In place of what was claimed before."""
+        self._claim = Claim(num_blocks, due_at)
 
     @property
     def may_preempt(self) -> bool:
         """Whether the next plan may take places and memory away from batch work, for want of neither."""
-        wanted = self._claim is not None or bool(self.waiting and not self.waiting[0].fills_in)
+        wanted = self._claim is not None or any(not sequence.fills_in for sequence in self.waiting)
         return wanted and any(sequence.fills_in for sequence in self.running)
 
     def owes_memory(self, due_at: float) -> bool:
@@ -167,7 +177,7 @@ class Scheduler:
         """Those under way, then new ones; batch work under way lets whoever is more urgent pass, if no handoff waits for it."""
         started = sorted((s for s in self.running if not s.is_decoding), key=lambda s: s.urgency)
         started = started[: max(0, self._max_sequences - num_decoding)]
-        waiting = welcome[: max(0, self._max_sequences - len(self.running))]
+        waiting = welcome[: self._num_places]
         passed = [s for s in started if waiting and _may_yield(s, waiting[0].due_at)]
         return [*(s for s in started if s not in passed), *waiting, *passed]
 
@@ -189,6 +199,11 @@ class Scheduler:
         return True
 
     @property
+    def _num_places(self) -> int:
+        """For sequences more, beside handoffs that have theirs already."""
+        return max(0, self._max_sequences - len(self.running) - self.num_reserved)
+
+    @property
     def _num_growing(self) -> int:
         return sum(not sequence.hands_off for sequence in self.running)
 
@@ -200,18 +215,16 @@ class Scheduler:
         prefix = self._pool.match(hashes[:usable])
         return self.blocks_for(len(sequence.token_ids)) - len(prefix), prefix
 
-    def _yield_to_waiting(self) -> list[Sequence]:
+    def _yield_to_waiting(self, claim: Claim | None, welcome: list[Sequence]) -> list[Sequence]:
         """Batch work makes room for the handoff that claims it and for the first in line."""
-        claim, self._claim = self._claim, None
         yielded: list[Sequence] = []
-        head = self.waiting[0] if self.waiting else None
+        head = welcome[0] if welcome else None
         if head is not None and head.is_scored and self._num_scored_before(head) >= MAX_SCORED_TOKENS:
-            head = next((s for s in self.waiting if not s.is_scored), None)             # those behind it pass no more than it does
+            head = next((s for s in welcome if not s.is_scored), None)             # those behind it pass no more than it does
         if claim is not None:
-            num_blocks, due_at = claim
-            yielded += self._yield_to(num_blocks, [], due_at)
+            yielded += self._yield_to(claim.num_blocks, [], claim.due_at)
         if head is not None and not head.fills_in:
-            yielded += self._yield_to(*self._missing(head), head.due_at)
+            yielded += self._yield_to(*self._missing(head), head.due_at, grows=head.hands_off)
         return yielded
 
     def _num_scored_before(self, waiting: Sequence) -> int:
@@ -219,22 +232,24 @@ class Scheduler:
         under_way = (s for s in self.running if s.is_scored and not s.is_decoding and not _may_yield(s, waiting.due_at))
         return sum(s.num_to_compute for s in under_way)
 
-    def _yield_to(self, num_blocks: int, prefix: list[BlockId], due_at: float) -> list[Sequence]:
+    def _yield_to(self, num_blocks: int, prefix: list[BlockId], due_at: float, grows: bool = False) -> list[Sequence]:
+        """`grows`: who runs then must have blocks to grow into, too, as `_admit` asks of a prompt that is handed off."""
         victims = sorted((s for s in self.running if _may_yield(s, due_at)), key=lambda s: s.urgency, reverse=True)
-        if num_blocks > self._pool.num_available + sum(len(s.blocks) for s in victims):
+        stay = self._num_growing - sum(not s.hands_off for s in victims) if grows else 0
+        if num_blocks + stay > self._pool.num_available + sum(len(s.blocks) for s in victims):
             return []
         yielded: list[Sequence] = []
         for victim in victims:
-            if len(self.running) < self._max_sequences and self._pool.can_take(num_blocks, prefix):
+            if self._num_places and self._pool.can_take(num_blocks + (self._num_growing if grows else 0), prefix):
                 break
             self._preempt(victim)
             yielded.append(victim)
         return yielded
 
-    def _secure_decode_blocks(self) -> list[Sequence]:
-        """Every decode of this step gets a block for its newest token; who has most slack makes room if that must be."""
+    def _secure_blocks(self, decodes: list[Sequence]) -> list[Sequence]:
+        """Each of these gets a block for its newest token; who has most slack makes room if that must be, also one of these."""
         preempted: list[Sequence] = []
-        for sequence in [s for s in self.running if s.is_decoding][: self._max_sequences]:
+        for sequence in decodes:
             while sequence.state is SequenceState.RUNNING and not self._grow(sequence):
                 victim = max((s for s in self.running if not s.hands_off), key=lambda s: s.urgency)
                 preempted.append(victim)

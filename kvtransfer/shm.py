@@ -94,6 +94,7 @@ class _Queue:
     changed: threading.Condition = field(default_factory=threading.Condition)
     jobs: deque[_Job] = field(default_factory=deque)
     running: _Job | None = None
+    is_stopped: bool = False                  # the running one: what is left of it is dropped, and nothing of it counts
     busy_s: dict[tuple[bytes, Imm], float] = field(default_factory=dict)
     closed: bool = False
     failure: BaseException | None = None      # what ended the thread: nothing is known of the write it was at
@@ -235,6 +236,7 @@ class ShmTransport:
         key = (peer.descriptor.location, imm)
         with self._queue.changed:
             self._queue.jobs = deque(job for job in self._queue.jobs if job.key != key)
+            self._queue.is_stopped |= self._queue.running is not None and self._queue.running.key == key
             stopped = self._queue.settled(lambda: self._queue.running is None or self._queue.running.key != key, timeout_s)
             if stopped:
                 self._queue.busy_s.pop(key, None)
@@ -270,8 +272,8 @@ class ShmTransport:
         try:
             for job in self._jobs():
                 started = time.perf_counter()
-                self._copy(job)
-                self._account(job, time.perf_counter() - started)
+                num_copied = self._copy(job)
+                self._account(job, num_copied, time.perf_counter() - started)
         except BaseException as error:        # raised again in the engine's thread
             with self._queue.changed:
                 self._queue.failure = error
@@ -286,18 +288,23 @@ class ShmTransport:
                 queue.changed.wait_for(lambda: bool(queue.jobs) or queue.closed)
                 if queue.closed:
                     return
-                queue.running = queue.jobs.popleft()
+                queue.running, queue.is_stopped = queue.jobs.popleft(), False
             yield queue.running
 
-    def _copy(self, job: _Job) -> None:
+    def _copy(self, job: _Job) -> int:
+        """→ how many pages were copied."""
         assert self._own is not None
-        source, target = self._own.pages, self._peers[job.location]
-        for src, dst in zip(job.src_pages, job.dst_pages, strict=True):
+        source, target, queue = self._own.pages, self._peers[job.location], self._queue
+        for num_copied, (src, dst) in enumerate(zip(job.src_pages, job.dst_pages, strict=True)):
+            if queue.is_stopped:
+                return num_copied
             target.pages[dst] = source[src]
-        target.counters[job.imm] += np.uint64(len(job.dst_pages))
+        with queue.changed:
+            if not queue.is_stopped:
+                target.counters[job.imm] += np.uint64(len(job.dst_pages))
+        return len(job.dst_pages)
 
-    def _account(self, job: _Job, seconds: float) -> None:
-        num_pages = len(job.dst_pages)
+    def _account(self, job: _Job, num_pages: int, seconds: float) -> None:
         with self._queue.changed:
             self._queue.busy_s[job.key] = self._queue.busy_s.get(job.key, 0.0) + seconds
             self._stats = self._stats.plus(num_pages, num_pages * self._peers[job.location].page_bytes, seconds)

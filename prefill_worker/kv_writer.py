@@ -7,13 +7,14 @@
 A decode worker whose layout differs gets pages that were converted here first (`kvtransfer/staging.py`): all that this file counts in
 is then the receiver's blocks.
 
-A handoff's own blocks may be freed before its last write has stopped: then the receiver gets wrong bytes, into blocks that it has
-given up and will not reuse before KVDrained.
+Blocks that a write may still read are kept until it has stopped, also of a handoff that was given up: once announced, its pages may be
+counted and served all the same.
 """
 
 import logging
 from collections.abc import Callable
 
+from ..engine.block_pool import BlockPool
 from ..engine.scheduler import Chunk, StepPlan
 from ..engine.sequence import Sequence
 from ..engine.worker import ATTENTION_S
@@ -57,16 +58,18 @@ class KVWriter:
         post: Post,
         transport: Bundle,
         pool: KVMemory,
+        blocks: BlockPool,
         timeout_s: float,
         layer_group: int,
         on_end: Callable[[Sequence, Failure | None], None],
         staging: Staging | None = None,
     ) -> None:
-        """`transport` and `pool`: what pages are written from; with `staging`, they are its own."""
+        """`transport` and `pool`: what pages are written from; with `staging`, they are its own. `blocks`: who holds the engine's."""
         self._me = me
         self._post = post
         self._transport = transport
         self._layout = pool.layout
+        self._blocks = blocks
         self._timeout_s = timeout_s
         self._layer_group = layer_group
         self._on_end = on_end
@@ -274,7 +277,8 @@ class KVWriter:
             return
         if handoff.first is not None and handoff.broken is None and not handoff.announced:
             self._announce(handoff, handoff.first, handoff.plan.num_pages, now)
-        self._write(handoff, range(self._layout.num_layers), handoff.num_ready)
+        if self._write(handoff, range(self._layout.num_layers), handoff.num_ready) and handoff.announced:
+            handoff.session.deadline = now + self._timeout_s
         if handoff.broken is not None:
             self._give_up(handoff, Failure(FailureKind.PEER_LOST, handoff.broken), now)
 
@@ -289,23 +293,26 @@ class KVWriter:
         """What is converted first needs pages of a small pool, which have to come back."""
         return handoff.peer is not None and self._staging is None and self._transport.gathers(handoff.peer)
 
-    def _write(self, handoff: Outgoing, layers: range, num_ready: int) -> None:
-        """Starts what is due; a failure is only noted, since the engine may be in the middle of a step."""
+    def _write(self, handoff: Outgoing, layers: range, num_ready: int) -> bool:
+        """Starts what is due, if anything is; a failure is only noted, since the engine may be in the middle of a step."""
         if handoff.plan is None or handoff.peer is None or handoff.accept is None or not handoff.session.live:
-            return
+            return False
         writes = handoff.plan.take(layers, num_ready)
         if not len(writes) or handoff.broken is not None:
-            return
+            return False
         if handoff.session.state is HandoffState.RESERVED:
             handoff.session.move(HandoffState.MOVING)
         try:
             self._transport.write_pages(handoff.peer, writes.src, writes.dst, handoff.accept.imm)
         except TransferError as error:
             handoff.broken = str(error)
+        return True
 
     def _give_up(self, handoff: Outgoing, failure: Failure | None, now: float) -> None:
         handoff.session.move(HandoffState.CANCELLING)
         self._report(handoff, failure)
+        if not self._has_stopped(handoff):
+            handoff.kept = self._blocks.take(0, handoff.sequence.blocks) or []
         self._on_end(handoff.sequence, failure)
         self._try_drain(handoff)
 
@@ -317,11 +324,15 @@ class KVWriter:
             self._post.send(handoff.sequence.request.gateway, failed)
 
     def _try_drain(self, handoff: Outgoing) -> None:
-        if handoff.peer is not None and handoff.accept is not None and not self._transport.stop(handoff.peer, handoff.accept.imm, 0.0):
+        if not self._has_stopped(handoff):
             return
         self._post.send(handoff.decode.address, KVDrained(handoff.ticket))
         handoff.session.move(HandoffState.CANCELLED)
         self._forget(handoff)
+
+    def _has_stopped(self, handoff: Outgoing) -> bool:
+        """And writes no more: what had not been started is dropped."""
+        return handoff.peer is None or handoff.accept is None or self._transport.stop(handoff.peer, handoff.accept.imm, 0.0)
 
     def _end(self, handoff: Outgoing, state: HandoffState, failure: Failure | None) -> None:
         told = handoff.session.state is HandoffState.CANCELLING
@@ -333,6 +344,7 @@ class KVWriter:
 
     def _forget(self, handoff: Outgoing) -> None:
         del self._handoffs[handoff.sequence.id]
+        self._blocks.release(handoff.kept)
         if isinstance(handoff.plan, StagedPages):
             handoff.plan.close()
 

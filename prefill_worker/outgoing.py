@@ -1,6 +1,6 @@
 """What a writer knows of one handoff: values, and no more than questions about them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..engine.sequence import Sequence
 from ..kvtransfer.plan import PagePlan
@@ -8,6 +8,7 @@ from ..kvtransfer.session import Session
 from ..kvtransfer.staging import StagedPages
 from ..kvtransfer.transport import NUM_IMMS, Peer
 from ..messages.handoff import KVAccept, Ticket
+from ..messages.ids import BlockId
 from ..messages.requests import FailureKind, TokenDelta, WorkerRef
 
 
@@ -33,6 +34,7 @@ class Outgoing:
     first: TokenDelta | None = None
     announced: bool = False                 # KVLanded is out
     broken: str | None = None               # a write failed in the middle of a step; dealt with after it
+    kept: list[BlockId] = field(default_factory=list)          # held beyond the sequence's end: a write may still read them
 
     @property
     def ticket(self) -> Ticket:

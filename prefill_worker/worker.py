@@ -31,6 +31,7 @@ class PrefillWorker(Worker):
             post=self.post,
             transport=transport,
             pool=pool,
+            blocks=self.engine.pool,
             timeout_s=self.config.handoff_timeout_s,
             layer_group=self.replica.layer_group,
             on_end=self._handoff_ended,

@@ -133,22 +133,24 @@ class SimWorker:
             self._offered.remove(reservation)
         else:
             self._reserved.remove(reservation)
+            self.engine.scheduler.num_reserved -= 1
             self.engine.pool.release(reservation.blocks or [])
 
     def adopt(self, reservation: Reservation, first: TokenDelta) -> None:
         self._reserved.remove(reservation)
+        self.engine.scheduler.num_reserved -= 1
         assert reservation.blocks is not None
         self.engine.adopt(reservation.sequence.request, first, reservation.blocks, self._timeline.now)
         self._go_on()
 
     def _reserve(self) -> None:
         """For those that wait, oldest first, until one does not fit."""
-        pool, limits = self.engine.pool, self.engine.limits
+        pool, scheduler, limits = self.engine.pool, self.engine.scheduler, self.engine.limits
         while self._offered:
             sequence = self._offered[0].sequence
             prefix = pool.match(sequence.hashes[: len(sequence.request.token_ids) // limits.block_size])
-            num_new = self.engine.scheduler.blocks_for(len(sequence.request.token_ids)) - len(prefix)
-            if not has_room(pool, num_new, len(self._reserved) + len(self.engine.scheduler.running), limits.max_sequences):
+            num_new = scheduler.blocks_for(len(sequence.request.token_ids)) - len(prefix)
+            if not has_room(pool, num_new, scheduler.num_reserved + len(scheduler.running), limits.max_sequences):
                 return
             blocks = pool.take(num_new, prefix)
             if blocks is None:
@@ -156,6 +158,7 @@ class SimWorker:
             reservation = self._offered.pop(0)
             reservation.blocks, reservation.num_cached = blocks, len(prefix)
             self._reserved.append(reservation)
+            scheduler.num_reserved += 1
             reservation.ready(reservation)
 
     def _go_on(self) -> None:

@@ -170,9 +170,9 @@ class FakeCluster:
 
     def _transports(self, name: str, rank: int) -> list[FakeTransport]:
         own = f"{name}.{rank}" if rank else name
-        first = self.fabric.transport(own)
+        first = LateTransport(self.fabric, own.encode())
         first.gathers = self.gathers
-        return [first, *(FakeTransport(self.fabric, f"{own}.{other}".encode(), other) for other in self.other_names)]
+        return [first, *(LateTransport(self.fabric, f"{own}.{other}".encode(), other) for other in self.other_names)]
 
     def _bundle(self, ranks: list[list[FakeTransport]]) -> Bundle:
         bundles = [TransportBundle(transports) for transports in ranks]

@@ -55,7 +55,10 @@ def test_a_grid_point_is_begun_only_within_the_budget():
     assert len(runner.seen) < 9
 
 
-@pytest.mark.parametrize("limits", [EngineLimits(4, 16, 8, 4), EngineLimits(16, 2, 1, 1), EngineLimits(4, 64, 512, 64)])
+SMALLEST = [(4, 16, 8, 4), (16, 2, 1, 1), (1, 2, 1, 1), (4, 64, 512, 64)]
+
+
+@pytest.mark.parametrize("limits", [EngineLimits(*each) for each in SMALLEST])
 def test_the_smallest_engines_have_the_blocks_and_tokens_for_it(limits):
     """With a runner that reads and writes each page it is told of."""
     num_blocks = -(-limits.max_model_len // limits.block_size)

@@ -66,7 +66,9 @@ class Run:
             self.arrive_and_leave(step)
             waiting = list(self.scheduler.waiting)
             decoding = [s for s in self.scheduler.running if s.is_decoding]
+            may_preempt = self.scheduler.may_preempt or not self.scheduler.can_grow_all
             plan = self.scheduler.schedule()
+            assert may_preempt or not plan.preempted, "an engine that runs ahead would not have asked"
             self.check(plan, waiting, decoding)
             self.compute(plan)
             self.now += COST.step_s(features_of(plan))
@@ -464,3 +466,88 @@ def test_who_begins_to_decode_here_has_nothing_to_lend(hands_off: bool) -> None:
         leads_s.append(pacer.lead_s)
     assert leads_s[0] == 0.0
     assert (leads_s[1] > 0.01) is hands_off
+
+
+def decoding_here(scheduler: Scheduler, number: int, num_tokens: int, tier: ServiceClass = ServiceClass.DEFAULT) -> Sequence:
+    """Its KV has just landed."""
+    sampling = SamplingParams(max_tokens=50, seed=0)
+    request = GenerateRequest(RequestId(f"r{number}"), Address("fake://g"), (number,) * num_tokens, sampling, HERE, 1.0, service_class=tier)
+    sequence = Sequence(request, number, deadline=1.0, ttft_deadline=float("inf"), hands_off=False, max_len=1 << 20)
+    sequence.blocks = scheduler._pool.take(scheduler.blocks_for(num_tokens)) or []
+    sequence.num_computed, sequence.was_admitted = num_tokens, True
+    sequence.token_ids.append(7)
+    scheduler.adopt(sequence)
+    return sequence
+
+
+def test_nobody_takes_the_place_of_a_decode_that_made_room() -> None:
+    """Of three, two may be in a step. The third has no block for its newest token: it would be written into somebody else's."""
+    scheduler = Scheduler(BlockPool(7), BLOCK_SIZE, 64, max_sequences=2)
+    decoding_here(scheduler, 0, 8)
+    decoding_here(scheduler, 1, 7, BATCH)
+    decoding_here(scheduler, 2, 8)
+    scheduler._pool.take(scheduler._pool.num_available)
+    plan = scheduler.schedule()
+    assert [s.id for s in plan.preempted] == ["r1"]
+    assert [chunk.sequence.id for chunk in plan.chunks] == ["r0"]
+    assert all(chunk.end <= len(chunk.sequence.blocks) * BLOCK_SIZE for chunk in plan.chunks)
+
+
+def test_the_places_of_handoffs_on_their_way_are_not_given_away() -> None:
+    run = started(replace(ROOMY, max_sequences=3, max_step_tokens=64), *[Job((i,) * 4, 5) for i in range(3)])
+    run.scheduler.num_reserved = 2
+    assert [s.id for s in run.scheduler.schedule().admitted] == ["r0"]
+    run.scheduler.num_reserved = 0
+    assert [s.id for s in run.scheduler.schedule().admitted] == ["r1", "r2"]
+
+
+def test_a_place_that_is_kept_for_a_handoff_is_none_that_batch_has_to_make() -> None:
+    run = started(replace(ROOMY, max_sequences=2, max_step_tokens=64), Job((1,) * 4, 9, tier=BATCH), Job((2,) * 4, 2, arrives=1))
+    run.compute(run.scheduler.schedule())
+    run.scheduler.num_reserved = 1
+    run.arrive_and_leave(1)
+    assert [s.id for s in run.scheduler.schedule().preempted] == ["r0"], "the other place is taken"
+
+
+@pytest.mark.parametrize(("due_at", "num_admitted"), [(NO_OBJECTIVE_S / 2, 0), (2 * NO_OBJECTIVE_S, 1)])
+def test_who_is_less_urgent_does_not_pass_a_handoff_that_waits_for_memory(due_at: float, num_admitted: int) -> None:
+    run = started(replace(ROOMY, max_step_tokens=64), Job((1,) * 8, 5))
+    run.scheduler.claim(1000, due_at)
+    assert len(run.scheduler.schedule().admitted) == num_admitted
+    assert len(run.scheduler.schedule().admitted) == 1 - num_admitted, "the claim was for one step"
+
+
+def test_batch_makes_room_for_a_prompt_that_is_handed_over_once_and_enough() -> None:
+    """It is admitted only if all that decode can grow beside it."""
+    scheduler = Scheduler(BlockPool(20, False), BLOCK_SIZE, 64, 32)
+    for number in range(8):
+        decoding_here(scheduler, number, 6, BATCH)                    # two blocks each, and room for two tokens
+    sampling = SamplingParams(max_tokens=2, seed=0)
+    request = GenerateRequest(RequestId("handed over"), Address("fake://g"), (9,) * 8, sampling, HERE, timeout_s=1.0)
+    scheduler.add(Sequence(request, 99, deadline=1.0, ttft_deadline=1.0, hands_off=True, max_len=1 << 20))
+    plan = scheduler.schedule()
+    assert [s.id for s in plan.admitted] == ["handed over"]
+    assert [s.id for s in plan.preempted] == ["r7", "r6"]
+
+
+def test_who_may_preempt_is_known_before_it_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first in line waits for its turn to be scored, and the next one, who passes it, takes memory from batch work."""
+    monkeypatch.setattr(scheduler, "MAX_SCORED_TOKENS", 4)
+    here = Scheduler(BlockPool(8, False), BLOCK_SIZE, 64, 8)
+    decoding_here(here, 0, 6, BATCH)
+
+    def ask(number: int, num_tokens: int, tier: ServiceClass, waited_s: float) -> None:
+        sampling = SamplingParams(max_tokens=1, seed=0, prompt_logprobs=0 if tier is BATCH else None)
+        request = GenerateRequest(
+            RequestId(f"r{number}"), Address("fake://g"), (number,) * num_tokens, sampling, HERE, 1.0, service_class=tier, waited_s=waited_s
+        )
+        here.add(Sequence(request, number, deadline=1.0, ttft_deadline=float("inf"), hands_off=False, max_len=1 << 20))
+
+    ask(1, 12, BATCH, waited_s=90.0)
+    for chunk in here.schedule().chunks:
+        here.computed(chunk)
+    ask(2, 4, BATCH, waited_s=80.0)
+    ask(3, 16, ServiceClass.DEFAULT, waited_s=0.0)
+    assert [s.id for s in here.waiting] == ["r2", "r3"]
+    assert here.may_preempt
+    assert [s.id for s in here.schedule().preempted] == ["r0"]

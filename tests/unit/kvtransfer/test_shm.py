@@ -108,6 +108,7 @@ def test_a_copying_thread_that_fails_ends_the_process_instead_of_its_handoffs(si
     source = hold(writer, peer)
     source.append(1)                          # one page more than there are places
     source.let_go.set()
+    writer.transport._thread.join(TIMEOUT_S)
     calls: list[Callable[[], object]] = [
         lambda: writer.transport.stop(peer, IMM, TIMEOUT_S),
         lambda: writer.transport.write_pages(peer, [0], [0], IMM),
@@ -201,7 +202,7 @@ def test_what_lies_outside_is_refused_before_anything_moves(sides: tuple[Side, S
 
 # Stopping
 
-def test_stop_drops_what_waits_and_waits_for_what_is_under_way(sides: tuple[Side, Side]) -> None:
+def test_stop_drops_what_waits_and_what_is_left_of_what_is_under_way(sides: tuple[Side, Side]) -> None:
     writer, receiver = sides
     peer = writer.transport.connect(receiver.descriptor)
     held = hold(writer, peer)
@@ -213,8 +214,8 @@ def test_stop_drops_what_waits_and_waits_for_what_is_under_way(sides: tuple[Side
     held.let_go.set()
     assert writer.transport.stop(peer, IMM, TIMEOUT_S)
     landed(receiver, Imm(9), 1)                                       # another handoff's writes go on
-    assert receiver.transport.num_landed(IMM) == 1
-    assert receiver.pages[:3].tolist() == [1, 0, 3]
+    assert receiver.transport.num_landed(IMM) == 0
+    assert receiver.pages[:3].tolist() == [0, 0, 3]
 
 
 def test_pages_are_settled_once_none_of_their_ticket_waits_or_is_read(sides: tuple[Side, Side]) -> None:
@@ -448,6 +449,33 @@ def test_a_segment_that_cannot_be_opened_does_not_stop_a_start(cluster: str) -> 
 
 
 # With a second process
+
+def test_a_write_that_is_stopped_halfway_counts_for_nothing(sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sources may be computed over from then on."""
+    writer, receiver = sides
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __getitem__(self, page: int) -> Any:
+            reached.set()
+            assert go_on.wait(TIMEOUT_S)
+            return pages[page]
+
+        def __len__(self) -> int:
+            return len(pages)
+
+    pages = writer.transport._own.pages
+    monkeypatch.setattr(writer.transport._own, "pages", Slow())
+    peer = writer.transport.connect(receiver.descriptor)
+    writer.transport.write_pages(peer, [0, 1, 2], [3, 4, 5], Imm(7))
+    assert reached.wait(TIMEOUT_S)
+    assert not writer.transport.stop(peer, Imm(7), 0.0)
+    go_on.set()
+    assert writer.transport.stop(peer, Imm(7), TIMEOUT_S)
+    assert (receiver.transport.num_landed(Imm(7)), writer.transport.stats.num_pages) == (0, 1)
+    writer.transport.write_pages(peer, [0], [3], Imm(7))
+    wait_for(lambda: receiver.transport.num_landed(Imm(7)) == 1)
+
 
 @pytest.fixture
 def other(cluster: str) -> Iterator[subprocess.Popen[str]]:
