@@ -51,6 +51,7 @@ def parse_size(text: object) -> object:
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Milliseconds = Annotated[float, Field(ge=1e-3, allow_inf_nan=False, strict=True)]
 Seconds = Positive
 Count = Annotated[int, Field(ge=1, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -83,8 +84,8 @@ class ModelSpec(Section):
 
 
 class ClassObjectives(Section):
-    ttft_ms: Positive | None = None
-    tpot_ms: Positive | None = None
+    ttft_ms: Milliseconds | None = None
+    tpot_ms: Milliseconds | None = None
 
 
 class Objectives(ClassObjectives):

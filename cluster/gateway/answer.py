@@ -112,7 +112,3 @@ class Answer:
         self._woken[index] = None
         if is_news:
             self._on_news()
-
-
-def join(pieces: list[Piece]) -> Piece:
-    return Piece("".join(piece.text for piece in pieces), tuple(token for piece in pieces for token in piece.tokens), pieces[-1].finish)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from ...messages.errors import DiptychError
+from ...messages.errors import DiptychError, Refused
 from .answer import Answer
 from .bodies import ChatBody, CompletionBody, parse, refuse_unsupported
 from .chat import ChatDialect
@@ -142,21 +142,27 @@ class App:
             text = f"the model {name!r} does not exist; this endpoint serves {served!r}"
             raise BadRequest(text, param="model", code="model_not_found", status=404)
 
-    def _answer(self, call: Call, job: Job, dialect: Dialect) -> None:
+    def _answer(self, call: Call, job: Job, dialect: Dialect[Any]) -> None:
         """Raises RateLimited, BadRequest, ClientGone. The answer goes its own way after this."""
         if call.exchange.gone:
             raise ClientGone
         core, timeout_s = self._core, self._core.config.limits.request_timeout_s
         objectives = objectives_for(job.service_class, call.exchange, core.config.objectives, core.config.class_objectives)
         path, deadline = path_asked(call.exchange, core.config.debug_headers), call.arrived_at + timeout_s
+        key = _key_of(call.exchange, self._keys) or b""
+        limits = self._limiter.admit(key, 1, job.max_tokens)
         answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, objectives, path)
-        limits = self._limiter.admit(_key_of(call.exchange, self._keys) or b"", 1, job.max_tokens)
         core.decisions.begin(job.response_id, call.request_id)
 
         def headers() -> Headers:
             return call.headers + limits + (debug_headers(answer.first) if core.config.debug_headers else ())
 
-        reply = Reply(call.exchange, answer, dialect, headers, partial(self._fail, call))
+        def fail(error: Exception) -> None:
+            """Who was refused has used up nothing, and may ask again."""
+            told = self._limiter.give_back(key, 1, job.max_tokens) if isinstance(error, Refused) else limits
+            self._fail(call._replace(headers=call.headers + told), error)
+
+        reply = Reply(call.exchange, answer, dialect, headers, fail)
         stream = StreamResponder(reply, usage=job.include_usage, timeout_s=timeout_s) if job.stream else WholeResponder(reply)
         stream.start(self._turn)
 

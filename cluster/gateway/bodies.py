@@ -1,5 +1,8 @@
 """What a client may send, by pydantic. Unknown fields are ignored, as OpenAI does; a wrong type or a number out of range is a 400 that
-names the field; what would change the answer but is not built (tools, JSON mode, suffix) is refused, never dropped."""
+names the field; what would change the answer but is not built (tools, JSON mode, suffix) is refused, never dropped.
+
+All that is validated holds up every other client. So lists end at their first mistake, of millions that there may be, and have an end.
+"""
 
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,13 +13,19 @@ from ...messages.requests import MAX_LOGPROBS
 from .errors import BadRequest
 
 MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
 MAX_N = 128
+MAX_CHOICES = 1024              # of all prompts
+MAX_PROMPT_TOKENS = 1 << 20
+MAX_MESSAGES = 1 << 14
+MAX_BIAS = 100
 
 Body = TypeVar("Body", bound="_Common")
 
 Token = Annotated[int, Field(ge=0)]
-Text = Annotated[str, StringConstraints(min_length=1)]
-Stops = Annotated[list[Text], Field(max_length=MAX_STOPS)]
+Tokens = Annotated[list[Token], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 OffFlag = Annotated[bool, BeforeValidator(lambda value: value is not None and value)]           # null means what leaving it out does
 OnFlag = Annotated[bool, BeforeValidator(lambda value: value is None or value)]
 
@@ -30,9 +39,13 @@ def _bias(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     try:
-        return {int(key): bias for key, bias in value.items()}
+        biases = {int(key): bias for key, bias in value.items()}
     except ValueError:
-        raise ValueError(f"keys must be token ids, got {', '.join(map(repr, list(value)[:3]))}") from None
+        raise ValueError(f"keys must be token ids, got {', '.join(repr(key[:20]) for key in list(value)[:3])}") from None
+    for token_id, bias in biases.items():
+        if token_id < 0 or type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise ValueError(f"biases are numbers from -{MAX_BIAS} to {MAX_BIAS} of token ids, not {str(bias)[:20]} of {token_id}")
+    return biases
 
 
 class _Model(BaseModel):
@@ -43,7 +56,25 @@ class StreamOptions(_Model):
     include_usage: bool | None = None
 
 
-class _Common(_Model):
+class _Unbuilt(_Model):
+    """What vLLM knows and would change the answer. Refused, unless it asks for nothing."""
+
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    chat_template: Any = None
+    continue_final_message: Any = None
+    documents: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    prompt_logprobs: Any = None
+    structured_outputs: Any = None
+    truncate_prompt_tokens: Any = None
+    use_beam_search: Any = None
+
+
+class _Common(_Unbuilt):
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -56,19 +87,25 @@ class _Common(_Model):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None      # logits are divided by it, and must stay finite
-    logit_bias: Annotated[dict[Token, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias)] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     service_tier: Literal["auto", "default", "priority", "flex", "batch"] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: OffFlag = False
-    stop_token_ids: list[Token] | None = None
+    stop_token_ids: Tokens | None = None
     include_stop_str_in_output: OffFlag = False
+    response_format: dict[str, Any] | None = None
 
 
 class CompletionBody(_Common):
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(max_length=MAX_CHOICES, fail_fast=True)]
+        | Tokens
+        | Annotated[list[Tokens], Field(max_length=MAX_CHOICES, fail_fast=True)]
+    )
     suffix: str | None = None
     best_of: int | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -86,19 +123,21 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
 
 
 class ChatBody(_Common):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
     add_special_tokens: OffFlag = False
+    add_generation_prompt: OnFlag = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    echo: Any = None
 
 
 def parse(body: bytes, into: type[Body]) -> Body:
@@ -106,7 +145,7 @@ def parse(body: bytes, into: type[Body]) -> Body:
     try:
         return into.model_validate_json(body)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False)
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
     raise _bad_request(max(errors, key=lambda each: len(each["loc"])))           # of a union's alternatives, the one that came furthest
 
 
@@ -114,14 +153,19 @@ def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
     """Raises BadRequest for what is known, valid and not built, and for fields that contradict each other."""
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options is only allowed when stream is true", param="stream_options")
+    for name in _Unbuilt.model_fields:
+        if (value := getattr(body, name)) is not None and value is not False and value != [] and value != {}:
+            raise BadRequest(f"{name} is not supported", param=name)
+    if body.response_format is not None and (form := body.response_format.get("type")) != "text":
+        raise BadRequest(f"response_format of type {form!r} is not supported, only 'text'", param="response_format")
     if isinstance(body, CompletionBody):
         if body.suffix:
             raise BadRequest("suffix is not supported: the model does not fill in the middle", param="suffix")
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise BadRequest(f"best_of {body.best_of} is not supported unless it equals n ({body.n or 1})", param="best_of")
         return
-    if body.response_format is not None and (form := body.response_format.get("type")) != "text":
-        raise BadRequest(f"response_format of type {form!r} is not supported, only 'text'", param="response_format")
+    if body.echo:
+        raise BadRequest("echo is not supported for chat", param="echo")
     if (body.tools or body.functions) and body.tool_choice != "none":
         raise BadRequest("tools are not supported; tool_choice 'none' ignores them", param="tools" if body.tools else "functions")
     if body.top_logprobs and not body.logprobs:
@@ -137,7 +181,8 @@ def _bad_request(error: ErrorDetails) -> BadRequest:
     if error["type"] == "missing":
         return BadRequest(f"{'.'.join(fields)} is required", param=fields[0])
     if fields[0] == "prompt":                 # of the four types, pydantic would name the first
-        return BadRequest("prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids", param="prompt")
+        text = f"a list of token ids (at most {MAX_PROMPT_TOKENS}) or a list of lists of token ids (at most {MAX_CHOICES})"
+        return BadRequest(f"prompt must be a string, a list of strings (at most {MAX_CHOICES}), {text}", param="prompt")
     return BadRequest(f"{_path(error['loc'])}: {error['msg']}", param=fields[0])
 
 

@@ -7,7 +7,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from .choice import Piece, TextToken
 from .detokenizer import Vocabulary
-from .dialects import Usage, finite
+from .dialects import Part, Usage, finite, logprobs_of, text_of
 from .jobs import Job
 
 
@@ -89,13 +89,16 @@ class ChatDialect:
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._encode_chunk([], usage)
 
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> bytes:
-        choices = [
-            _Choice(index, _Message("assistant", piece.text), self._logprobs(piece.tokens), piece.finish)
-            for index, piece in enumerate(pieces)
-        ]
+    def part(self, piece: Piece) -> Part[_Logprobs]:
+        return Part(piece.text, self._logprobs(piece.tokens), piece.finish)
+
+    def whole(self, choices: Sequence[Sequence[Part[_Logprobs]]], usage: Usage) -> bytes:
         job = self._job
-        return msgspec.json.encode(_Chat(job.response_id, job.created, self._model_name, choices, job.service_tier, usage))
+        told = [
+            _Choice(index, _Message("assistant", text_of(parts)), _joined(logprobs_of(parts)), parts[-1].finish)
+            for index, parts in enumerate(choices)
+        ]
+        return msgspec.json.encode(_Chat(job.response_id, job.created, self._model_name, told, job.service_tier, usage))
 
     def _encode_chunk(self, choices: list[_ChunkChoice], usage: Usage | UnsetType | None) -> bytes:
         job = self._job
@@ -114,3 +117,7 @@ class ChatDialect:
     def _entry(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
         raw = self._vocabulary.raw_bytes(token_id)
         return raw.decode(errors="replace"), finite(logprob), list(raw)
+
+
+def _joined(logprobs: Sequence[_Logprobs]) -> _Logprobs | None:
+    return _Logprobs([each for one in logprobs for each in one.content]) if logprobs else None

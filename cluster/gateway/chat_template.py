@@ -1,8 +1,10 @@
 """Messages → the model's prompt, by the model's own template, in Jinja's sandbox, with what such templates expect to find there."""
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import msgspec
@@ -39,10 +41,12 @@ class ChatTemplate:
         except TemplateError as error:
             raise ModelError(f"chat template: {error}") from None
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """Ends with the opening of the assistant's turn. Raises BadRequest for messages that the template does not take."""
+    def render(self, messages: list[dict[str, Any]], opens: bool = True, further: Mapping[str, Any] = MappingProxyType({})) -> str:
+        """`opens`: ends with the opening of the assistant's turn. `further`: what else the client tells the template, `enable_thinking`
+        for example; what is told here anyway stays. Raises BadRequest for messages that the template does not take."""
+        told = {"messages": messages, "add_generation_prompt": opens, "tools": None, "documents": None, **self._specials}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._specials)
+            return self._template.render({**further, **told})
         except (TemplateError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise BadRequest(f"the model's chat template does not take these messages: {error}", param="messages") from None
 

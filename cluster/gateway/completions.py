@@ -7,7 +7,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from .choice import Piece, TextToken
 from .detokenizer import Vocabulary
-from .dialects import Usage, finite
+from .dialects import Part, Usage, finite, logprobs_of, text_of
 from .jobs import Job
 
 
@@ -45,21 +45,24 @@ class CompletionDialect:
         self._no_usage_yet: UnsetType | None = None if job.include_usage else UNSET
 
     def chunk(self, index: int, piece: Piece, *, first: bool) -> bytes:
-        return self._encode([self._choice(index, piece)], self._no_usage_yet)
+        return self._encode([self._choice(index, [self.part(piece)])], self._no_usage_yet)
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._encode([], usage)
 
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> bytes:
-        return self._encode([self._choice(index, piece) for index, piece in enumerate(pieces)], usage)
+    def part(self, piece: Piece) -> Part[_Logprobs]:
+        logprobs = None if self._job.sampling.logprobs is None else self._logprobs(piece.tokens)
+        return Part(piece.text, logprobs, piece.finish)
+
+    def whole(self, choices: Sequence[Sequence[Part[_Logprobs]]], usage: Usage) -> bytes:
+        return self._encode([self._choice(index, parts) for index, parts in enumerate(choices)], usage)
 
     def _encode(self, choices: list[_Choice], usage: Usage | UnsetType | None) -> bytes:
         job = self._job
         return msgspec.json.encode(_Completion(job.response_id, job.created, self._model_name, choices, job.service_tier, usage))
 
-    def _choice(self, index: int, piece: Piece) -> _Choice:
-        logprobs = None if self._job.sampling.logprobs is None else self._logprobs(piece.tokens)
-        return _Choice(index, piece.text, logprobs, piece.finish)
+    def _choice(self, index: int, parts: Sequence[Part[_Logprobs]]) -> _Choice:
+        return _Choice(index, text_of(parts), _joined(logprobs_of(parts)), parts[-1].finish)
 
     def _logprobs(self, tokens: Sequence[TextToken]) -> _Logprobs:
         return _Logprobs(
@@ -78,3 +81,14 @@ class CompletionDialect:
 
     def _text(self, token_id: int) -> str:
         return self._vocabulary.raw_bytes(token_id).decode(errors="replace")
+
+
+def _joined(logprobs: Sequence[_Logprobs]) -> _Logprobs | None:
+    if len(logprobs) <= 1:
+        return logprobs[0] if logprobs else None
+    return _Logprobs(
+        tokens=[each for one in logprobs for each in one.tokens],
+        token_logprobs=[each for one in logprobs for each in one.token_logprobs],
+        top_logprobs=[each for one in logprobs for each in one.top_logprobs],
+        text_offset=[each for one in logprobs for each in one.text_offset],
+    )

@@ -198,7 +198,12 @@ class Dispatcher:
     def _route(self, generation: Generation) -> None:
         now = self._clock()
         request = generation.routing_request()
-        explanation = self._policy.decide(request, self._loads.view(now, request.path), now)
+        try:
+            explanation = self._policy.decide(request, self._loads.view(now, request.path), now)
+        except Exception as error:            # or it would be asked again at every turn, before all who wait behind this one
+            logger.exception("%s: the router failed", generation.prompt.name)
+            self._fail(generation, FailureKind.INTERNAL, f"the router failed: {error!r}")
+            return
         self._log.decided(generation, explanation, now)
         match explanation.decision:
             case Route() as decision:

@@ -69,7 +69,7 @@ class Exchange:
         """The whole body. Raises BadRequest (413 as soon as it is known to be larger, 408, 400), ClientGone."""
         if not self.complete:
             self._check_size(int(self.header("content-length") or 0), max_bytes)
-            if (self.header("expect") or "").lower() == "100-continue":
+            if self._chunked and (self.header("expect") or "").lower() == "100-continue":
                 self._send(CONTINUE)
         while True:
             self._check_size(len(self._body), max_bytes)

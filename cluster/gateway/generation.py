@@ -67,13 +67,13 @@ class Attempt:
     order: InOrder
     progress_at: float                        # last new token, or the start
     has_tokens: bool = False                  # of this attempt
-    handed_over: bool = False                 # the decode worker has the KV: the prefill worker no longer matters
+    handed_over: bool = False                 # the decode worker has the KV: but for its token, the prefill worker no longer matters
 
     @property
     def workers(self) -> tuple[WorkerRef, ...]:
         """Whose death ends this attempt."""
         prefill = self.route.prefill
-        return (self.route.decode,) if prefill is None or self.handed_over else (prefill, self.route.decode)
+        return (self.route.decode,) if prefill is None or (self.handed_over and self.has_tokens) else (prefill, self.route.decode)
 
 
 @dataclass(eq=False)

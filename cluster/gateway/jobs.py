@@ -8,15 +8,16 @@ import msgspec
 from msgspec import Struct
 
 from ...messages.requests import SamplingParams, ServiceClass
-from .bodies import ChatBody, ChatMessage, CompletionBody
+from .bodies import MAX_CHOICES, ChatBody, ChatMessage, CompletionBody
 from .errors import BadRequest
+from .stops import StopStrings
 from .tiers import CLASS_OF_TIER, told_tier
 from .tokenizer import TextModel
 
 DEFAULT_COMPLETION_TOKENS = 16
-MAX_CHOICES = 1024
 MAX_PROMPT_LOGPROBS = 250_000
-"""Of one prompt, alternatives included. They travel in one message, which has a limit: a quarter of it is taken here."""
+"""Of one prompt, alternatives included. They travel in one message, which has a limit: a quarter of it is taken here. And of all choices:
+they come together, and are written in one go, for which all other clients wait."""
 
 SEED_MASK = (1 << 63) - 1
 
@@ -32,7 +33,7 @@ class Job(Struct, frozen=True):
     prompts: tuple[JobPrompt, ...]
     n: int                                    # choices per prompt; choice j of prompt i has index i * n + j
     sampling: SamplingParams                  # of the first choice of each prompt
-    stops: tuple[str, ...]
+    stops: StopStrings
     include_stop: bool
     echo: bool
     stream: bool
@@ -74,13 +75,14 @@ class JobMaker:
         if max_tokens == 0 and not body.echo:
             raise BadRequest("max_tokens must be at least 1 (0 only with echo)", param="max_tokens")
         sampling = self._sampling(body, max_tokens, body.logprobs, body.logprobs if body.echo else None)
-        _check_prompt_logprobs(max(len(prompt.token_ids) for prompt in prompts), sampling.prompt_logprobs)
+        _check_prompt_logprobs((body.n or 1) * sum(len(prompt.token_ids) for prompt in prompts), sampling.prompt_logprobs)
         return _job("cmpl", body, prompts, sampling, max_model_len, echo=body.echo)
 
     async def chat(self, body: ChatBody, max_model_len: int) -> Job:
         if self._model.template is None:
             raise BadRequest(f"{self._model_name} has no chat template; use /v1/completions", code="no_chat_template")
-        text = self._model.template.render([_plain(message) for message in body.messages])
+        messages = [_plain(message) for message in body.messages]
+        text = self._model.template.render(messages, body.add_generation_prompt, body.chat_template_kwargs or {})
         [prompt] = await self._prompts([text], body.add_special_tokens)
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         if max_tokens == 0:
@@ -149,7 +151,7 @@ def _job(
         prompts=tuple(prompts),
         n=body.n or 1,
         sampling=sampling,
-        stops=tuple(body.stop or ()),
+        stops=StopStrings(body.stop or ()),
         include_stop=body.include_stop_str_in_output,
         echo=echo,
         stream=bool(body.stream),
@@ -176,8 +178,8 @@ def _check_choices(num_prompts: int, n: int) -> None:
 
 def _check_prompt_logprobs(num_prompt_tokens: int, num_top: int | None) -> None:
     if num_top is not None and num_prompt_tokens * (num_top + 1) > MAX_PROMPT_LOGPROBS:
-        wanted = f"{num_prompt_tokens} prompt tokens with {num_top} alternatives each"
-        raise BadRequest(f"logprobs: {wanted} are over {MAX_PROMPT_LOGPROBS} log-probabilities of a prompt (echo)", param="logprobs")
+        wanted = f"{num_prompt_tokens} prompt tokens of all choices with {num_top} alternatives each"
+        raise BadRequest(f"logprobs: {wanted} are over {MAX_PROMPT_LOGPROBS} log-probabilities of prompts (echo)", param="logprobs")
 
 
 def _separate(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:

@@ -2,6 +2,7 @@
 
     admit(key, tokens) ──► both buckets hold enough: taken, and what is left is told
                            one does not: nothing is taken, RateLimited with the time until it would
+    give_back ───────────► of what was refused after that
 
 A bucket holds one minute's worth and fills evenly (a token bucket). Tokens are counted when they are asked for: the prompt's, and the most
 that may come.
@@ -75,6 +76,15 @@ class RateLimiter:
             raise RateLimited(_text(worst, wanted[worst], buckets[worst]), waits_s[worst], _headers(buckets))
         for name, bucket in buckets.items():
             bucket.level -= wanted[name]
+        return _headers(buckets)
+
+
+    def give_back(self, key: bytes, num_requests: int, num_tokens: int) -> Headers:
+        """What was admitted and then refused for other reasons → for the answer."""
+        buckets = self._buckets.get(key, {})
+        for name, bucket in buckets.items():
+            bucket.refill(self._clock())
+            bucket.level = min(bucket.per_minute, bucket.level + {"requests": num_requests, "tokens": num_tokens}[name])
         return _headers(buckets)
 
 

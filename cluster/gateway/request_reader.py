@@ -136,6 +136,8 @@ class RequestReader:
         if version not in ("1.0", "1.1"):
             raise BadRequest(f"HTTP/{version} is not spoken here, but HTTP/1.1", code="invalid_http", status=505)
         headers = dict(reversed(self._headers))               # of equal ones the first counts
+        if (num_hosts := sum(name == b"host" for name, _ in self._headers)) > 1:
+            raise BadRequest(f"a request names one Host, not {num_hosts}", code="invalid_http")
         coding = headers.get(b"transfer-encoding")
         if coding is not None and (coding.lower() != b"chunked" or version == "1.0"):
             text = f"the transfer coding {coding.decode('latin-1')!r} of HTTP/{version} is not supported, only 'chunked' of HTTP/1.1"

@@ -11,12 +11,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...messages.errors import DiptychError
-from .answer import Answer, join
+from .answer import Answer
 from .choice import Piece
-from .dialects import Dialect
+from .dialects import Dialect, Part
 from .errors import SlowClient, to_http
 from .exchange import Exchange, nothing
 from .response_head import Headers
@@ -71,7 +71,7 @@ class Turn:
 class Reply(NamedTuple):
     exchange: Exchange
     answer: Answer
-    dialect: Dialect
+    dialect: Dialect[Any]
     headers: Callable[[], Headers]            # asked at the first byte
     fail: Callable[[Exception], None]         # is told what goes wrong before it, and every fault of ours
 
@@ -118,14 +118,13 @@ class Responder(ABC):
 class WholeResponder(Responder):
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
-        self._pieces: dict[int, list[Piece]] = {}
+        self._parts: dict[int, list[Part[Any]]] = {}
 
     def _take(self) -> None:
         for index, piece in self._answer.take():
-            self._pieces.setdefault(index, []).append(piece)
+            self._parts.setdefault(index, []).append(self._dialect.part(piece))
         if not self._answer.num_open:
-            wholes = [join(self._pieces[index]) for index in sorted(self._pieces)]
-            body = self._dialect.whole(wholes, self._answer.usage())
+            body = self._dialect.whole([self._parts[index] for index in sorted(self._parts)], self._answer.usage())
             self._end()
             self._exchange.respond(200, (JSON, *self._headers()), body)
 

@@ -3,36 +3,49 @@
 from collections.abc import Sequence
 
 
+class StopStrings:
+    """A request's, prepared once for all of its choices."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.tables = [(stop, _borders(stop)) for stop in stops]
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+
+def _borders(pattern: str) -> list[int]:
+    borders, length = [0] * len(pattern), 0
+    for i in range(1, len(pattern)):
+        borders[i] = length = _step(pattern, borders, length, pattern[i])
+    return borders
+
+
+def _step(pattern: str, borders: list[int], length: int, char: str) -> int:
+    while length and pattern[length] != char:
+        length = borders[length - 1]
+    return length + (pattern[length] == char)
+
+
 class _Automaton:
     """Knuth, Morris and Pratt 1977: `state` is how much of `pattern` the text ends with; each character costs constant time on average."""
 
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
+    def __init__(self, pattern: str, borders: list[int]) -> None:
+        self.pattern, self._borders = pattern, borders
         self.state = 0
-        self._borders = [0] * len(pattern)
-        length = 0
-        for i in range(1, len(pattern)):
-            length = self._step(length, pattern[i])
-            self._borders[i] = length
 
     def feed(self, char: str) -> bool:
-        self.state = self._step(self.state, char)
+        self.state = _step(self.pattern, self._borders, self.state, char)
         if self.state < len(self.pattern):
             return False
         self.state = self._borders[-1]
         return True
 
-    def _step(self, length: int, char: str) -> int:
-        while length and self.pattern[length] != char:
-            length = self._borders[length - 1]
-        return length + (self.pattern[length] == char)
-
 
 class StopMatcher:
     """Used until the first match; then it is over."""
 
-    def __init__(self, stops: Sequence[str], *, include: bool) -> None:
-        self._automata = [_Automaton(stop) for stop in stops]
+    def __init__(self, stops: StopStrings, *, include: bool) -> None:
+        self._automata = [_Automaton(*table) for table in stops.tables]
         self._include = include
         self._held = ""
         self.matched = False

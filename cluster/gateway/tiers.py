@@ -18,6 +18,7 @@ CLASS_OF_TIER = {
     "flex": ServiceClass.BATCH,
     "batch": ServiceClass.BATCH,
 }
+LEAST_MS = 1e-3                               # of an objective; policies divide by it
 TTFT_HEADER, TPOT_HEADER = "x-diptych-ttft-ms", "x-diptych-tpot-ms"
 
 
@@ -43,6 +44,6 @@ def _header_s(exchange: Exchange, name: str) -> float | None:
         ms = float(text)
     except ValueError:
         ms = math.nan
-    if not 0 < ms < math.inf:
-        raise BadRequest(f"the header {name} must be a positive number of milliseconds, not {text!r}", param=name)
+    if not LEAST_MS <= ms < math.inf:
+        raise BadRequest(f"the header {name} must be a number of milliseconds, at least {LEAST_MS:g}, not {text!r}", param=name)
     return ms / 1e3

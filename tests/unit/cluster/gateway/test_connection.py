@@ -219,6 +219,7 @@ class TestRefusals:
             (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
             (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
             (b"GET / HTTP/1.1\nHost: x\n\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
             (b"GET / HTTP/1.1\r\nX: a\r\n b\r\n\r\n", 400),
             (b"GET / HTTP/1.1\r\nX: a\rInjected: b\r\n\r\n", 400),
             (b"GET / HTTP/1.1\r\nX: a\x00b\r\n\r\n", 400),
@@ -331,6 +332,12 @@ class TestBodies:
         assert await line.feed(head) == CONTINUE
         assert await line.feed(body) == CONTINUE + ok(b"POST /b hello")
         assert await line.feed(head + body) == CONTINUE + 2 * ok(b"POST /b hello")
+
+
+    @in_loop
+    async def test_one_of_http_1_0_knows_of_no_such_answer(self):
+        line = Line()
+        assert await line.feed(b"POST / HTTP/1.0\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n") == b""
 
 
 async def swallow(exchange: Exchange) -> None:

@@ -231,6 +231,19 @@ class TestRetry:
         bench.alive(*({"p0", "p1"} - {first.route.prefill.worker_id}), "d0")
         assert bench.request().num_prior_outputs == 1
 
+    def test_and_until_its_token_is_here(self, bench):
+        """It said so to the decode worker, and died before it could tell us."""
+        bench.alive("p0", "p1", "d0", "d1")
+        generation = bench.start()
+        first = bench.request()
+        bench.tokens(first, "decode", 1, 11)
+        bench.alive(*({"p0", "p1", "d0", "d1"} - {first.route.prefill.worker_id}))
+        again = bench.request()
+        assert (again.num_prior_outputs, bench.reasons) == (0, ["worker_lost"])
+        bench.tokens(again, "prefill", 0, 10)
+        bench.tokens(again, "decode", 1, 11, finish=FinishReason.LENGTH)
+        assert (taken(generation), bench.ends) == ([10, 11], [State.FINISHED])
+
     @pytest.mark.parametrize("sign", ["span", "token"])
     def test_and_not_after(self, bench, sign):
         generation = bench.start()
@@ -350,6 +363,23 @@ class TestWithoutARoute:
         bench = Bench()
         bench.dispatcher.abort(bench.start())
         assert (bench.ends, bench.dispatcher.num_queued) == ([State.ABORTED], 0)
+
+
+class TestRouterFault:
+    def test_it_is_the_one_generations_that_it_was_asked_for(self, bench, monkeypatch, caplog):
+        """In line, too: or nobody behind it would be looked at, and its gateway would stop."""
+        bench.alive()
+        asked, others = bench.start(max_tokens=5), [bench.start(), bench.start()]
+        decide = bench.dispatcher._policy.decide
+
+        def fails_for_one(request, view, now):
+            return 1 / 0 if request.max_new_tokens == 5 else decide(request, view, now)
+
+        monkeypatch.setattr(bench.dispatcher._policy, "decide", fails_for_one)
+        bench.alive("p0", "d0")
+        assert (asked.state, asked.error.kind) == (State.FAILED, FailureKind.INTERNAL)
+        assert "the router failed" in caplog.text
+        assert [other.state for other in others] == [State.RUNNING, State.RUNNING]
 
 
 class TestLimits:

@@ -8,6 +8,7 @@ from harness.gateway import House, in_loop
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diptych.cluster.gateway.config import Limits
 from diptych.cluster.gateway.errors import RateLimited
 from diptych.cluster.gateway.rate_limits import RateLimiter, RateLimits
 from diptych.cluster.places import PlaceKind, PlaceName, gateway_config
@@ -83,6 +84,15 @@ async def test_tokens_count_prompts_and_what_may_come(tmp_path):
         never = await house.post("/v1/completions", ASK | {"n": 6})
         assert (never.status, "retry-after" in never.headers) == (429, False)
         assert "60 tokens are asked for" in never.error["message"]
+
+
+@in_loop
+async def test_who_is_refused_has_used_up_nothing(tmp_path):
+    async with House(tmp_path, rate_limits=RateLimits(2, 50), limits=Limits(max_live_choices=0)) as house:
+        replies = [await house.post("/v1/completions", ASK) for _ in range(4)]
+        assert [(reply.status, reply.error["code"]) for reply in replies] == [(429, "overloaded")] * 4
+        assert {reply.headers["x-ratelimit-remaining-requests"] for reply in replies} == {"2"}
+        assert {reply.headers["x-ratelimit-remaining-tokens"] for reply in replies} == {"50"}
 
 
 @in_loop

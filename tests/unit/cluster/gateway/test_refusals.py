@@ -1,9 +1,13 @@
 """Every mistake that a caller can make: its status, the field it names, OpenAI's shape. Never a 500, and nothing reaches a worker."""
 
+import json
+
 import pytest
 from harness.gateway import CONTEXT, MODEL, VOCAB_SIZE, House, in_loop
+from pydantic import ValidationError
 
 from diptych.cluster.gateway import jobs
+from diptych.cluster.gateway.bodies import ChatBody, CompletionBody
 from diptych.cluster.gateway.config import Limits
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -33,6 +37,9 @@ BOTH = [
     ("logit_bias", {"5": 101}), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {str(VOCAB_SIZE): 1}),
     ("stream", "yes"), ("stream_options", {"include_usage": True}), ("min_tokens", -1), ("min_tokens", 21), ("user", 5),
     ("stop_token_ids", [-1]), ("stop_token_ids", [VOCAB_SIZE]), ("stop_token_ids", 5), ("ignore_eos", "no"),
+    ("stop", "x" * 1025), ("logit_bias", {"5": True}), ("logit_bias", {"5": "1"}), ("logit_bias", {"5": None}),
+    ("guided_json", {"type": "object"}), ("guided_choice", ["a"]), ("structured_outputs", {"regex": "a"}), ("bad_words", ["a"]),
+    ("response_format", {"type": "json_object"}), ("prompt_logprobs", 0), ("use_beam_search", True),
 ]  # fmt: skip
 
 
@@ -95,6 +102,49 @@ async def test_a_field_of_chat(tmp_path, body, param, text):
         assert text in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("into", "body"),
+    [
+        (CompletionBody, {"prompt": [0] * 1000 + [-1] * 1000}),
+        (CompletionBody, {"prompt": [[0] * 500 + [-1] * 500] * 100}),
+        (CompletionBody, {"prompt": ["a"] * 100 + [5] * 1000}),
+        (CompletionBody, {"prompt": "a", "stop_token_ids": [-1] * 1000}),
+        (CompletionBody, {"prompt": "a", "logit_bias": {str(i): 101 for i in range(1000)}}),
+        (ChatBody, {"messages": [{}] * 1000}),
+        (ChatBody, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+    ],
+)
+def test_of_many_mistakes_few_are_looked_for(into, body):
+    """One to a list and alternative. A body has room for millions, each takes time and memory, and nobody else is served meanwhile."""
+    with pytest.raises(ValidationError) as caught:
+        into.model_validate_json(json.dumps({"model": MODEL} | body))
+    assert caught.value.error_count() <= 8
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 1025, [[1]] * 1025, [1] * ((1 << 20) + 1)])
+@in_loop
+async def test_more_of_a_prompt_than_is_looked_at(tmp_path, prompt):
+    async with House(tmp_path) as house:
+        assert "at most" in (await refused(house, COMPLETIONS, {"prompt": prompt}))["message"]
+
+
+@in_loop
+async def test_what_asks_for_nothing_is_taken(tmp_path):
+    async with House(tmp_path) as house:
+        nothing = {"guided_json": None, "bad_words": [], "use_beam_search": False, "structured_outputs": {}}
+        body = {"prompt": "Hi", "response_format": {"type": "text"}} | nothing
+        assert (await house.post(COMPLETIONS, body)).status == 200
+
+
+@pytest.mark.parametrize("ms", ["1e-322", "0", "-1", "nan", "inf", "soon"])
+@pytest.mark.parametrize("name", ["x-diptych-ttft-ms", "x-diptych-tpot-ms"])
+@in_loop
+async def test_an_objective_that_nothing_can_be_divided_by(tmp_path, name, ms):
+    async with House(tmp_path) as house:
+        reply = await house.post(COMPLETIONS, {"prompt": "Hi", "service_tier": "flex"}, {name: ms})
+        assert (reply.status, reply.error["param"]) == (400, name)
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 @in_loop
 async def test_stop_tokens_that_leave_nothing_to_sample(tmp_path, temperature):
@@ -118,6 +168,7 @@ async def test_more_prompt_logprobs_than_a_message_takes(tmp_path, monkeypatch):
     async with House(tmp_path) as house:
         body = {"prompt": "x" * 10, "logprobs": 2, "max_tokens": 1}
         assert (await refused(house, COMPLETIONS, body | {"prompt": "x" * 11, "echo": True}))["param"] == "logprobs"
+        assert (await refused(house, COMPLETIONS, body | {"n": 2, "echo": True}))["param"] == "logprobs", "they come together"
         for taken in (body | {"echo": True}, body | {"prompt": "x" * 11}):
             assert (await house.post(COMPLETIONS, taken)).status == 200
 

@@ -3,7 +3,8 @@ from itertools import pairwise
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from diptych.cluster.gateway.stops import StopMatcher
+from diptych.cluster.gateway import stops as stops_module
+from diptych.cluster.gateway.stops import StopMatcher, StopStrings
 
 TEXT = st.text("ab ", max_size=40)
 STOPS = st.lists(st.text("ab ", min_size=1, max_size=5), max_size=4)
@@ -34,7 +35,7 @@ def expected(text: str, stops: list[str], *, include: bool, beyond: int = 0) -> 
 def test_finds_what_brute_force_finds_however_the_text_is_cut(text, stops, cuts, include):
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = [text[a:b] for a, b in pairwise(bounds)]
-    matcher = StopMatcher(stops, include=include)
+    matcher = StopMatcher(StopStrings(stops), include=include)
     assert (feed(matcher, pieces), matcher.matched) == expected(text, stops, include=include)
 
 
@@ -43,14 +44,14 @@ def test_finds_what_brute_force_finds_however_the_text_is_cut(text, stops, cuts,
 def test_a_match_may_begin_where_none_may_end(text, stops, cuts, num_silent, include):
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     beyond = bounds[min(num_silent, len(bounds) - 1)]
-    matcher = StopMatcher(stops, include=include)
+    matcher = StopMatcher(StopStrings(stops), include=include)
     out = feed(matcher, [text[a:b] for a, b in pairwise(bounds)], num_silent)
     assert (out, matcher.matched) == expected(text, stops, include=include, beyond=beyond)
 
 
 @given(TEXT, STOPS)
 def test_holds_back_exactly_what_may_become_a_stop(text, stops):
-    matcher, out = StopMatcher(stops, include=False), ""
+    matcher, out = StopMatcher(StopStrings(stops), include=False), ""
     for i, char in enumerate(text):
         out += matcher.feed(char)
         if matcher.matched:
@@ -61,4 +62,13 @@ def test_holds_back_exactly_what_may_become_a_stop(text, stops):
 
 
 def test_without_stops_nothing_is_held():
-    assert StopMatcher([], include=False).feed("abc") == "abc"
+    assert StopMatcher(StopStrings([]), include=False).feed("abc") == "abc"
+
+
+def test_tables_are_made_once_for_all_choices(monkeypatch):
+    made = list[str]()
+    monkeypatch.setattr(stops_module, "_borders", lambda pattern: made.append(pattern) or [0] * len(pattern))
+    stops = StopStrings(["ab", "c"])
+    for _ in range(128):
+        StopMatcher(stops, include=False).feed("abc")
+    assert made == ["ab", "c"]

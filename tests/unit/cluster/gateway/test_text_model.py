@@ -86,6 +86,12 @@ class TestTemplate:
         messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "<ü & 'q'>"}]
         assert ChatTemplate(source, {}).render(messages) == "\"<ü & 'q'>\"[4]>"
 
+    def test_the_client_tells_it_more_but_not_otherwise(self):
+        template = ChatTemplate("{{ enable_thinking }}{{ messages[0].content }}{{ tools }}{% if add_generation_prompt %}>{% endif %}", {})
+        further = {"enable_thinking": False, "messages": [], "tools": ["x"], "add_generation_prompt": False}
+        assert template.render(HELLO, further=further) == "FalseHelloNone>"
+        assert template.render(HELLO, opens=False, further=further) == "FalseHelloNone"
+
     def test_its_refusal_is_the_callers_mistake(self):
         template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
         with pytest.raises(BadRequest, match="roles must alternate"):
