@@ -37,6 +37,7 @@ from .workload import Workload
 from .writer import PromptMode, PromptSource
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+NUM_GENERATED, NUM_GENERATED_TO_SEARCH = 200, 100_000   # of which a search sends what its longest probe takes: 20 s at 5000/s
 
 
 class DefaultsToServe(TyperGroup):
@@ -82,7 +83,7 @@ def serve(
     deadline_s: Annotated[float, endpoint_option(min=0.001, help="of each request")] = 120.0,
     trace: Annotated[Path | None, workload_option(help="Azure CSV, BurstGPT CSV or Mooncake JSONL")] = None,
     first_s: Annotated[float | None, workload_option(min=0, help="only the first seconds, before scaling to a rate")] = None,
-    requests: Annotated[int | None, workload_option(min=1, help="at most; default: the whole trace; generated: 200, or 2000")] = None,
+    requests: Annotated[int | None, workload_option(min=1, help="at most; default: all; generated: 200, or as probes need")] = None,
     max_context: Annotated[int | None, workload_option(min=2, help="cut prompt + output to this many tokens")] = None,
     scale_lengths: Annotated[bool, workload_option("--scale-lengths", help="shrink all lengths in proportion instead of cutting")] = False,
     seed: Annotated[int, workload_option(min=0, help="of generated arrivals and lengths")] = 0,
@@ -119,7 +120,7 @@ def serve(
     with _exit_codes():
         lengths = Lengths(prompt_mean, prompt_sigma, prompt_max), Lengths(output_mean, output_sigma, output_max)
         prefix = SharedPrefix(prefix_tokens, prefix_groups) if prefix_tokens else None
-        recipe = Recipe(requests or (2000 if goodput else 200), *lengths, arrivals, cv, prefix, seed)
+        recipe = Recipe(requests or (NUM_GENERATED_TO_SEARCH if goodput else NUM_GENERATED), *lengths, arrivals, cv, prefix, seed)
         workload = _narrow(read_trace(trace) if trace else generate(recipe), first_s, requests)
         if max_context is not None:
             workload = workload.fit_context(max_context, scale=scale_lengths)
