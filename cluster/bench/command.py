@@ -9,6 +9,7 @@ rate count: what fails beyond it is what the search looks for.
 
 import asyncio
 import contextlib
+import math
 import resource
 import secrets
 import signal
@@ -126,8 +127,9 @@ def serve(
             workload = workload.fit_context(max_context, scale=scale_lengths)
         elif scale_lengths:
             raise WorkloadError("--scale-lengths needs --max-context, the context to scale to")
-        search = SearchPlan(rate or 1.0, len(workload), target, half_width, resolution, min_probe_s=probe_s) if goodput else None
-        load = Load(_rates(rate, rates, recorded=trace is not None), search)
+        wanted, start_rate = _rates(rate, rates, recorded=trace is not None), 1.0 if rate is None else rate
+        search = SearchPlan(start_rate, len(workload), target, half_width, resolution, min_probe_s=probe_s) if goodput else None
+        load = Load(wanted, search)
         objective, prompts = Objective(ttft_ms, tpot_ms), PromptSource(mode, vocab_size, tokenizer, _seed(prompt_seed))
         plan = BenchPlan(Address.parse(url, api_key), workload, load, objective, prompts, model, deadline_s, gpus, seed, tell_objective)
         result = _measure(plan)
@@ -269,14 +271,22 @@ def _narrow(workload: Workload, first_s: float | None, requests: int | None) -> 
 
 
 def _rates(rate: float | None, rates: str | None, *, recorded: bool) -> tuple[float | None, ...]:
+    """Raises WorkloadError."""
     if rates is None:
-        return (rate if rate is not None or recorded else 1.0,)
+        return (_checked(rate) if rate is not None else None if recorded else 1.0,)
     if rate is not None:
         raise WorkloadError("give --rate or --rates, not both")
     try:
-        return tuple(float(text) for text in rates.split(","))
+        numbers = [float(text) for text in rates.split(",")]
     except ValueError as error:
         raise WorkloadError(f"--rates {rates!r}: numbers with commas between are wanted, such as 1,2,4") from error
+    return tuple(map(_checked, numbers))
+
+
+def _checked(rate: float) -> float:
+    if not 0 < rate < math.inf:
+        raise WorkloadError(f"a rate must be > 0 requests/s, and finite: got {rate}")
+    return rate
 
 
 def _measure(plan: BenchPlan) -> BenchResult:
