@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from ..messages.errors import ClusterError
+from .plain_http import open_http
 
 CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 60.0                      # between two pieces of an answer
@@ -42,17 +43,15 @@ class Answer:
 class Chat:
     """Keeps the conversation; `ask` adds to it once an answer is complete."""
 
-    endpoint: str                             # http://host:port
+    endpoint: str                             # http://host:port, or with /v1, as clients of OpenAI's are given it
     api_key: str | None = None
     max_tokens: int = 200
     temperature: float = 0.0
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        self.endpoint = self.endpoint.rstrip("/").removesuffix("/v1")            # as clients of OpenAI's are given it
-        self._http = httpx.Client(base_url=self.endpoint, headers=headers, timeout=timeout, trust_env=False)
+        """Raises EndpointError, ClusterError."""
+        self._http = open_http(self.endpoint, self.api_key, httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S))
         self._model = self._first_model()
 
     def ask(self, text: str) -> Answer:

@@ -7,15 +7,15 @@ import msgspec
 
 from ..messages.errors import ClusterError
 from .gateway.decisions import RequestExplanation
+from .plain_http import open_http
 
 TIMEOUT_S = 10.0
 
 
 def explain_over_http(url: str, some_id: str, api_key: str | None) -> RequestExplanation | None:
-    """None: that gateway does not know the request, or keeps none. Raises ClusterError."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    """None: that gateway does not know the request, or keeps none. Raises EndpointError, ClusterError."""
     try:
-        with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as http:
+        with open_http(url, api_key, TIMEOUT_S) as http:
             reply = http.get(f"/explain/{quote(some_id, safe='')}")
     except httpx.HTTPError as error:
         raise ClusterError(f"{url}: {error or type(error).__name__}") from None

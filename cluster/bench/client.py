@@ -55,9 +55,11 @@ class Address:
         try:
             parts = urlsplit(url)
             port = parts.port
+            (parts.hostname or "").encode("idna")             # as the resolver will
         except ValueError as error:
             raise EndpointError(f"{url!r} is not a URL: {error}") from error
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        more = parts.query or parts.fragment or "@" in parts.netloc or " " in url or not url.isprintable()
+        if parts.scheme not in ("http", "https") or not parts.hostname or more:
             raise EndpointError(f"{url!r} is not of the form http://host:port")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise EndpointError("the API key holds characters that no HTTP header may have")

@@ -9,6 +9,7 @@ rate count: what fails beyond it is what the search looks for.
 
 import asyncio
 import contextlib
+import math
 import resource
 import secrets
 import signal
@@ -37,6 +38,7 @@ from .workload import Workload
 from .writer import PromptMode, PromptSource
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+NUM_GENERATED, NUM_GENERATED_TO_SEARCH = 200, 100_000   # of which a search sends what its longest probe takes: 20 s at 5000/s
 
 
 class DefaultsToServe(TyperGroup):
@@ -82,7 +84,7 @@ def serve(
     deadline_s: Annotated[float, endpoint_option(min=0.001, help="of each request")] = 120.0,
     trace: Annotated[Path | None, workload_option(help="Azure CSV, BurstGPT CSV or Mooncake JSONL")] = None,
     first_s: Annotated[float | None, workload_option(min=0, help="only the first seconds, before scaling to a rate")] = None,
-    requests: Annotated[int | None, workload_option(min=1, help="at most; default: the whole trace; generated: 200, or 2000")] = None,
+    requests: Annotated[int | None, workload_option(min=1, help="at most; default: all; generated: 200, or as probes need")] = None,
     max_context: Annotated[int | None, workload_option(min=2, help="cut prompt + output to this many tokens")] = None,
     scale_lengths: Annotated[bool, workload_option("--scale-lengths", help="shrink all lengths in proportion instead of cutting")] = False,
     seed: Annotated[int, workload_option(min=0, help="of generated arrivals and lengths")] = 0,
@@ -119,14 +121,15 @@ def serve(
     with _exit_codes():
         lengths = Lengths(prompt_mean, prompt_sigma, prompt_max), Lengths(output_mean, output_sigma, output_max)
         prefix = SharedPrefix(prefix_tokens, prefix_groups) if prefix_tokens else None
-        recipe = Recipe(requests or (2000 if goodput else 200), *lengths, arrivals, cv, prefix, seed)
+        recipe = Recipe(requests or (NUM_GENERATED_TO_SEARCH if goodput else NUM_GENERATED), *lengths, arrivals, cv, prefix, seed)
         workload = _narrow(read_trace(trace) if trace else generate(recipe), first_s, requests)
         if max_context is not None:
             workload = workload.fit_context(max_context, scale=scale_lengths)
         elif scale_lengths:
             raise WorkloadError("--scale-lengths needs --max-context, the context to scale to")
-        search = SearchPlan(rate or 1.0, len(workload), target, half_width, resolution, min_probe_s=probe_s) if goodput else None
-        load = Load(_rates(rate, rates, recorded=trace is not None), search)
+        wanted, start_rate = _rates(rate, rates, recorded=trace is not None), 1.0 if rate is None else rate
+        search = SearchPlan(start_rate, len(workload), target, half_width, resolution, min_probe_s=probe_s) if goodput else None
+        load = Load(wanted, search)
         objective, prompts = Objective(ttft_ms, tpot_ms), PromptSource(mode, vocab_size, tokenizer, _seed(prompt_seed))
         plan = BenchPlan(Address.parse(url, api_key), workload, load, objective, prompts, model, deadline_s, gpus, seed, tell_objective)
         result = _measure(plan)
@@ -268,14 +271,22 @@ def _narrow(workload: Workload, first_s: float | None, requests: int | None) -> 
 
 
 def _rates(rate: float | None, rates: str | None, *, recorded: bool) -> tuple[float | None, ...]:
+    """Raises WorkloadError."""
     if rates is None:
-        return (rate if rate is not None or recorded else 1.0,)
+        return (_checked(rate) if rate is not None else None if recorded else 1.0,)
     if rate is not None:
         raise WorkloadError("give --rate or --rates, not both")
     try:
-        return tuple(float(text) for text in rates.split(","))
+        numbers = [float(text) for text in rates.split(",")]
     except ValueError as error:
         raise WorkloadError(f"--rates {rates!r}: numbers with commas between are wanted, such as 1,2,4") from error
+    return tuple(map(_checked, numbers))
+
+
+def _checked(rate: float) -> float:
+    if not 0 < rate < math.inf:
+        raise WorkloadError(f"a rate must be > 0 requests/s, and finite: got {rate}")
+    return rate
 
 
 def _measure(plan: BenchPlan) -> BenchResult:

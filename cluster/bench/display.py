@@ -92,12 +92,15 @@ def goodput_text(goodput: GoodputReport, gpus: int) -> str:
     search, share = goodput.search, f"{goodput.target:.0%} of requests met both"
     if search.phase is Phase.BELOW:
         return f"no goodput found: not even at {search.decided[0].rate:.3g} requests/s {share}; start lower with --rate"
+    found = {Phase.FOUND: "", Phase.ABOVE: "at least ", Phase.TOO_SHORT: "at least "}.get(search.phase, "(search not finished) at least ")
+    figure = f"goodput {found}{goodput.per_gpu:.3g} requests/s/GPU: {search.rate:.3g} requests/s on {gpus} GPU, "
+    if search.phase is Phase.TOO_SHORT:
+        return (
+            f"{figure}where {share}; the workload is too short to tell above that: "
+            f"{2 * search.rate:.3g} requests/s for --probe-s takes {search.requests_needed} requests"
+        )
     high = "∞" if search.rate_high is None else f"{search.rate_high:.3g}"
-    found = {Phase.FOUND: "", Phase.ABOVE: "at least "}.get(search.phase, "(search not finished) at least ")
-    return (
-        f"goodput {found}{goodput.per_gpu:.3g} requests/s/GPU: {search.rate:.3g} requests/s on {gpus} GPU, "
-        f"the highest rate at which {share}; surely between {search.rate_low:.3g} and {high}"
-    )
+    return f"{figure}the highest rate at which {share}; surely between {search.rate_low:.3g} and {high}"
 
 
 def warnings(reports: list[Report]) -> list[str]:

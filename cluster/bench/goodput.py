@@ -2,13 +2,14 @@
 
     BRACKETING ── a rate passed and a higher one failed ──> BISECTING ── (failing − passing) <= resolution ──> FOUND
         ├── nothing passes down to the lowest rate ───────────────────────────────────────────────────────────> BELOW
-        └── nothing fails up to the highest rate ─────────────────────────────────────────────────────────────> ABOVE
+        ├── nothing fails up to the highest rate ─────────────────────────────────────────────────────────────> ABOVE
+        └── nothing fails as far as the workload reaches ─────────────────────────────────────────────────────> TOO_SHORT
 
 `next_probe()` says which rate to try with how many requests; `observe()` takes the outcome. When is one rate decided? When
 Wilson's 95 % interval of its attainment lies wholly on one side of the target, or is narrower than ± `half_width` and than half
 of what the target leaves (then the share itself decides), or there are no more requests. Until then the same rate is tried
 again, from an idle system, with twice the requests. Never fewer than make `min_probe_s` of load: an overloaded server looks
-well until its queue has grown.
+well until its queue has grown. So no rate is tried at which the whole workload is over sooner.
 """
 
 import math
@@ -27,20 +28,22 @@ class Phase(Enum):
     FOUND = "found"
     BELOW = "below"                     # even the lowest rate tried misses the target
     ABOVE = "above"                     # even the highest rate tried reaches it
+    TOO_SHORT = "too_short"             # so does the highest at which the workload lasts `min_probe_s`
 
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
-    Phase.BRACKETING: frozenset({Phase.BISECTING, Phase.FOUND, Phase.BELOW, Phase.ABOVE}),
+    Phase.BRACKETING: frozenset({Phase.BISECTING, Phase.FOUND, Phase.BELOW, Phase.ABOVE, Phase.TOO_SHORT}),
     Phase.BISECTING: frozenset({Phase.FOUND}),
     Phase.FOUND: frozenset(),
     Phase.BELOW: frozenset(),
     Phase.ABOVE: frozenset(),
+    Phase.TOO_SHORT: frozenset(),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class SearchPlan:
-    start_rate: float                   # requests/s, the first one tried
+    start_rate: float                   # requests/s, the first one tried, if the workload reaches so far
     max_requests: int                   # of one probe: what the workload has
     target: float = 0.9                 # attainment asked for
     half_width: float = 0.03            # of Wilson's interval, at which a share near the target is taken as it is
@@ -52,6 +55,15 @@ class SearchPlan:
         in_order = 0 < self.target < 1 and 0 < self.half_width < 0.5 and self.resolution > 0 and self.min_requests >= 1
         if not (in_order and 0 < self.start_rate < math.inf and self.max_requests >= 1 and 0 <= self.min_probe_s < math.inf):
             raise WorkloadError(f"a goodput search cannot be made with {self}")
+
+    @property
+    def highest_rate(self) -> float:
+        """At which the workload lasts `min_probe_s`."""
+        return self.max_requests / self.min_probe_s if self.min_probe_s else math.inf
+
+    def requests_at(self, rate: float) -> int:
+        """Of the shortest probe; more than there are above `highest_rate`."""
+        return max(self.min_requests, math.ceil(rate * self.min_probe_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,7 @@ class GoodputResult:
     rate_low: float                     # the highest rate whose whole interval is at or over the target, 0 if none
     rate_high: float | None             # the lowest rate whose whole interval is under it, None if none
     decided: tuple[Decided, ...]        # by rate
+    requests_needed: int | None         # TOO_SHORT: by a probe at twice `rate`
 
 
 @dataclass
@@ -84,11 +97,13 @@ class GoodputSearch:
     phase: Phase = Phase.BRACKETING
     _passing: float | None = None       # highest rate that passed
     _failing: float | None = None       # lowest rate that failed
+    _start_rate: float = field(init=False)
     _probe: Probe = field(init=False)
     _decided: list[Decided] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._probe = self._first_probe(self.plan.start_rate)
+        self._start_rate = min(self.plan.start_rate, self.plan.highest_rate)
+        self._probe = self._first_probe(self._start_rate)
 
     def next_probe(self) -> Probe | None:
         """None when the search has ended."""
@@ -119,6 +134,7 @@ class GoodputSearch:
             rate_low=max(surely_passed, default=0.0),
             rate_high=min(surely_failed, default=None),
             decided=tuple(sorted(self._decided, key=lambda decided: decided.rate)),
+            requests_needed=self.plan.requests_at(2 * self._probe.rate) if self.phase is Phase.TOO_SHORT else None,
         )
 
     def _verdict(self, attainment: Attainment) -> bool | None:
@@ -129,14 +145,16 @@ class GoodputSearch:
         return attainment.share >= plan.target if clear or narrow or exhausted else None
 
     def _advance(self) -> None:
-        passing, failing, start = self._passing, self._failing, self.plan.start_rate
+        passing, failing, rate = self._passing, self._failing, self._probe.rate
         if passing is not None and failing is not None:
             self._move(Phase.FOUND if failing <= passing * (1 + self.plan.resolution) else Phase.BISECTING)
             self._probe = self._first_probe((passing + failing) / 2)
-        elif failing is None:
-            self._bracket(2 * self._probe.rate, Phase.ABOVE, ended=self._probe.rate >= start * 2**MAX_DOUBLINGS)
+        elif failing is not None:
+            self._bracket(rate / 2, Phase.BELOW, ended=rate <= self._start_rate / 2**MAX_HALVINGS)
+        elif rate >= self.plan.highest_rate:
+            self._move(Phase.TOO_SHORT)
         else:
-            self._bracket(self._probe.rate / 2, Phase.BELOW, ended=self._probe.rate <= start / 2**MAX_HALVINGS)
+            self._bracket(min(2 * rate, self.plan.highest_rate), Phase.ABOVE, ended=rate >= self._start_rate * 2**MAX_DOUBLINGS)
 
     def _bracket(self, rate: float, end: Phase, *, ended: bool) -> None:
         if ended:
@@ -149,4 +167,4 @@ class GoodputSearch:
             self.phase = phase
 
     def _first_probe(self, rate: float) -> Probe:
-        return Probe(rate, min(max(self.plan.min_requests, math.ceil(rate * self.plan.min_probe_s)), self.plan.max_requests))
+        return Probe(rate, min(self.plan.requests_at(rate), self.plan.max_requests))

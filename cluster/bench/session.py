@@ -61,6 +61,8 @@ class BenchPlan:
 
 
 class WorkloadSummary(msgspec.Struct, frozen=True):
+    """Of what was asked for: of a search's workload the part that its longest probe took."""
+
     source: str
     requests: int
     rate: float | None                  # as it is, before a rate was asked for
@@ -124,7 +126,7 @@ async def measure(plan: BenchPlan, client: HttpClient, watcher: Watcher) -> Benc
         prompt_seed=plan.prompts.seed,
         gpus=plan.gpus,
         objective=plan.objective,
-        workload=WorkloadSummary.of(plan.workload),
+        workload=WorkloadSummary.of(plan.workload.first(max(report.planned for report in session.reports))),
         runs=session.reports,
         goodput=goodput,
     )
@@ -144,6 +146,7 @@ class BenchSession:
                 return
 
     async def search(self, plan: SearchPlan) -> GoodputReport:
+        self.writer.check_context(self.plan.workload)               # not after the hour that it takes to come to a longer probe
         search = GoodputSearch(plan)
         while (probe := search.next_probe()) is not None:
             report = await self._run(self.plan.workload.first(probe.num_requests), probe.rate)

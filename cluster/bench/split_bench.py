@@ -24,7 +24,7 @@ from ..gateway.debug_headers import PATH_HEADER
 from ..router.policy import Path
 from .client import Address, HttpClient
 from .endpoint import ModelCard, find_model
-from .errors import BenchError
+from .errors import BenchError, WorkloadError
 from .load import Call, no_collection, send
 from .record import Outcome, RequestRecord
 from .workload import TimedRequest, Workload
@@ -44,6 +44,10 @@ class SplitBench:
     prompts: PromptSource
     model: str | None = None
     deadline_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise WorkloadError("--lengths names no length of a prompt: give some, such as 1024,4096")
 
 
 class Latencies(Struct, frozen=True):
@@ -92,6 +96,8 @@ def run_split_bench(bench: SplitBench, console: Console) -> SplitReport:
 async def _measure(bench: SplitBench, console: Console) -> SplitReport:
     ways = await _ways(bench)
     try:
+        for way in ways:
+            _check_lengths(bench, way.card)
         rows = []
         for salt, length in enumerate(bench.lengths):
             rounds = await _rounds(ways, bench, length, salt)
@@ -133,6 +139,16 @@ async def _way(bench: SplitBench, name: str, address: Address, headers: tuple[st
     client = HttpClient(address)
     card = await find_model(client, bench.model)
     return Way(name, client, card, RequestWriter(client.address, card, bench.prompts, headers))
+
+
+def _check_lengths(bench: SplitBench, card: ModelCard) -> None:
+    """Raises WorkloadError: before the shorter ones are measured."""
+    context, longest = card.max_model_len, max(bench.lengths)
+    if context is not None and longest + bench.output_tokens > context:
+        raise WorkloadError(
+            f"--lengths {longest} and --output-tokens {bench.output_tokens} are {longest + bench.output_tokens} tokens, "
+            f"{card.id!r} takes {context}: prompts of up to {max(0, context - bench.output_tokens)} fit"
+        )
 
 
 async def _rounds(ways: Sequence[Way], bench: SplitBench, length: int, salt: int) -> list[list[RequestRecord]]:

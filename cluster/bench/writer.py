@@ -69,7 +69,7 @@ class RequestWriter:
 
     def write(self, workload: Workload, salt: int) -> list[bytes]:
         """One HTTP request per request. Raises WorkloadError where the model's context is too small."""
-        self._check_context(workload)
+        self.check_context(workload)
         seed, is_text = (self._source.seed, salt), self._words is not None
         prompts = PromptMaker(self._vocab_size, workload.block_tokens, seed, keep_ends=is_text)
         bodies = (self._body(prompts.token_ids(index, timed), timed.output_tokens) for index, timed in enumerate(workload.requests))
@@ -83,7 +83,8 @@ class RequestWriter:
             return ChatBody(model=self._card.id, max_tokens=max_tokens, messages=[ChatMessage(text)])
         return CompletionBody(model=self._card.id, max_tokens=max_tokens, prompt=text)
 
-    def _check_context(self, workload: Workload) -> None:
+    def check_context(self, workload: Workload) -> None:
+        """Raises WorkloadError."""
         longest, context = workload.longest.total_tokens, self._card.max_model_len
         if context is not None and longest > context:
             raise WorkloadError(

@@ -78,6 +78,24 @@ def test_one_shot_chat(endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().out == "Hello [there]\n"
 
 
+@pytest.mark.parametrize("command", ["chat", "explain"])
+@pytest.mark.parametrize(
+    ("url", "api_key", "said"),
+    [
+        ("http://[::1", "secret", "'http://[::1' is not a URL"),
+        ("http://999.1.1.1", "secret", "'http://999.1.1.1' is not a URL"),
+        ("localhost:8000", "secret", "not of the form http://host:port"),
+        ("http://127.0.0.1:1", "schlüssel", "the API key holds characters"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_asked_is_told(
+    command: str, url: str, api_key: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIPTYCH_API_KEY", api_key)
+    assert typed(monkeypatch, command, "x", "--url", url) == cli.EXIT_FAILED
+    assert said in capsys.readouterr().err
+
+
 def an_explanation() -> RequestExplanation:
     candidates = (
         Candidate("prefill-0", "decode-1", 0.1234, 0.13, 0.015, 0.25, 1.5, keeps_ttft=True, keeps_tpot=True, chosen=True),

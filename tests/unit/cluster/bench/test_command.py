@@ -108,7 +108,7 @@ def test_a_later_command_makes_new_prompts_of_the_same_lengths_unless_it_is_told
 
 def test_goodput_of_a_server_with_a_queue(stub, behaviour, tmp_path: Path) -> None:
     stub.behave = queue_of(behaviour, 0.01)
-    search = ["--goodput", "--rate", 40, "--requests", 60, "--probe-s", 1, "--resolution", 0.5, "--gpus", 2]
+    search = ["--goodput", "--rate", 40, "--requests", 400, "--probe-s", 1, "--resolution", 0.5, "--gpus", 2]
     result = invoke("--url", stub.url, *search, "--json", "-", "--png", tmp_path / "a.png", "--output-mean", 1, "--ttft-ms", 100)
     assert result.exit_code == 0, result.output
     goodput = json.loads(result.stdout)["goodput"]
@@ -117,6 +117,35 @@ def test_goodput_of_a_server_with_a_queue(stub, behaviour, tmp_path: Path) -> No
     assert goodput["per_gpu"] == goodput["search"]["rate"] / 2
     assert (tmp_path / "a.png").exists()
     assert "requests/s/GPU" in result.stderr
+
+
+def test_goodput_of_a_generated_workload_takes_as_many_requests_as_its_probes_need(stub, behaviour) -> None:
+    stub.behave = queue_of(behaviour, 0.004)
+    search = ["--goodput", "--rate", 150, "--probe-s", 0.5, "--resolution", 1, "--ttft-ms", 100]
+    result = invoke("--url", stub.url, *search, "--json", "-", "--prompt-mean", 8, "--output-mean", 1)
+    content = json.loads(result.stdout)
+    assert content["workload"]["requests"] == max(run["planned"] for run in content["runs"])
+    assert all(run["planned"] >= run["rate_asked"] * 0.5 for run in content["runs"])
+
+
+def test_goodput_beyond_a_short_workload_is_not_told(stub, behaviour) -> None:
+    """All of 20 requests at 40/s would be answered in time, at 20/s for long."""
+    stub.behave = queue_of(behaviour, 0.05)
+    search = ["--goodput", "--rate", 40, "--requests", 20, "--probe-s", 2]
+    result = invoke("--url", stub.url, *search, "--prompt-mean", 8, "--output-mean", 1, "--ttft-ms", 3000)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "goodput at least 10 requests/s/GPU" in text
+    assert "too short to tell above that: 20 requests/s for --probe-s takes 40 requests" in text
+    assert "surely" not in text
+
+
+def test_a_search_is_refused_at_once_if_a_later_probe_would_not_fit(stub) -> None:
+    lengths = ["--prompt-mean", 1000, "--prompt-sigma", 0.5, "--output-mean", 1]
+    result = invoke("--url", stub.url, "--goodput", "--probe-s", 0.1, "--ttft-ms", 1000, *lengths)
+    assert result.exit_code == 2
+    assert "give --max-context 4096" in result.output
+    assert not stub.bodies
 
 
 def test_goodput_of_a_server_that_refuses_all_gives_1(stub, behaviour) -> None:
@@ -157,6 +186,12 @@ def test_answers_of_another_length_are_told(stub, behaviour) -> None:
         (["--goodput", "--rates", "1,2", "--ttft-ms", "1"], "takes no --rates"),
         (["--rates", "1;2"], "numbers with commas"),
         (["--rates", "1", "--rate", "1"], "not both"),
+        (["--rates", "4,0"], "rate must be > 0 requests/s, and finite: got 0.0"),
+        (["--rates", "50,inf"], "got inf"),
+        (["--rates", "50,-1"], "got -1.0"),
+        (["--rates", "50,nan"], "got nan"),
+        (["--goodput", "--rate", "0", "--ttft-ms", "1"], "rate must be > 0"),
+        (["--rate", "inf"], "got inf"),
         (["--rate", "0"], "rate must be > 0"),
         (["--rate", "nan"], "rate must be > 0"),
         (["--scale-lengths"], "needs --max-context"),

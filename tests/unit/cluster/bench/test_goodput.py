@@ -22,7 +22,7 @@ def drive(search: GoodputSearch, share_at) -> list[Probe]:
 @given(st.floats(-4, 10), st.floats(0.1, 50), st.floats(0.01, 0.3), st.floats(0.5, 0.99))
 def test_finds_the_threshold_of_a_sharp_server(octaves: float, start: float, resolution: float, target: float) -> None:
     threshold = start * 2**octaves
-    plan = SearchPlan(start, 20_000, target, resolution=resolution)
+    plan = SearchPlan(start, 20_000, target, resolution=resolution, min_probe_s=0)
     search = GoodputSearch(plan)
     drive(search, lambda rate: 1.0 if rate <= threshold else 0.0)
     found = search.result()
@@ -49,14 +49,16 @@ def test_finds_the_threshold_of_a_gentle_server(threshold: float, steepness: flo
     assert share(found.rate) >= 0.9 - 0.03
 
 
-@given(st.integers(0, 2**32), st.floats(1, 100), st.integers(1, 3000))
-def test_ends_and_stays_consistent_whatever_it_is_told(seed: int, start: float, max_requests: int) -> None:
+@given(st.integers(0, 2**32), st.floats(1, 100), st.integers(1, 3000), st.sampled_from([0.0, 0.1, 20.0]))
+def test_ends_and_stays_consistent_whatever_it_is_told(seed: int, start: float, max_requests: int, min_probe_s: float) -> None:
     noise = random.Random(seed)
-    plan = SearchPlan(start, max_requests)
+    plan = SearchPlan(start, max_requests, min_probe_s=min_probe_s)
+    first = min(start, plan.highest_rate)
     search, phases, probes = GoodputSearch(plan), [Phase.BRACKETING], 0
     while (probe := search.next_probe()) is not None:
         assert 1 <= probe.num_requests <= max_requests
-        assert start / 2**MAX_HALVINGS <= probe.rate <= start * 2**MAX_DOUBLINGS
+        assert probe.num_requests >= probe.rate * min_probe_s * (1 - 1e-9)
+        assert first / 2**MAX_HALVINGS <= probe.rate <= first * 2**MAX_DOUBLINGS
         search.observe(Attainment.of(noise.randint(0, probe.num_requests), probe.num_requests))
         if search.phase is not phases[-1]:
             assert search.phase in TRANSITIONS[phases[-1]]
@@ -69,6 +71,8 @@ def test_ends_and_stays_consistent_whatever_it_is_told(seed: int, start: float, 
     missed = [decided.rate for decided in found.decided if not decided.passed]
     assert found.rate == max(passed, default=0.0)
     assert not passed or not missed or max(passed) < min(missed)
+    assert (found.requests_needed is not None) is (found.phase is Phase.TOO_SHORT)
+    assert found.requests_needed is None or found.requests_needed > max_requests
 
 
 def test_a_clear_rate_is_tried_once() -> None:
@@ -84,7 +88,7 @@ def test_a_high_target_needs_more_requests() -> None:
 
 
 def test_below_and_above() -> None:
-    never, always = GoodputSearch(SearchPlan(1.0, 100)), GoodputSearch(SearchPlan(1.0, 100))
+    never, always = GoodputSearch(SearchPlan(1.0, 100)), GoodputSearch(SearchPlan(1.0, 100_000))
     drive(never, lambda rate: 0.0)
     drive(always, lambda rate: 1.0)
     assert (never.result().phase, never.result().rate, never.result().rate_low) == (Phase.BELOW, 0.0, 0.0)
@@ -110,7 +114,35 @@ def test_a_close_rate_is_tried_again_with_more_requests_until_its_interval_is_na
 def test_a_probe_lasts_long_enough_for_a_queue_to_grow() -> None:
     assert GoodputSearch(SearchPlan(30.0, 100_000, min_probe_s=20)).next_probe() == Probe(30.0, 600)
     assert GoodputSearch(SearchPlan(1.0, 100_000, min_probe_s=20)).next_probe() == Probe(1.0, 40)
-    assert GoodputSearch(SearchPlan(30.0, 250, min_probe_s=20)).next_probe() == Probe(30.0, 250)
+    assert GoodputSearch(SearchPlan(30.0, 250, min_probe_s=20)).next_probe() == Probe(12.5, 250)
+
+
+@pytest.mark.parametrize(("start", "rates"), [(1.0, [1, 2, 4, 8, 10]), (9.8, [9.8, 10]), (50.0, [10])])
+def test_a_rate_at_which_the_workload_is_over_too_soon_is_not_tried(start: float, rates: list[float]) -> None:
+    search = GoodputSearch(SearchPlan(start, 200, min_probe_s=20))
+    assert [probe.rate for probe in drive(search, lambda rate: 1.0)] == rates
+    found = search.result()
+    assert (found.phase, found.rate, found.rate_high) == (Phase.TOO_SHORT, rates[-1], None)
+    assert found.requests_needed == 40 * rates[-1]
+
+
+def test_a_short_workload_is_enough_for_a_slow_server() -> None:
+    search = GoodputSearch(SearchPlan(50.0, 200, min_probe_s=20))
+    drive(search, lambda rate: 1.0 if rate <= 7 else 0.0)
+    assert search.result().phase is Phase.FOUND
+    assert search.result().rate == pytest.approx(7, rel=0.05)
+
+
+@given(st.floats(1, 50), st.floats(1, 100), st.integers(100, 5000), st.floats(0.1, 2))
+def test_a_server_with_a_queue_is_not_found_much_faster_than_it_is(capacity: float, start: float, max_requests: int, ttft_s: float) -> None:
+    """It serves one request every 1/capacity s; at another rate the queue has grown by (rate / capacity − 1) s in each second."""
+
+    def share(rate: float) -> float:
+        return 1.0 if rate <= capacity else min(1.0, ttft_s / (rate / capacity - 1) / 20)
+
+    search = GoodputSearch(SearchPlan(start, max_requests, min_probe_s=20))
+    drive(search, share)
+    assert search.result().rate <= capacity * (1 + ttft_s / 0.87 / 20) * 1.001
 
 
 def test_binomial_noise_stays_within_the_interval() -> None:

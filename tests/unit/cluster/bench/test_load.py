@@ -179,7 +179,13 @@ def test_addresses(url: str, told: str) -> None:
     assert str(Address.parse(url)) == told
 
 
-@pytest.mark.parametrize("url", ["host:8000", "ftp://host", "http://", "http://host:port", "http://host:99999", "http://host?x=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "host:8000", "ftp://host", "http://", "http://host:port", "http://host:99999", "http://host?x=1", "http://[::1", "http://a..b",
+        f"http://{'a' * 64}", "http://a b", "http://a\nb", "http://host/\udcff", "http://user:word@host",
+    ],
+)  # fmt: skip
 def test_bad_addresses(url: str) -> None:
     with pytest.raises(EndpointError):
         Address.parse(url)

@@ -97,7 +97,17 @@ def test_what_cannot_be_compared_ends_the_run(stub, behaviour, fault, said) -> N
     assert said in result.output
 
 
-def test_lengths_that_are_no_numbers_are_a_usage_error(stub) -> None:
-    result = invoke("--url", stub.url, "--lengths", "1k")
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ("1k", "--lengths '1k': numbers from 1 on"),
+        ("", "--lengths names no length"),
+        (",", "--lengths names no length"),
+        ("8,4089", "--lengths 4089 and --output-tokens 8 are 4097 tokens, 'stub' takes 4096: prompts of up to 4088 fit"),
+    ],
+)
+def test_lengths_that_cannot_be_measured_are_a_usage_error(stub, lengths: str, said: str) -> None:
+    result = invoke("--url", stub.url, "--lengths", lengths, "--rounds", 1)
     assert result.exit_code == 2
-    assert "--lengths '1k': numbers from 1 on" in result.output
+    assert said in result.output
+    assert not stub.bodies, "load was sent"
