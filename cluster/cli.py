@@ -2,12 +2,13 @@
 
 Exit codes: 0 done; 1 it did not work, the text says why; 2 a wrong option or spec; 4 `status`: running, but not everything is ready,
 `probe`: not every link is measured; 5 `probe`: a link is below the spec's floor; 6 `explain`: no gateway knows that request; 130
-interrupted. `bench` has its own, of the same meaning where they coincide.
+interrupted; 143 and 129 ended by SIGTERM and SIGHUP. `bench` has its own, of the same meaning where they coincide.
 """
 
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ def demo(keep: Annotated[bool, typer.Option("--keep", help="go on serving afterw
     """Start a prefill worker, a decode worker and a gateway on this machine, and stream one answer."""
     from .demo import run_demo
 
-    run_demo(console, keep, f"{_own_name()} down demo", _announcer())
+    with _ended_by_signals():
+        run_demo(console, keep, f"{_own_name()} down demo", _announcer())
 
 
 @app.command()
@@ -53,12 +55,13 @@ def up(spec: Annotated[Path, typer.Argument(help="YAML")], as_json: AsJson = Fal
     from .spec import load_spec
 
     wanted = load_spec(spec)
-    deployment = launch(wanted)
-    try:
-        status = deployment.wait_until_ready(wanted.timeouts.start_s, _announcer())
-    except BaseException:
-        deployment.stop()
-        raise
+    with _ended_by_signals():
+        deployment = launch(wanted)
+        try:
+            status = deployment.wait_until_ready(wanted.timeouts.start_s, _announcer())
+        except BaseException:
+            deployment.stop()
+            raise
     _show(status, as_json)
 
 
@@ -219,6 +222,26 @@ def _announcer() -> Callable[["DeploymentStatus"], None]:
                 progress.print(f"  {place.name} {place.state or 'down'} {place.error}", style="dim", markup=False, highlight=False)
 
     return announce
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, once: what has been started is cleared away, which a second one does not cut short."""
+
+    def end(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    before = {each: handler for each, handler in before.items() if handler is not signal.SIG_IGN}      # as `nohup` wants it
+    for each in before:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _own_name() -> str:

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ..messages.errors import ClusterError
 from .processes import began_s, find_process, is_dead, kill
@@ -53,8 +54,9 @@ def head_environment(folder: Path) -> dict[str, str]:
     }
 
 
-def start_head(num_cpus: int | None = None) -> Head:
-    """Raises ClusterError with the end of Ray's own output."""
+def start_head(num_cpus: int | None = None, begun: Callable[[Head], None] = lambda head: None) -> Head:
+    """`begun` hears of the head as soon as its process is there, seconds before it has an address. Raises ClusterError with the end of
+    Ray's own output."""
     folder = Path(tempfile.mkdtemp(prefix="diptych-ray-"))    # short: Ray puts Unix sockets below it
     (folder / "token").touch(mode=0o600)
     (folder / "token").write_text(secrets.token_hex(32))
@@ -67,13 +69,13 @@ def start_head(num_cpus: int | None = None) -> Head:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    began = began_s(process.pid)
+    head = Head(process.pid, began_s(process.pid), "", str(folder))
     try:
-        address = _wait_for_address(folder, process)
+        begun(head)
+        return structs.replace(head, address=_wait_for_address(folder, process))
     except BaseException:
-        stop_head(Head(process.pid, began, "", str(folder)))
+        stop_head(head)
         raise
-    return Head(process.pid, began, address, str(folder))
 
 
 def stop_head(head: Head) -> None:

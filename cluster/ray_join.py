@@ -5,8 +5,11 @@
 
 import logging
 import os
+import signal
 import socket
+import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,7 +30,7 @@ def running_ray() -> tuple[str | None, Head | None]:
             raise ClusterError(f"RAY_ADDRESS={address}: nothing listens there")
         return address, None
     for record in records.read_all():
-        if record.head is not None:
+        if record.head is not None and record.address:
             return record.address, record.head
     note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
     address = note.read_text().strip() if note.is_file() else ""
@@ -44,6 +47,8 @@ def accepts(address: str) -> bool:
 
 
 def join(record: Record) -> None:
+    if not record.address:
+        raise ClusterError(f"Ray's head of {record.name} is starting, or its `up` was cut off; `diptych down {record.name}` stops it")
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **JOIN_LIMITS}.items():
         os.environ.setdefault(name, value)
     if record.head is not None:
@@ -58,8 +63,17 @@ def join(record: Record) -> None:
         return
     if not accepts(record.address):
         raise ClusterError(f"cannot join Ray at {record.address}: nothing listens there, asked for {CONNECT_TIMEOUT_S:g} s")
-    began = time.monotonic()
+    began, on_sigterm = time.monotonic(), signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"cannot join Ray at {record.address}, tried for {time.monotonic() - began:.0f} s: {error}") from None
+    finally:
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)         # Ray has put its own in place
+
+
+def leave() -> None:
+    """Nothing to be done if Ray has not even been imported."""
+    if (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()

@@ -24,13 +24,14 @@ from .hosts import what_is_missing
 from .places import PlaceKind
 from .pulse import DeploymentStatus
 from .ray_head import start_head, stop_head
-from .ray_join import join, running_ray
+from .ray_join import join, leave, running_ray
 from .records import Record
 from .spec import Spec
 
 ANSWER_TIMEOUT_S = 20.0
 POLL_S = 0.1
 STOP_MARGIN_S = 20.0
+LAUNCH_TIMEOUT_S = 90.0                       # of an `up` until its controller is there, for which a `down` waits
 
 
 @dataclass(frozen=True)
@@ -104,26 +105,30 @@ def is_serving(status: DeploymentStatus) -> bool:
 
 
 def launch(spec: Spec, own_ray: bool = False) -> Deployment:
-    """`own_ray`: not even a running Ray is joined. Raises ClusterError."""
-    if any(record.name == spec.name for record in records.read_all()):
-        raise SpecError(f"name: a deployment {spec.name!r} is running already; `diptych down {spec.name}` stops it")
+    """`own_ray`: not even a running Ray is joined. Raises ClusterError, SpecError."""
+    with records.hold(spec.name):
+        if any(record.name == spec.name for record in records.read_all()):
+            raise SpecError(f"name: a deployment {spec.name!r} is running already; `diptych down {spec.name}` stops it")
+        try:
+            return _launch(spec, own_ray)
+        except BaseException:
+            if (record := records.find(spec.name)) is not None:
+                _forget(record)
+            raise
+
+
+def _launch(spec: Spec, own_ray: bool) -> Deployment:
     address, head = (None, None) if own_ray else running_ray()
     if address is None:
-        head = start_head()
+        head = start_head(begun=lambda head: records.write(Record(spec.name, "", head)))
         address = head.address
     record = Record(spec.name, address, head)
-    try:
-        join(record)
-        if _find_controller(spec.name) is not None:
-            raise ClusterError(f"a deployment {spec.name!r} is running on Ray at {address} already")
-        _check_hosts(spec)
-        deployment = Deployment(record, _start_controller(spec))
-    except BaseException:
-        if head is not None and all(other.head != head for other in records.read_all()):
-            stop_head(head)
-        raise
     records.write(record)
-    return deployment
+    join(record)
+    if _find_controller(spec.name) is not None:
+        raise ClusterError(f"a deployment {spec.name!r} is running on Ray at {address} already")
+    _check_hosts(spec)
+    return Deployment(record, _start_controller(spec))
 
 
 def _check_hosts(spec: Spec) -> None:
@@ -151,16 +156,22 @@ def find(name: str | None) -> Deployment:
 
 def take_down(name: str | None, watch: Callable[[DeploymentStatus], None]) -> Record:
     """Stops a deployment in order; or, if its controller cannot do that any more, the Ray head below it, if it is ours alone."""
-    try:
-        deployment = find(name)
-        deployment.stop(watch)
-        return deployment.record
-    except ClusterError:
-        record = records.find(name)
-        if record is None or record.head is None or _is_shared(record):
-            raise
-    _forget(record)
-    return record
+    if name is None:
+        recorded = records.find(None)
+        if recorded is None:
+            raise ClusterError("no deployment is running")
+        name = recorded.name
+    with records.hold(name, LAUNCH_TIMEOUT_S):
+        try:
+            deployment = find(name)
+            deployment.stop(watch)
+            return deployment.record
+        except ClusterError:
+            record = records.find(name)
+            if record is None or record.head is None or _is_shared(record):
+                raise
+        _forget(record)
+        return record
 
 
 def _is_shared(record: Record) -> bool:
@@ -168,12 +179,10 @@ def _is_shared(record: Record) -> bool:
 
 
 def _forget(record: Record) -> None:
-    import ray
-
     if record.head is not None and not _is_shared(record):
-        ray.shutdown()
+        leave()
         stop_head(record.head)
-    records.remove(record.name)
+    records.remove(record)
     _sweep_shared_memory(record.name)
 
 
@@ -199,7 +208,12 @@ def _start_controller(spec: Spec) -> Any:
         "num_cpus": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
     }
-    return ray.remote(ControllerShell).options(**options).remote(spec.model_dump_json(), Keyring.new(), node_id, node_ip)
+    try:
+        return ray.remote(ControllerShell).options(**options).remote(spec.model_dump_json(), Keyring.new(), node_id, node_ip)
+    except BaseException:                                     # a signal may come when it has been started
+        if (started := _find_controller(spec.name)) is not None:
+            ray.kill(started)
+        raise
 
 
 def _find_controller(name: str) -> Any | None:

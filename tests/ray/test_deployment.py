@@ -172,7 +172,7 @@ def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(cluster
     ray.kill(first.deployment.controller)                     # for good
     with pytest.raises(ClusterError, match=f"no deployment '{name}' is running"):
         ray_session.take_down(name, lambda status: None)      # this Ray is not ours to stop
-    records.remove(name)
+    records.remove(first.deployment.record)
     second = cluster(name=name, pools={"decode": SMALL})
     assert not set(second.pids.values()) & set(pids.values())
     second.complete()

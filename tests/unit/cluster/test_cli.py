@@ -139,7 +139,9 @@ def test_records_come_and_go() -> None:
     records.write(Record("two", "127.0.0.1:1", head=None))
     with pytest.raises(ClusterError, match="which deployment\\? one, two"):
         records.find(None)
-    records.remove("one")
+    records.remove(msgspec.structs.replace(one, address="127.0.0.1:2"))
+    assert records.find("one") == one, "another start's"
+    records.remove(one)
     assert [record.name for record in records.read_all()] == ["two"]
 
 

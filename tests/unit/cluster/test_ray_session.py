@@ -1,0 +1,158 @@
+"""What commands leave of themselves, whatever ends them. Ray is played: by a process that sleeps, and by nothing at all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diptych.cluster import ray_head, ray_session, records
+from diptych.cluster.ray_head import Head, stop_head
+from diptych.cluster.records import Record
+from diptych.cluster.spec import Spec, parse_spec
+from diptych.messages.errors import ClusterError, SpecError
+
+ADDRESS = "127.0.0.1:1"
+LIMIT_S = 30.0
+SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+UP = """
+import sys
+from diptych.cluster import cli, ray_head
+ray_head._command = lambda folder, num_cpus: [sys.executable, "-c", "import time; time.sleep(60)"]
+sys.argv = ["diptych", "up", sys.argv[1]]
+cli.main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))           # where a running Ray would be noted
+    yield
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for record in records.read_all():
+        if record.head is not None:
+            stop_head(record.head)
+
+
+@pytest.fixture
+def spec() -> Spec:
+    return parse_spec({"name": "tiny", "model": {"path": "embedded"}, "pools": {"decode": {"workers": 1}}}, Path())
+
+
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> list[Head]:
+    """Those that have been started; each has its address at once."""
+    started: list[Head] = []
+
+    def wait_for_address(folder: Path, process: "subprocess.Popen[bytes]") -> str:
+        record = records.find("tiny")
+        assert record is not None, "before anything slow"
+        assert record.head is not None
+        assert (record.address, record.head.pid) == ("", process.pid)
+        started.append(record.head)
+        return ADDRESS
+
+    monkeypatch.setattr(ray_head, "_command", lambda folder, num_cpus: SLEEP)
+    monkeypatch.setattr(ray_head, "_wait_for_address", wait_for_address)
+    return started
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_session, "join", lambda record: None)
+    monkeypatch.setattr(ray_session, "_find_controller", lambda name: None)
+    monkeypatch.setattr(ray_session, "_check_hosts", lambda spec: None)
+    monkeypatch.setattr(ray_session, "_start_controller", lambda spec: object())
+
+
+def test_a_head_is_recorded_before_it_has_an_address(spec: Spec, heads: list[Head], no_ray: None) -> None:
+    record = ray_session.launch(spec).record
+    assert records.find("tiny") == record
+    assert record.address == ADDRESS
+    assert record.head is not None
+    assert record.head.pid == heads[0].pid
+
+
+@pytest.mark.parametrize("error", [ClusterError("no room"), SystemExit(143)])
+def test_a_launch_that_fails_leaves_no_head_and_no_record(
+    error: BaseException, spec: Spec, heads: list[Head], no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(record: Record) -> None:
+        raise error
+
+    monkeypatch.setattr(ray_session, "join", fail)
+    with pytest.raises(type(error)):
+        ray_session.launch(spec)
+    assert not heads[0].is_alive
+    assert records.read_all() == []
+
+
+def test_one_command_at_a_time_starts_a_deployment(spec: Spec, heads: list[Head], no_ray: None) -> None:
+    with records.hold("tiny"), pytest.raises(SpecError, match=r"another command is starting or stopping a deployment 'tiny'$"):
+        ray_session.launch(spec)
+    with records.hold("other"):
+        ray_session.launch(spec)
+    assert len(heads) == 1
+
+
+def test_what_another_start_has_written_stays(tmp_path: Path) -> None:
+    mine, theirs = (Record("tiny", ADDRESS, Head(os.getpid(), began, ADDRESS, str(tmp_path))) for began in (1.0, 2.0))
+    records.write(theirs)
+    records.remove(mine)
+    assert (records.folder() / "tiny.json").exists()
+    records.remove(theirs)
+    assert not (records.folder() / "tiny.json").exists()
+
+
+def test_without_a_folder_for_records_nothing_is_started(
+    spec: Spec, heads: list[Head], no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/nope")
+    with pytest.raises(ClusterError, match=r"^/proc/nope.*: No such file or directory"):
+        ray_session.launch(spec)
+    assert heads == []
+
+
+@pytest.fixture
+def starting(tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", Record]]:
+    """An `up` whose head has no address yet."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text("{name: tiny, model: {path: embedded}, pools: {decode: {workers: 1}}}")
+    up = subprocess.Popen([sys.executable, "-c", UP, str(path)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + LIMIT_S
+    while (record := records.find("tiny")) is None:
+        assert time.monotonic() < deadline
+        assert up.poll() is None, up.communicate()
+        time.sleep(0.05)
+    yield up, record
+    up.kill()
+    up.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_what_up_has_started(number: signal.Signals, starting: tuple["subprocess.Popen[str]", Record]) -> None:
+    up, record = starting
+    up.send_signal(number)
+    assert up.wait(LIMIT_S) == 128 + number
+    assert record.head is not None
+    assert not record.head.is_alive
+    assert records.read_all() == []
+
+
+def test_down_stops_the_head_of_an_up_that_was_killed(starting: tuple["subprocess.Popen[str]", Record]) -> None:
+    up, record = starting
+    with pytest.raises(SpecError, match="another command is starting"), records.hold("tiny"):
+        pass
+    up.kill()
+    up.wait(LIMIT_S)
+    ray_session.take_down("tiny", lambda status: None)
+    assert record.head is not None
+    assert not record.head.is_alive
+    assert records.read_all() == []
