@@ -70,8 +70,7 @@ def down(name: Name = None) -> None:
     """Stop a deployment in order: answers under way are finished first. A Ray cluster that `up` started goes with it."""
     from .ray_session import take_down
 
-    record = take_down(name, _announcer())
-    console.print(f"{record.name} is down")
+    console.print(take_down(name, _announcer()), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

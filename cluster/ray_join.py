@@ -62,7 +62,8 @@ def join(record: Record) -> None:
             raise ClusterError(f"this process is connected to Ray at {ray.get_runtime_context().gcs_address}, not {record.address}")
         return
     if not accepts(record.address):
-        raise ClusterError(f"cannot join Ray at {record.address}: nothing listens there, asked for {CONNECT_TIMEOUT_S:g} s")
+        hint = "" if record.head else f"; if it is gone for good, `diptych down {record.name}` forgets the deployment"
+        raise ClusterError(f"cannot join Ray at {record.address}: nothing listens there, asked for {CONNECT_TIMEOUT_S:g} s{hint}")
     began, on_sigterm = time.monotonic(), signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)

@@ -20,6 +20,7 @@ from ..messages.errors import ClusterError, SpecError
 from .ray_head import Head, stop_head
 
 LOCK_POLL_S = 0.1
+SHM = Path("/dev/shm")
 
 
 class Record(Struct, frozen=True):
@@ -81,6 +82,7 @@ def read_all() -> list[Record]:
         if record.head is not None and not record.head.is_alive:
             stop_head(record.head)
             remove(record)
+            sweep_shared_memory(record.name)
     return [record for record in found if record.head is None or record.head.is_alive]
 
 
@@ -90,6 +92,20 @@ def find(name: str | None) -> Record | None:
     if name is None and len(records) > 1:
         raise ClusterError(f"which deployment? {', '.join(record.name for record in records)}")
     return next((record for record in records if name in (None, record.name)), None)
+
+
+def shared_memory_of(name: str) -> list[Path]:
+    """Its segments, dead workers' among them, and perhaps those of a deployment whose name begins alike."""
+    return list(SHM.glob(f"diptych-{name}-*"))
+
+
+def sweep_shared_memory(name: str) -> int:
+    """Workers remove their own; this is for those that were killed and not replaced. Returns how many segments are removed."""
+    if not shared_memory_of(name):
+        return 0
+    from ..kvtransfer.shm import sweep_orphans  # torch comes with it, which is why we look first
+
+    return len(sweep_orphans(name))
 
 
 def _path(name: str) -> Path:

@@ -164,18 +164,34 @@ def test_a_taken_port_is_said_at_once(cluster: StartCluster) -> None:
             cluster(pools={"decode": SMALL}, router={"port": port})
 
 
-def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(cluster: StartCluster) -> None:
+def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(
+    cluster: StartCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     first = cluster(pools={"decode": SMALL})
     pids, name = first.pids, first.status.name
     ray.kill(first.deployment.controller)                     # for good
-    with pytest.raises(ClusterError, match=f"no deployment '{name}' is running"):
-        ray_session.take_down(name, lambda status: None)      # this Ray is not ours to stop
-    records.remove(first.deployment.record)
+    with monkeypatch.context() as unrecorded:                 # as the next one finds it whose folder of records is another
+        unrecorded.setenv("XDG_STATE_HOME", str(tmp_path))
+        with pytest.raises(ClusterError, match=f"no deployment '{name}' is running"):
+            ray_session.take_down(name, lambda status: None)
     second = cluster(name=name, pools={"decode": SMALL})
     assert not set(second.pids.values()) & set(pids.values())
     second.complete()
+
+
+def test_a_deployment_without_its_controller_is_cleared_away_by_down(cluster: StartCluster) -> None:
+    import ray
+
+    running = cluster(pools={"decode": SMALL})
+    pids, name = running.pids, running.status.name
+    ray.kill(running.deployment.controller)                   # for good
+    text = ray_session.take_down(name, lambda status: None)
+    assert "has no controller of it; 2 member(s) that it has left are ended; 1 segment(s) of its shared memory removed" in text
+    assert (records.find(name), segments(name)) == (None, [])
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids.values() if psutil.pid_exists(pid)], timeout=5.0)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.mark.parametrize(

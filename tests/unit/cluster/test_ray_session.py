@@ -1,6 +1,7 @@
 """What commands leave of themselves, whatever ends them. Ray is played: by a process that sleeps, and by nothing at all."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,3 +157,61 @@ def test_down_stops_the_head_of_an_up_that_was_killed(starting: tuple["subproces
     assert record.head is not None
     assert not record.head.is_alive
     assert records.read_all() == []
+
+
+@pytest.fixture
+def orphan() -> Iterator[Path]:
+    """Shared memory of `tiny` whose owner is dead."""
+    segment = records.SHM / f"diptych-tiny-decode-0-{os.getpid()}"
+    segment.write_bytes(b"kv")
+    yield segment
+    segment.unlink(missing_ok=True)
+
+
+SWEPT = r"; 1 segment\(s\) of its shared memory removed$"
+
+
+class TestSharedRay:
+    """One that somebody else has started; it is gone, or another by now."""
+
+    @pytest.fixture(autouse=True)
+    def recorded(self, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ray_session, "_clear_away", lambda name: 0)
+        records.write(Record("tiny", ADDRESS, None))
+
+    def test_which_is_gone_is_forgotten_by_down(self, spec: Spec, heads: list[Head], orphan: Path) -> None:
+        with pytest.raises(SpecError, match=f"Ray at {ADDRESS}, where nothing listens; `diptych down tiny` forgets it"):
+            ray_session.launch(spec)
+        said = ray_session.take_down("tiny", lambda status: None)
+        assert re.search(f"tiny is forgotten: nothing listens at {ADDRESS}, where its Ray was{SWEPT}", said)
+        assert (records.read_all(), orphan.exists()) == ([], False)
+        ray_session.launch(spec)
+        assert len(heads) == 1
+
+    def test_which_has_no_such_controller_is_forgotten_by_down(self, orphan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ray_session, "accepts", lambda address: True)
+        said = ray_session.take_down(None, lambda status: None)
+        assert re.search(f"tiny is forgotten: Ray at {ADDRESS} has no controller of it{SWEPT}", said)
+        assert (records.read_all(), orphan.exists()) == ([], False)
+
+    def test_which_has_no_such_controller_is_no_reason_to_refuse(
+        self, spec: Spec, heads: list[Head], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ray_session, "accepts", lambda address: True)
+        monkeypatch.setattr(ray_session, "_find_controller", lambda name: object())
+        with pytest.raises(SpecError, match="a deployment 'tiny' is running already; `diptych down tiny` stops it"):
+            ray_session.launch(spec)
+        monkeypatch.setattr(ray_session, "_find_controller", lambda name: None)
+        assert ray_session.launch(spec).record.head is not None
+
+
+def test_with_a_dead_head_goes_the_shared_memory(tmp_path: Path, orphan: Path) -> None:
+    records.write(Record("tiny", ADDRESS, Head(os.getpid(), 0.0, ADDRESS, str(tmp_path / "ray"))))
+    assert records.read_all() == []
+    assert not orphan.exists()
+
+
+def test_down_sweeps_the_shared_memory_of_what_is_not_there(orphan: Path) -> None:
+    with pytest.raises(ClusterError, match=f"no deployment tiny is running{SWEPT}"):
+        ray_session.take_down("tiny", lambda status: None)
+    assert not orphan.exists()
