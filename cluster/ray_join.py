@@ -49,10 +49,7 @@ def accepts(address: str) -> bool:
 def join(record: Record) -> None:
     if not record.address:
         raise ClusterError(f"Ray's head of {record.name} is starting, or its `up` was cut off; `diptych down {record.name}` stops it")
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **JOIN_LIMITS}.items():
-        os.environ.setdefault(name, value)
-    if record.head is not None:
-        os.environ.update(record.head.environment)            # read by Ray when it is imported, as are those above
+    _set_environment(record)
     import ray
 
     from .ray_runtime import NAMESPACE
@@ -72,6 +69,15 @@ def join(record: Record) -> None:
     finally:
         if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)         # Ray has put its own in place
+
+
+def _set_environment(record: Record) -> None:
+    """Read by Ray when it is imported."""
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **JOIN_LIMITS}.items():
+        os.environ.setdefault(name, value)
+    if record.head is not None:
+        os.environ.pop("RAY_AUTH_TOKEN", None)                # another Ray's, which Ray prefers to a token's path
+        os.environ.update(record.head.environment)
 
 
 def leave() -> None:

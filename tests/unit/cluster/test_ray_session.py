@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diptych.cluster import ray_head, ray_session, records
+from diptych.cluster import ray_head, ray_join, ray_session, records
 from diptych.cluster.ray_head import Head, stop_head
 from diptych.cluster.records import Record
 from diptych.cluster.spec import Spec, parse_spec
@@ -157,6 +157,15 @@ def test_down_stops_the_head_of_an_up_that_was_killed(starting: tuple["subproces
     assert record.head is not None
     assert not record.head.is_alive
     assert records.read_all() == []
+
+
+def test_our_own_head_is_joined_with_its_own_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Record("tiny", ADDRESS, Head(os.getpid(), 0.0, ADDRESS, str(tmp_path)))
+    for record, kept in ((Record("tiny", ADDRESS, None), "another"), (ours, None)):
+        monkeypatch.setattr(os, "environ", {"RAY_AUTH_TOKEN": "another"})
+        ray_join._set_environment(record)
+        assert os.environ.get("RAY_AUTH_TOKEN") == kept
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "token")
 
 
 @pytest.fixture
