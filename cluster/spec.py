@@ -35,6 +35,7 @@ EMBEDDED = "embedded"
 MODEL_FILES = ("config.json", "tokenizer.json")
 MERGE_TAG = "tag:yaml.org,2002:merge"         # `<<`, whose keys may be given again
 RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+MIN_ANSWER_S = 2.0                            # a few times the period in which members are asked, and what a busy one takes to answer
 SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -145,7 +146,7 @@ class SecuritySpec(Section):
 
 class TimeoutsSpec(Section):
     start_s: Seconds = 180.0                  # of a worker, model loading included
-    answer_s: Seconds = 10.0                  # without an answer to the controller, until a member is killed
+    answer_s: Annotated[float, Field(ge=MIN_ANSWER_S, allow_inf_nan=False, strict=True)] = 10.0      # until a silent member is killed
     stall_s: Seconds = 90.0                   # that its loop may stand still: longer than a step or a compilation may take
     drain_s: Seconds = 30.0                   # to finish what is under way
     request_s: Seconds = 600.0                # of a client, over all attempts

@@ -62,7 +62,7 @@ def test_down_gives_the_places_back(cluster: StartCluster) -> None:
 
 
 def test_stopped_worker_is_replaced_after_the_answer_timeout(cluster: StartCluster) -> None:
-    served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 1.5})
+    served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 2.0})
     before = served.kill("decode-0", signal.SIGSTOP)
     after = served.wait_until_back(before)
     assert before.pid is not None

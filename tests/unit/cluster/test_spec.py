@@ -179,6 +179,7 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"router": {"port": True}}, "router.port: Input should be a valid integer, not True"),
         ({"slo": {"ttft_ms": float("inf")}}, "slo.ttft_ms: "),
         ({"timeouts": {"start_s": float("inf")}}, "timeouts.start_s: "),
+        ({"timeouts": {"answer_s": 0.3}}, "timeouts.answer_s: must be >= 2.0, not 0.3"),
         ({"name": "Not A Name"}, "name: "),
         ({"nmae": 1}, "nmae: unknown key"),
     ],
