@@ -7,6 +7,7 @@ A Deployment is a handle: `status()`, `wait_until_ready()`, `stop()`. Ray is imp
 alone.
 """
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,6 +157,26 @@ def _check_hosts(spec: Spec) -> None:
         raise ClusterError(problem)
 
 
+def _check_port(spec: Spec, wait_s: float) -> None:
+    """Of gateways that share one: they would share it with a stranger who allows that, too, and the stranger get some of the clients.
+    `wait_s`: for gateways that have been killed. Raises ClusterError."""
+    host, port = spec.router.host, spec.router.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if spec.router.processes == 1:
+        return                                                # its gateway finds out by itself
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            alone = socket.create_server((host, port), family=family, dualstack_ipv6=family is socket.AF_INET6)
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ClusterError(f"router.port: the gateways cannot listen on {host}:{port}: {error.strerror}") from None
+            time.sleep(POLL_S)
+        else:
+            alone.close()
+            return
+
+
 def find(name: str | None) -> Deployment:
     """Raises ClusterError if there is none."""
     record = records.find(name)
@@ -240,7 +261,7 @@ def _start_controller(spec: Spec) -> Any:
     from .ray_nodes import here
     from .ray_runtime import NAMESPACE, controller_name
 
-    _clear_away(spec.name)
+    _check_port(spec, CLEAR_TIMEOUT_S if _clear_away(spec.name) else 0.0)
     node_id, node_ip = here()
     options = {
         "name": controller_name(spec.name),

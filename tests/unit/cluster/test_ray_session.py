@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from diptych.cluster import ray_head, ray_join, ray_session, records
 from diptych.cluster.ray_head import Head, stop_head
 from diptych.cluster.records import Record
-from diptych.cluster.spec import Spec, parse_spec
+from diptych.cluster.spec import RouterSpec, Spec, parse_spec
 from diptych.messages.errors import ClusterError, SpecError
 
 ADDRESS = "127.0.0.1:1"
@@ -157,6 +159,21 @@ def test_down_stops_the_head_of_an_up_that_was_killed(starting: tuple["subproces
     assert record.head is not None
     assert not record.head.is_alive
     assert records.read_all() == []
+
+
+def test_a_port_is_shared_with_no_stranger(spec: Spec) -> None:
+    with socket.socket() as stranger:
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        shared = spec.model_copy(update={"router": RouterSpec(port=port, processes=2)})
+        with pytest.raises(ClusterError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            ray_session._check_port(shared, 0.0)
+        threading.Timer(0.2, stranger.close).start()
+        ray_session._check_port(shared, LIMIT_S)
+    with socket.create_server(("127.0.0.1", port)):
+        pass
 
 
 def test_our_own_head_is_joined_with_its_own_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
