@@ -26,6 +26,8 @@ JOIN_LIMITS = {"RAY_NUM_REDIS_GET_RETRIES": "2", "RAY_gcs_rpc_server_connect_tim
 def running_ray() -> tuple[str | None, Head | None]:
     """RAY_ADDRESS; or a head that an earlier deployment started; or what `ray start` has noted on this machine."""
     if address := os.environ.get("RAY_ADDRESS"):
+        if not is_host_and_port(address):
+            raise ClusterError(f"RAY_ADDRESS={address}: host:port is wanted, of a Ray head")
         if not accepts(address):
             raise ClusterError(f"RAY_ADDRESS={address}: nothing listens there")
         return address, None
@@ -35,6 +37,11 @@ def running_ray() -> tuple[str | None, Head | None]:
     note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
     address = note.read_text().strip() if note.is_file() else ""
     return (address, None) if address and accepts(address) else (None, None)
+
+
+def is_host_and_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and "/" not in host and port.isdecimal()
 
 
 def accepts(address: str) -> bool:

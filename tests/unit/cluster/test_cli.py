@@ -72,6 +72,13 @@ def test_a_dead_ray_address_is_named(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "RAY_ADDRESS=127.0.0.1:1: nothing listens there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:10001", "6379"])
+def test_a_ray_address_is_host_and_port(address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert typed(monkeypatch, "status", "x") == cli.EXIT_FAILED
+    assert f"RAY_ADDRESS={address}: host:port is wanted" in capsys.readouterr().err
+
+
 def test_one_shot_chat(endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     endpoint.answers("Hello", " [there]")
     assert typed(monkeypatch, "chat", "Hi", "--url", endpoint.url) == 0
