@@ -19,7 +19,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from ..messages.errors import ClusterError, DiptychError, SpecError
+from ..messages.errors import ClusterError, DiptychError, SpecError, TakenDown
 from .bench.command import app as bench_app
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def up(spec: Annotated[Path, typer.Argument(help="YAML")], as_json: AsJson = Fal
         deployment = launch(wanted)
         try:
             status = deployment.wait_until_ready(wanted.timeouts.start_s, _announcer())
+        except TakenDown:
+            raise
         except BaseException:
             deployment.stop()
             raise

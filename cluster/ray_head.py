@@ -25,6 +25,7 @@ from .processes import began_s, find_process, is_dead, kill
 START_TIMEOUT_S = 60.0
 TERM_GRACE_S = 1.0                            # Ray's own way down may take longer; there is nothing in it to be saved
 KILL_TIMEOUT_S = 8.0
+KILL_PERIOD_S = 0.5
 OBJECT_STORE_BYTES = 80 << 20                 # Ray's smallest that works well; nothing of ours goes through it
 
 
@@ -84,12 +85,14 @@ def stop_head(head: Head) -> None:
     for process in members:
         if process.pid == head.pid:
             process.terminate()                               # Ray's own way down
-    alive = _wait_until_gone(members, TERM_GRACE_S)
-    for process in alive:
-        kill(process)
-    alive = _wait_until_gone(alive, KILL_TIMEOUT_S)
-    if alive:
-        raise ClusterError(f"processes of Ray's head {head.address} survive SIGKILL: {[process.pid for process in alive]}")
+    _wait_until_gone(members, TERM_GRACE_S)
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while alive := _members(head):                            # listed again each time: some start others on their way down
+        if time.monotonic() > deadline:
+            raise ClusterError(f"processes of Ray's head {head.address} survive SIGKILL: {[process.pid for process in alive]}")
+        for process in alive:
+            kill(process)
+        _wait_until_gone(alive, KILL_PERIOD_S)
     shutil.rmtree(head.folder, ignore_errors=True)
 
 
@@ -138,13 +141,13 @@ def _wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> list[
 
 
 def _members(head: Head) -> list[psutil.Process]:
-    """Of the head's session, with or without its leader: the kernel keeps a session's number while somebody is in it."""
+    """The living of the head's session, with or without its leader: the kernel keeps a session's number while somebody is in it."""
     if psutil.pid_exists(head.pid) and find_process(head.pid, head.began_s) is None:
         return []                                             # the number is somebody else's by now
     members = []
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) == head.pid:
+            if os.getsid(process.pid) == head.pid and not is_dead(process):
                 members.append(process)
         except ProcessLookupError:
             continue

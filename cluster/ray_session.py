@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from ..messages.errors import ClusterError, SpecError
+from ..messages.errors import ClusterError, SpecError, TakenDown
 from ..messages.zmq_post import Keyring
 from . import records
 from .controller import Phase
@@ -68,11 +68,18 @@ class Deployment:
         return None
 
     def wait_until_ready(self, timeout_s: float, watch: Callable[[DeploymentStatus], None] = lambda status: None) -> DeploymentStatus:
-        """Raises ClusterError with the places' own words as soon as one will not come up, or when the time is up."""
+        """Raises ClusterError with the places' own words as soon as one will not come up, or when the time is up; TakenDown."""
         deadline = time.monotonic() + timeout_s
         while True:
-            status = self.status()
+            try:
+                status = self.status()
+            except ClusterError:
+                if _is_taken_down(self.record):
+                    raise TakenDown(f"{self.record.name} was taken down by another command") from None
+                raise
             watch(status)
+            if status.phase in (Phase.STOPPING, Phase.STOPPED):
+                raise TakenDown(f"{self.record.name} is being taken down by another command")
             if is_serving(status):
                 records.write(msgspec.structs.replace(self.record, endpoint=status.endpoint))
                 return status
@@ -237,6 +244,14 @@ def _without_controller(name: str) -> str | None:
 
 def _swept(num_segments: int) -> str:
     return f"; {num_segments} segment(s) of its shared memory removed" if num_segments else ""
+
+
+def _is_taken_down(record: Record) -> bool:
+    try:
+        with records.hold(record.name):
+            return not records.is_there(record)
+    except SpecError:                                         # who does it is still at it
+        return True
 
 
 def _is_shared(record: Record) -> bool:

@@ -70,9 +70,13 @@ def write(record: Record) -> None:
 
 def remove(record: Record) -> None:
     """Not one that another start of that name has written meanwhile."""
-    with _typed_errors():
-        if (present := _read(_path(record.name))) is not None and present.is_of(record):
+    if is_there(record):
+        with _typed_errors():
             _path(record.name).unlink(missing_ok=True)
+
+
+def is_there(record: Record) -> bool:
+    return (present := _read(_path(record.name))) is not None and present.is_of(record)
 
 
 def read_all() -> list[Record]:

@@ -22,7 +22,7 @@ from diptych.cluster.pulse import DeploymentStatus, PlaceStatus
 from diptych.cluster.ray_head import Head
 from diptych.cluster.records import Record
 from diptych.cluster.tables import deployment_view, duration, size
-from diptych.messages.errors import ClusterError
+from diptych.messages.errors import ClusterError, TakenDown
 from diptych.messages.ids import Address, Epoch, WorkerId
 from diptych.messages.requests import LinkFigures, LinkMeasured, LoadReport, WorkerRef
 
@@ -54,6 +54,22 @@ def test_a_wrong_spec_is_exit_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     spec.write_text("{name: a, model: {path: embedded}, pools: {decode: {workers: 0}}}")
     assert typed(monkeypatch, "up", str(spec)) == cli.EXIT_USAGE
     assert "pools.decode.workers: must be >= 1" in capsys.readouterr().err
+
+
+def test_up_leaves_alone_what_another_command_takes_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait(*_: object) -> None:
+        raise TakenDown("a was taken down by another command")
+
+    def stop() -> None:
+        raise ClusterError("the actor died")
+
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("{name: a, model: {path: embedded}, pools: {decode: {workers: 1}}}")
+    monkeypatch.setattr("diptych.cluster.ray_session.launch", lambda spec: SimpleNamespace(wait_until_ready=wait, stop=stop))
+    assert typed(monkeypatch, "up", str(spec)) == cli.EXIT_FAILED
+    assert capsys.readouterr().err == "a was taken down by another command\n"
 
 
 @pytest.mark.parametrize("command", ["down", "status", "probe", "top", "chat"])

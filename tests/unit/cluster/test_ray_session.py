@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 
 from diptych.cluster import ray_head, ray_join, ray_session, records
+from diptych.cluster.controller import Phase
+from diptych.cluster.pulse import DeploymentStatus
 from diptych.cluster.ray_head import Head, stop_head
+from diptych.cluster.ray_session import Deployment
 from diptych.cluster.records import Record
 from diptych.cluster.spec import RouterSpec, Spec, parse_spec
-from diptych.messages.errors import ClusterError, SpecError
+from diptych.messages.errors import ClusterError, SpecError, TakenDown
 
 ADDRESS = "127.0.0.1:1"
 LIMIT_S = 30.0
@@ -183,6 +186,41 @@ def test_our_own_head_is_joined_with_its_own_token(tmp_path: Path, monkeypatch: 
         ray_join._set_environment(record)
         assert os.environ.get("RAY_AUTH_TOKEN") == kept
     assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "token")
+
+
+class TestWaiting:
+    """For a deployment that another command takes down meanwhile."""
+
+    @pytest.fixture
+    def waiting(self) -> Deployment:
+        record = Record("tiny", ADDRESS, None)
+        records.write(record)
+        return Deployment(record, None)
+
+    def tell(self, monkeypatch: pytest.MonkeyPatch, status: DeploymentStatus | ClusterError) -> None:
+        def answer(deployment: Deployment) -> DeploymentStatus:
+            if isinstance(status, ClusterError):
+                raise status
+            return status
+
+        monkeypatch.setattr(Deployment, "status", answer)
+
+    @pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.STOPPED])
+    def test_which_is_stopping(self, phase: Phase, waiting: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tell(monkeypatch, DeploymentStatus("tiny", phase, "m", "p", "h", 1, pid=1, drain_s=1.0, places=()))
+        with pytest.raises(TakenDown, match="tiny is being taken down by another command"):
+            waiting.wait_until_ready(LIMIT_S)
+
+    def test_whose_controller_is_gone(self, waiting: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tell(monkeypatch, ClusterError("the actor died"))
+        with pytest.raises(ClusterError, match="the actor died"):
+            waiting.wait_until_ready(LIMIT_S)
+        taken_down = pytest.raises(TakenDown, match="tiny was taken down by another command")
+        with records.hold("tiny"), taken_down:
+            waiting.wait_until_ready(LIMIT_S)
+        records.remove(waiting.record)
+        with taken_down:
+            waiting.wait_until_ready(LIMIT_S)
 
 
 @pytest.fixture
