@@ -21,6 +21,7 @@ from rich.console import Console
 
 from ..messages.errors import ClusterError, DiptychError, SpecError, TakenDown
 from .bench.command import app as bench_app
+from .processes import held_signals
 
 if TYPE_CHECKING:
     from .gateway.decisions import RequestExplanation
@@ -42,7 +43,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 @app.command()
 def demo(keep: Annotated[bool, typer.Option("--keep", help="go on serving afterwards")] = False) -> None:
     """Start a prefill worker, a decode worker and a gateway on this machine, and stream one answer."""
-    from .demo import run_demo
+    with held_signals():
+        from .demo import run_demo
 
     with _ended_by_signals():
         run_demo(console, keep, f"{_own_name()} down demo", _announcer())
@@ -51,8 +53,9 @@ def demo(keep: Annotated[bool, typer.Option("--keep", help="go on serving afterw
 @app.command()
 def up(spec: Annotated[Path, typer.Argument(help="YAML")], as_json: AsJson = False) -> None:
     """Start the deployment of a spec: in the Ray cluster that runs, or else in one of its own. Returns once it serves."""
-    from .ray_session import launch
-    from .spec import load_spec
+    with held_signals():                      # numpy's threads do not take what is this one's to clear away after
+        from .ray_session import launch
+        from .spec import load_spec
 
     wanted = load_spec(spec)
     with _ended_by_signals():

@@ -11,10 +11,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..messages.errors import ClusterError
 from . import records
+from .processes import held_signals
 from .ray_head import Head
 from .records import Record
 
@@ -68,14 +71,26 @@ def join(record: Record) -> None:
     if not accepts(record.address):
         hint = "" if record.head else f"; if it is gone for good, `diptych down {record.name}` forgets the deployment"
         raise ClusterError(f"cannot join Ray at {record.address}: nothing listens there, asked for {CONNECT_TIMEOUT_S:g} s{hint}")
-    began, on_sigterm = time.monotonic(), signal.getsignal(signal.SIGTERM)
+    began = time.monotonic()
     try:
-        ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_sigterm():
+            ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"cannot join Ray at {record.address}, tried for {time.monotonic() - began:.0f} s: {error}") from None
-    finally:
-        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)         # Ray has put its own in place
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps a command's handler: Ray puts its own in place, which print a trace and abort. A signal that comes meanwhile waits."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with held_signals():
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _set_environment(record: Record) -> None:

@@ -164,6 +164,16 @@ def test_a_taken_port_is_said_at_once(cluster: StartCluster) -> None:
             cluster(pools={"decode": SMALL}, router={"port": port})
 
 
+def test_a_port_that_a_stranger_would_share_is_said_at_once(cluster: StartCluster) -> None:
+    with socket.socket() as stranger:
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"the gateways cannot listen on 127.0.0.1:{port}"):
+            cluster(pools={"decode": SMALL}, router={"port": port, "processes": 2})
+
+
 def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(
     cluster: StartCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,19 @@ def test_a_signal_ends_what_up_has_started(number: signal.Signals, starting: tup
     assert records.read_all() == []
 
 
+def test_ray_takes_no_commands_handler_away() -> None:
+    heard: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("ours"))
+    try:
+        with ray_join._own_sigterm():
+            signal.signal(signal.SIGTERM, lambda *_: heard.append("Ray's"))
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            assert heard == [], "it waits"
+        assert heard == ["ours"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_down_stops_the_head_of_an_up_that_was_killed(starting: tuple["subprocess.Popen[str]", Record]) -> None:
     up, record = starting
     with pytest.raises(SpecError, match="another command is starting"), records.hold("tiny"):
