@@ -2,12 +2,13 @@
 
 Exit codes: 0 done; 1 it did not work, the text says why; 2 a wrong option or spec; 4 `status`: running, but not everything is ready,
 `probe`: not every link is measured; 5 `probe`: a link is below the spec's floor; 6 `explain`: no gateway knows that request; 130
-interrupted. `bench` has its own, of the same meaning where they coincide.
+interrupted; 143 and 129 ended by SIGTERM and SIGHUP. `bench` has its own, of the same meaning where they coincide.
 """
 
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ import msgspec
 import typer
 from rich.console import Console
 
-from ..messages.errors import ClusterError, DiptychError, SpecError
+from ..messages.errors import ClusterError, DiptychError, SpecError, TakenDown
 from .bench.command import app as bench_app
+from .processes import held_signals
 
 if TYPE_CHECKING:
     from .gateway.decisions import RequestExplanation
@@ -41,24 +43,30 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 @app.command()
 def demo(keep: Annotated[bool, typer.Option("--keep", help="go on serving afterwards")] = False) -> None:
     """Start a prefill worker, a decode worker and a gateway on this machine, and stream one answer."""
-    from .demo import run_demo
+    with held_signals():
+        from .demo import run_demo
 
-    run_demo(console, keep, f"{_own_name()} down demo", _announcer())
+    with _ended_by_signals():
+        run_demo(console, keep, f"{_own_name()} down demo", _announcer())
 
 
 @app.command()
 def up(spec: Annotated[Path, typer.Argument(help="YAML")], as_json: AsJson = False) -> None:
     """Start the deployment of a spec: in the Ray cluster that runs, or else in one of its own. Returns once it serves."""
-    from .ray_session import launch
-    from .spec import load_spec
+    with held_signals():                      # numpy's threads do not take what is this one's to clear away after
+        from .ray_session import launch
+        from .spec import load_spec
 
     wanted = load_spec(spec)
-    deployment = launch(wanted)
-    try:
-        status = deployment.wait_until_ready(wanted.timeouts.start_s, _announcer())
-    except BaseException:
-        deployment.stop()
-        raise
+    with _ended_by_signals():
+        deployment = launch(wanted)
+        try:
+            status = deployment.wait_until_ready(wanted.timeouts.start_s, _announcer())
+        except TakenDown:
+            raise
+        except BaseException:
+            deployment.stop()
+            raise
     _show(status, as_json)
 
 
@@ -67,8 +75,7 @@ def down(name: Name = None) -> None:
     """Stop a deployment in order: answers under way are finished first. A Ray cluster that `up` started goes with it."""
     from .ray_session import take_down
 
-    record = take_down(name, _announcer())
-    console.print(f"{record.name} is down")
+    console.print(take_down(name, _announcer()), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -219,6 +226,26 @@ def _announcer() -> Callable[["DeploymentStatus"], None]:
                 progress.print(f"  {place.name} {place.state or 'down'} {place.error}", style="dim", markup=False, highlight=False)
 
     return announce
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, once: what has been started is cleared away, which a second one does not cut short."""
+
+    def end(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    before = {each: handler for each, handler in before.items() if handler is not signal.SIG_IGN}      # as `nohup` wants it
+    for each in before:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _own_name() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..messages.errors import ClusterError
+from ..messages.errors import ClusterError, TakenDown
 from ..messages.requests import RequestSpan
 from .chat import Answer, Chat
 from .pulse import DeploymentStatus
@@ -42,6 +42,8 @@ def run_demo(console: Console, keep: bool, how_to_stop: str, watch: Callable[[De
         assert status.endpoint is not None
         answer = _ask(console, status.endpoint)
         console.print(_figures(answer, _span(deployment), status))
+    except TakenDown:
+        raise
     except BaseException:
         deployment.stop()
         raise

@@ -52,7 +52,7 @@ def what_is_missing(spec: Spec, offers: Sequence[Offer]) -> str:
     if problem := _too_few_gpus(spec, offers):
         return problem
     if spec.hosts is Hosts.ONE:
-        return ""
+        return _too_few_cpus(spec, offers)
     problems = [_pool_problem(spec, name, pool, offers) for name, pool in spec.pools.by_name.items()]
     return next(filter(None, problems), "") or _crowded(spec, offers)
 
@@ -64,6 +64,14 @@ def _too_few_gpus(spec: Spec, offers: Sequence[Offer]) -> str:
     whose = "this Ray cluster" if spec.hosts is Hosts.ANY else "this host"
     each = ", ".join(f"{name} {pool.workers} × {pool.tp}" for name, pool in spec.pools.by_name.items())
     return f"model.device: cuda: the workers need {needed} GPU(s), {each}; {whose} has {there}"
+
+
+def _too_few_cpus(spec: Spec, offers: Sequence[Offer]) -> str:
+    """To place actors by. Of one host."""
+    num = sum(pool.workers for pool in spec.pools.by_name.values())
+    if (there := sum(each.get("CPU", 0.0) for each in offers)) >= num * CPUS_PER_ACTOR:
+        return ""
+    return f"hosts: one: Ray has {there:g} CPUs to give on this host, and {num} worker(s) take {num * CPUS_PER_ACTOR:g} (`--num-cpus`)"
 
 
 def _pool_problem(spec: Spec, name: str, pool: PoolSpec, offers: Sequence[Offer]) -> str:

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ..messages.errors import ClusterError
 from .processes import began_s, find_process, is_dead, kill
@@ -24,6 +25,7 @@ from .processes import began_s, find_process, is_dead, kill
 START_TIMEOUT_S = 60.0
 TERM_GRACE_S = 1.0                            # Ray's own way down may take longer; there is nothing in it to be saved
 KILL_TIMEOUT_S = 8.0
+KILL_PERIOD_S = 0.5
 OBJECT_STORE_BYTES = 80 << 20                 # Ray's smallest that works well; nothing of ours goes through it
 
 
@@ -53,8 +55,9 @@ def head_environment(folder: Path) -> dict[str, str]:
     }
 
 
-def start_head(num_cpus: int | None = None) -> Head:
-    """Raises ClusterError with the end of Ray's own output."""
+def start_head(num_cpus: int | None = None, begun: Callable[[Head], None] = lambda head: None) -> Head:
+    """`begun` hears of the head as soon as its process is there, seconds before it has an address. Raises ClusterError with the end of
+    Ray's own output."""
     folder = Path(tempfile.mkdtemp(prefix="diptych-ray-"))    # short: Ray puts Unix sockets below it
     (folder / "token").touch(mode=0o600)
     (folder / "token").write_text(secrets.token_hex(32))
@@ -67,13 +70,13 @@ def start_head(num_cpus: int | None = None) -> Head:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    began = began_s(process.pid)
+    head = Head(process.pid, began_s(process.pid), "", str(folder))
     try:
-        address = _wait_for_address(folder, process)
+        begun(head)
+        return structs.replace(head, address=_wait_for_address(folder, process))
     except BaseException:
-        stop_head(Head(process.pid, began, "", str(folder)))
+        stop_head(head)
         raise
-    return Head(process.pid, began, address, str(folder))
 
 
 def stop_head(head: Head) -> None:
@@ -82,12 +85,14 @@ def stop_head(head: Head) -> None:
     for process in members:
         if process.pid == head.pid:
             process.terminate()                               # Ray's own way down
-    alive = _wait_until_gone(members, TERM_GRACE_S)
-    for process in alive:
-        kill(process)
-    alive = _wait_until_gone(alive, KILL_TIMEOUT_S)
-    if alive:
-        raise ClusterError(f"processes of Ray's head {head.address} survive SIGKILL: {[process.pid for process in alive]}")
+    _wait_until_gone(members, TERM_GRACE_S)
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while alive := _members(head):                            # listed again each time: some start others on their way down
+        if time.monotonic() > deadline:
+            raise ClusterError(f"processes of Ray's head {head.address} survive SIGKILL: {[process.pid for process in alive]}")
+        for process in alive:
+            kill(process)
+        _wait_until_gone(alive, KILL_PERIOD_S)
     shutil.rmtree(head.folder, ignore_errors=True)
 
 
@@ -136,13 +141,13 @@ def _wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> list[
 
 
 def _members(head: Head) -> list[psutil.Process]:
-    """Of the head's session, with or without its leader: the kernel keeps a session's number while somebody is in it."""
+    """The living of the head's session, with or without its leader: the kernel keeps a session's number while somebody is in it."""
     if psutil.pid_exists(head.pid) and find_process(head.pid, head.began_s) is None:
         return []                                             # the number is somebody else's by now
     members = []
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) == head.pid:
+            if os.getsid(process.pid) == head.pid and not is_dead(process):
                 members.append(process)
         except ProcessLookupError:
             continue

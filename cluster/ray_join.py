@@ -5,13 +5,19 @@
 
 import logging
 import os
+import signal
 import socket
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..messages.errors import ClusterError
 from . import records
+from .processes import held_signals
 from .ray_head import Head
 from .records import Record
 
@@ -23,15 +29,22 @@ JOIN_LIMITS = {"RAY_NUM_REDIS_GET_RETRIES": "2", "RAY_gcs_rpc_server_connect_tim
 def running_ray() -> tuple[str | None, Head | None]:
     """RAY_ADDRESS; or a head that an earlier deployment started; or what `ray start` has noted on this machine."""
     if address := os.environ.get("RAY_ADDRESS"):
+        if not is_host_and_port(address):
+            raise ClusterError(f"RAY_ADDRESS={address}: host:port is wanted, of a Ray head")
         if not accepts(address):
             raise ClusterError(f"RAY_ADDRESS={address}: nothing listens there")
         return address, None
     for record in records.read_all():
-        if record.head is not None:
+        if record.head is not None and record.address:
             return record.address, record.head
     note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
     address = note.read_text().strip() if note.is_file() else ""
     return (address, None) if address and accepts(address) else (None, None)
+
+
+def is_host_and_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and "/" not in host and port.isdecimal()
 
 
 def accepts(address: str) -> bool:
@@ -44,10 +57,9 @@ def accepts(address: str) -> bool:
 
 
 def join(record: Record) -> None:
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **JOIN_LIMITS}.items():
-        os.environ.setdefault(name, value)
-    if record.head is not None:
-        os.environ.update(record.head.environment)            # read by Ray when it is imported, as are those above
+    if not record.address:
+        raise ClusterError(f"Ray's head of {record.name} is starting, or its `up` was cut off; `diptych down {record.name}` stops it")
+    _set_environment(record)
     import ray
 
     from .ray_runtime import NAMESPACE
@@ -57,9 +69,40 @@ def join(record: Record) -> None:
             raise ClusterError(f"this process is connected to Ray at {ray.get_runtime_context().gcs_address}, not {record.address}")
         return
     if not accepts(record.address):
-        raise ClusterError(f"cannot join Ray at {record.address}: nothing listens there, asked for {CONNECT_TIMEOUT_S:g} s")
+        hint = "" if record.head else f"; if it is gone for good, `diptych down {record.name}` forgets the deployment"
+        raise ClusterError(f"cannot join Ray at {record.address}: nothing listens there, asked for {CONNECT_TIMEOUT_S:g} s{hint}")
     began = time.monotonic()
     try:
-        ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_sigterm():
+            ray.init(address=record.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"cannot join Ray at {record.address}, tried for {time.monotonic() - began:.0f} s: {error}") from None
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps a command's handler: Ray puts its own in place, which print a trace and abort. A signal that comes meanwhile waits."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with held_signals():
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _set_environment(record: Record) -> None:
+    """Read by Ray when it is imported."""
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **JOIN_LIMITS}.items():
+        os.environ.setdefault(name, value)
+    if record.head is not None:
+        os.environ.pop("RAY_AUTH_TOKEN", None)                # another Ray's, which Ray prefers to a token's path
+        os.environ.update(record.head.environment)
+
+
+def leave() -> None:
+    """Nothing to be done if Ray has not even been imported."""
+    if (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()

@@ -35,6 +35,10 @@ EMBEDDED = "embedded"
 MODEL_FILES = ("config.json", "tokenizer.json")
 MERGE_TAG = "tag:yaml.org,2002:merge"         # `<<`, whose keys may be given again
 RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+MIN_ANSWER_S = 2.0                            # a few times the period in which members are asked, and what a busy one takes to answer
+MAX_COUNT = 1_000_000_000
+MAX_SIZE = 1 << 50                            # bytes
+MAX_SHOWN = 100                               # characters of a value in a message
 SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -49,11 +53,11 @@ def parse_size(text: object) -> object:
     raise ValueError(f"must be a number with one of {', '.join(SIZE_UNITS)}, like 256MiB, not {text!r}")
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_SIZE)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Milliseconds = Annotated[float, Field(ge=1e-3, allow_inf_nan=False, strict=True)]
 Seconds = Positive
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -123,7 +127,7 @@ class PoolsSpec(Section):
 class RouterSpec(Section):
     policy: str = "least_loaded"
     local_path: Flag = False                  # decode workers prefill by themselves although there are prefill workers
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000         # 0: any free one
     processes: Count = 1                      # gateways; they share the port
     max_connections: Count = 8192             # of clients, to each gateway; the next ones get a 503. Fewer where open files are limited
@@ -146,7 +150,7 @@ class SecuritySpec(Section):
 
 class TimeoutsSpec(Section):
     start_s: Seconds = 180.0                  # of a worker, model loading included
-    answer_s: Seconds = 10.0                  # without an answer to the controller, until a member is killed
+    answer_s: Annotated[float, Field(ge=MIN_ANSWER_S, allow_inf_nan=False, strict=True)] = 10.0      # until a silent member is killed
     stall_s: Seconds = 90.0                   # that its loop may stand still: longer than a step or a compilation may take
     drain_s: Seconds = 30.0                   # to finish what is under way
     request_s: Seconds = 600.0                # of a client, over all attempts
@@ -186,8 +190,10 @@ def load_spec(path: Path) -> Spec:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise SpecError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:             # of bytes, numbers and dates that are none
         raise SpecError(f"{path}: not YAML: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{path}: is nested too deeply") from None
     if not isinstance(tree, dict):
         raise SpecError(f"{path}: must be a mapping of name, model, pools, …")
     return parse_spec(tree, path.parent)
@@ -274,15 +280,22 @@ def _missing_files(spec: Spec) -> list[str]:
 
 
 def _with_absolute_paths(spec: Spec, folder: Path) -> Spec:
-    model_path = _embedded() if spec.model.path == EMBEDDED else folder / Path(spec.model.path).expanduser()
+    model_path = _embedded() if spec.model.path == EMBEDDED else folder / _expanded("model.path", spec.model.path)
     keys_file = spec.security.api_keys_file
-    keys_path = None if keys_file is None else str((folder / Path(keys_file).expanduser()).absolute())
+    keys_path = None if keys_file is None else str((folder / _expanded("security.api_keys_file", keys_file)).absolute())
     return spec.model_copy(
         update={
             "model": spec.model.model_copy(update={"path": str(model_path.absolute())}),
             "security": spec.security.model_copy(update={"api_keys_file": keys_path}),
         }
     )
+
+
+def _expanded(key: str, text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise SpecError(f"{key}: no home folder for {text!r}") from None
 
 
 def _embedded() -> Path:
@@ -294,19 +307,28 @@ def _embedded() -> Path:
 
 def _line(detail: ErrorDetails) -> str:
     path = ".".join(str(part) for part in detail["loc"])
-    given, limits = detail["input"], detail.get("ctx", {})
+    given, limits = _shown(detail["input"]), detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
             return f"{path}: unknown key"
         case "missing":
             return f"{path}: is missing"
         case "greater_than_equal":
-            return f"{path}: must be >= {limits['ge']}, not {given!r}"
+            return f"{path}: must be >= {limits['ge']}, not {given}"
         case "greater_than":
-            return f"{path}: must be > {limits['gt']}, not {given!r}"
+            return f"{path}: must be > {limits['gt']}, not {given}"
+        case "less_than_equal":
+            return f"{path}: must be <= {limits['le']}, not {given}"
         case "value_error":
             return f"{path}: {limits['error']}"
-    return f"{path}: {detail['msg']}, not {given!r}"
+    return f"{path}: {detail['msg']}, not {given}"
+
+
+def _shown(given: object) -> str:
+    if isinstance(given, int) and given.bit_length() > MAX_SHOWN:            # Python refuses to write the largest in decimal
+        return f"a number of {given.bit_length()} bits"
+    text = repr(given)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 class _StrictLoader(yaml.SafeLoader):

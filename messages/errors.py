@@ -21,6 +21,7 @@ DiptychError
 │   └── PeerGone
 ├── StepStuck                 the device does not end what it was given
 └── ClusterError              Ray, ports, disks, processes
+    └── TakenDown             by another command, while this one waited
 """
 
 
@@ -105,4 +106,8 @@ class StepStuck(DiptychError):
 
 
 class ClusterError(DiptychError):
+    pass
+
+
+class TakenDown(ClusterError):
     pass

@@ -62,7 +62,7 @@ def test_down_gives_the_places_back(cluster: StartCluster) -> None:
 
 
 def test_stopped_worker_is_replaced_after_the_answer_timeout(cluster: StartCluster) -> None:
-    served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 1.5})
+    served = cluster(pools={"decode": SMALL}, timeouts={"answer_s": 2.0})
     before = served.kill("decode-0", signal.SIGSTOP)
     after = served.wait_until_back(before)
     assert before.pid is not None
@@ -164,18 +164,44 @@ def test_a_taken_port_is_said_at_once(cluster: StartCluster) -> None:
             cluster(pools={"decode": SMALL}, router={"port": port})
 
 
-def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(cluster: StartCluster) -> None:
+def test_a_port_that_a_stranger_would_share_is_said_at_once(cluster: StartCluster) -> None:
+    with socket.socket() as stranger:
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"the gateways cannot listen on 127.0.0.1:{port}"):
+            cluster(pools={"decode": SMALL}, router={"port": port, "processes": 2})
+
+
+def test_a_deployment_without_its_controller_is_cleared_away_by_the_next(
+    cluster: StartCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     first = cluster(pools={"decode": SMALL})
     pids, name = first.pids, first.status.name
     ray.kill(first.deployment.controller)                     # for good
-    with pytest.raises(ClusterError, match=f"no deployment '{name}' is running"):
-        ray_session.take_down(name, lambda status: None)      # this Ray is not ours to stop
-    records.remove(name)
+    with monkeypatch.context() as unrecorded:                 # as the next one finds it whose folder of records is another
+        unrecorded.setenv("XDG_STATE_HOME", str(tmp_path))
+        with pytest.raises(ClusterError, match=f"no deployment '{name}' is running"):
+            ray_session.take_down(name, lambda status: None)
     second = cluster(name=name, pools={"decode": SMALL})
     assert not set(second.pids.values()) & set(pids.values())
     second.complete()
+
+
+def test_a_deployment_without_its_controller_is_cleared_away_by_down(cluster: StartCluster) -> None:
+    import ray
+
+    running = cluster(pools={"decode": SMALL})
+    pids, name = running.pids, running.status.name
+    ray.kill(running.deployment.controller)                   # for good
+    text = ray_session.take_down(name, lambda status: None)
+    assert "has no controller of it; 2 member(s) that it has left are ended; 1 segment(s) of its shared memory removed" in text
+    assert (records.find(name), segments(name)) == (None, [])
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids.values() if psutil.pid_exists(pid)], timeout=5.0)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.mark.parametrize(

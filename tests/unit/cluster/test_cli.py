@@ -22,7 +22,7 @@ from diptych.cluster.pulse import DeploymentStatus, PlaceStatus
 from diptych.cluster.ray_head import Head
 from diptych.cluster.records import Record
 from diptych.cluster.tables import deployment_view, duration, size
-from diptych.messages.errors import ClusterError
+from diptych.messages.errors import ClusterError, TakenDown
 from diptych.messages.ids import Address, Epoch, WorkerId
 from diptych.messages.requests import LinkFigures, LinkMeasured, LoadReport, WorkerRef
 
@@ -56,6 +56,22 @@ def test_a_wrong_spec_is_exit_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "pools.decode.workers: must be >= 1" in capsys.readouterr().err
 
 
+def test_up_leaves_alone_what_another_command_takes_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait(*_: object) -> None:
+        raise TakenDown("a was taken down by another command")
+
+    def stop() -> None:
+        raise ClusterError("the actor died")
+
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("{name: a, model: {path: embedded}, pools: {decode: {workers: 1}}}")
+    monkeypatch.setattr("diptych.cluster.ray_session.launch", lambda spec: SimpleNamespace(wait_until_ready=wait, stop=stop))
+    assert typed(monkeypatch, "up", str(spec)) == cli.EXIT_FAILED
+    assert capsys.readouterr().err == "a was taken down by another command\n"
+
+
 @pytest.mark.parametrize("command", ["down", "status", "probe", "top", "chat"])
 def test_without_a_deployment_exit_1(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(monkeypatch, command) == cli.EXIT_FAILED
@@ -70,6 +86,13 @@ def test_a_dead_ray_address_is_named(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert typed(monkeypatch, "status", "x") == cli.EXIT_FAILED
     assert "RAY_ADDRESS=127.0.0.1:1: nothing listens there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:10001", "6379"])
+def test_a_ray_address_is_host_and_port(address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert typed(monkeypatch, "status", "x") == cli.EXIT_FAILED
+    assert f"RAY_ADDRESS={address}: host:port is wanted" in capsys.readouterr().err
 
 
 def test_one_shot_chat(endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +180,9 @@ def test_records_come_and_go() -> None:
     records.write(Record("two", "127.0.0.1:1", head=None))
     with pytest.raises(ClusterError, match="which deployment\\? one, two"):
         records.find(None)
-    records.remove("one")
+    records.remove(msgspec.structs.replace(one, address="127.0.0.1:2"))
+    assert records.find("one") == one, "another start's"
+    records.remove(one)
     assert [record.name for record in records.read_all()] == ["two"]
 
 

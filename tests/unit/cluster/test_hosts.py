@@ -106,6 +106,13 @@ def test_gpus(hosts: str, pools: dict[str, dict[str, Any]], offers: list[dict[st
     assert what_is_missing(spec_of("cuda", hosts, **pools), offers) == said
 
 
+def test_one_host_without_cpus() -> None:
+    spec = spec_of("cpu", "one", decode={"workers": 2})
+    said = "hosts: one: Ray has 0 CPUs to give on this host, and 2 worker(s) take 0.02 (`--num-cpus`)"
+    assert what_is_missing(spec, [{"CPU": 0.0}]) == what_is_missing(spec, [{}]) == said
+    assert what_is_missing(spec, [{"CPU": 1.0}]) == ""
+
+
 @pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(1, 1), (4, 2), (1, 3), (2, 6)])
 @pytest.mark.parametrize("nodes", [(None, None), ("rack", None), (None, "rack"), ("rack", "rack")])
 def test_there_is_room_exactly_if_some_placement_has_it(prefill_tp: int, decode_tp: int, nodes: tuple[str | None, str | None]) -> None:

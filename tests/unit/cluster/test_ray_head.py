@@ -47,6 +47,31 @@ def test_tidies_up_after_a_dead_leader(tmp_path: Path) -> None:
     assert is_dead(child)
 
 
+LATE = """
+import signal, subprocess, sys, time
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+
+def end(*_):
+    child = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    print(child.pid, flush=True)
+    sys.exit()
+
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_stops_who_is_started_on_the_way_down(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", LATE], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    stop_head(Head(process.pid, began_s(process.pid), "127.0.0.1:1", str(tmp_path / "ray")))
+    late = int(process.stdout.readline())
+    assert not psutil.pid_exists(late) or is_dead(psutil.Process(late))
+
+
 def test_never_touches_another_process_of_that_number(tmp_path: Path) -> None:
     head, leader, child = play_head(tmp_path / "ray")
     stop_head(Head(head.pid, head.began_s - 100, head.address, head.folder))

@@ -179,7 +179,14 @@ def test_survives_the_way_to_the_controller(folder: Path) -> None:
         ({"router": {"port": True}}, "router.port: Input should be a valid integer, not True"),
         ({"slo": {"ttft_ms": float("inf")}}, "slo.ttft_ms: "),
         ({"timeouts": {"start_s": float("inf")}}, "timeouts.start_s: "),
+        ({"timeouts": {"answer_s": 0.3}}, "timeouts.answer_s: must be >= 2.0, not 0.3"),
         ({"name": "Not A Name"}, "name: "),
+        ({"model": {"path": "~nosuchuser/x"}}, "model.path: no home folder for '~nosuchuser/x'"),
+        ({"security": {"api_keys_file": "~nosuchuser/x"}}, "security.api_keys_file: no home folder for '~nosuchuser/x'"),
+        ({"pools": {"decode": {"workers": 1, "max_step_tokens": 10**10}}}, "max_step_tokens: must be <= 1000000000, not 10000000000"),
+        ({"pools": {"decode": {"workers": 10**5000}}}, "pools.decode.workers: must be <= 1000000000, not a number of 16610 bits"),
+        ({"pools": {"decode": {"workers": 1, "kv_memory": "9999999GiB"}}}, "pools.decode.kv_memory: must be <= 1125899906842624, not '99"),
+        ({"router": {"host": ""}}, "router.host: String should have at least 1 character, not ''"),
         ({"nmae": 1}, "nmae: unknown key"),
     ],
 )
@@ -196,7 +203,15 @@ def test_all_faults_are_named_at_once(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: [", "not YAML"), ("- 1", "must be a mapping"), ("name: a\nname: b", "'name' is given twice, line 1"), ("", "must be a mapping")],
+    [
+        ("a: [", "not YAML"),
+        ("- 1", "must be a mapping"),
+        ("name: a\nname: b", "'name' is given twice, line 1"),
+        ("", "must be a mapping"),
+        ("[" * 3000 + "]" * 3000, r"spec.yaml: is nested too deeply"),
+        ("name: " + "9" * 5000, r"spec.yaml: not YAML: .*4300 digits"),
+        ("name: 2026-99-99", r"spec.yaml: not YAML: month must be in 1..12"),
+    ],
 )
 def test_what_is_no_spec(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "spec.yaml").write_text(text)
