@@ -312,7 +312,9 @@ class KVWriter:
         handoff.session.move(HandoffState.CANCELLING)
         self._report(handoff, failure)
         if not self._has_stopped(handoff):
-            handoff.kept = self._blocks.take(0, handoff.sequence.blocks) or []
+            kept = self._blocks.take(0, handoff.sequence.blocks)
+            assert kept is not None, "what is held can be held once more"
+            handoff.kept = kept
         self._on_end(handoff.sequence, failure)
         self._try_drain(handoff)
 

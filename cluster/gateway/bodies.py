@@ -17,7 +17,7 @@ MAX_STOP_CHARS = 1024
 MAX_N = 128
 MAX_CHOICES = 1024              # of all prompts
 MAX_PROMPT_TOKENS = 1 << 20
-MAX_MESSAGES = 1 << 14
+MAX_MESSAGES = 1 << 14          # of a chat, and parts of a message
 MAX_BIAS = 100
 
 Body = TypeVar("Body", bound="_Common")

@@ -324,6 +324,8 @@ class FakeCluster:
             assert pool.num_free + pool.num_cached == pool.num_blocks, f"{worker_id}: {pool.num_held} of {pool.num_blocks} blocks leaked"
             assert worker.num_handoffs() == 0, f"{worker_id}: {worker.num_handoffs()} handoffs left"
             assert not worker.engine.sequences, f"{worker_id}: {len(worker.engine.sequences)} sequences left"
+            reserved = worker.engine.scheduler.num_reserved
+            assert reserved == 0, f"{worker_id}: {reserved} places kept for handoffs that have ended"
             if (staging := worker.replica.staging) is not None:
                 num_pages = staging.pool.num_blocks * staging.layout.num_layers
                 assert staging.num_free == num_pages, f"{worker_id}: {num_pages - staging.num_free} of {num_pages} staging pages leaked"
