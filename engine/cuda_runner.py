@@ -31,7 +31,8 @@ from ..kvtransfer.transport import KVPool
 from ..messages.errors import PoolTooSmall
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
-from .decode_graphs import DecodeGraphs, DecodeRow
+from .decode_graphs import DecodeGraphs
+from .decode_rows import DecodeRow
 from .device_sampler import DeviceSampler, Scores
 from .draw import DRAWN_AGAIN, Draw, columns, draw_of
 from .engine import EngineLimits

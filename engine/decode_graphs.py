@@ -11,9 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from msgspec import Struct
 from torch import Tensor
 
 from ..kernels.context_shares import share_tokens
@@ -23,7 +21,7 @@ from ..kernels.sampling import Draws, sample
 from ..kvtransfer.transport import KVPool
 from ..models.batch import ForwardBatch
 from ..models.transformer import Transformer
-from .draw import DRAWN_AGAIN, Draw
+from .decode_rows import PADDING, DecodeRow, pack_decodes
 from .graph_results import begin_capture, standing
 from .staging import Staging
 
@@ -35,19 +33,6 @@ def batch_sizes(max_sequences: int) -> list[int]:
     """Which batches get a graph: steps of 8, from 128 on of 16, from 256 on of 32, so that little of a step is padding."""
     stepped = [*range(16, 128, 8), *range(128, 256, 16), *range(256, max_sequences + 32, 32)]
     return sorted({min(size, max_sequences) for size in (*SMALL_BATCHES, *stepped)})
-
-
-class DecodeRow(Struct, frozen=True):
-    """One sequence's part of a step."""
-
-    context: int                # tokens, this step's included
-    source: int                 # row of the step before that sampled its token; -1: `token` is it
-    token: int
-    blocks: Sequence[int]
-    draw: Draw
-
-
-PADDING = DecodeRow(context=0, source=-1, token=0, blocks=(), draw=DRAWN_AGAIN)
 
 
 class DecodeGraphs:
@@ -111,25 +96,11 @@ class DecodeGraphs:
         graph, _ = self._graphs[self._sizes[bisect_left(self._sizes, num_rows)]]
         graph.replay()
 
-    def _stage(self, rows: list[DecodeRow], size: int) -> None:
-        host = self._staging.next()
-        header = host.numpy()[: 4 * len(HEADER) * size].view(np.int32).reshape(len(HEADER), size)
-        numbers, n = header.view(np.float32), len(rows)
-        header[:] = 0                                           # padding: context 0
-        header[0, :n] = [row.context for row in rows]
-        header[1, :n] = [row.source for row in rows]
-        header[2, :n] = [row.token for row in rows]
-        lengths = [len(row.blocks) for row in rows]
-        header[3, 1:n] = np.cumsum(lengths[:-1])
-        numbers[4, :n] = [row.draw.temperature for row in rows]
-        header[5, :n] = [row.draw.top_k for row in rows]
-        numbers[6, :n] = [row.draw.top_p for row in rows]
-        numbers[7, :n] = [row.draw.min_p for row in rows]
-        numbers[8, :n] = [row.draw.fraction for row in rows]
-        header[9] = share_tokens([row.context for row in rows], self._pool.layout.rank_heads, self._num_sms)
-        begin, end = header.size, header.size + sum(lengths)
-        host.numpy()[4 * begin : 4 * end].view(np.int32)[:] = [block for row in rows for block in row.blocks]
-        self._upload[:end].copy_(host[: 4 * end].view(torch.int32), non_blocking=True)
+    def _stage(self, rows: Sequence[DecodeRow], size: int) -> None:
+        host = self._staging.next().view(torch.int32)
+        share = share_tokens([row.context for row in rows], self._pool.layout.rank_heads, self._num_sms)
+        end = pack_decodes(rows, size, share, host.numpy())
+        self._upload[:end].copy_(host[:end], non_blocking=True)
 
     def _step(self, size: int) -> Tensor:
         share = self._column("share", size)[:1]

@@ -72,4 +72,5 @@ class RoleSide(ABC):
         return None
 
     def after_step(self, steps: list[SequenceStep]) -> None:
-        return None
+        """Before the step's tokens are told: what is waited for on another GPU comes first."""
+        return

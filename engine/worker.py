@@ -146,6 +146,7 @@ class Worker(RoleSide):
         self._expire(now)
         self.tick(now)
         progressed = self._launch()
+        self._steps.learn()                            # of the last turn's step: until now somebody waited
         if self.engine.is_ready:
             self._collect()
             progressed = True
@@ -206,12 +207,11 @@ class Worker(RoleSide):
         steps = self.engine.collect()
         self._steps.collected(self.clock())
         self._num_steps += 1
+        self.after_step(steps)
         for step in steps:
             if step.delta is not None:
                 self._outbox.add(step.sequence.request.gateway, step.delta)
         self._outbox.flush(self.load())
-        self.after_step(steps)
-        self._steps.learn()
         for step in [step for step in steps if step.broke_down]:
             self.abort(step.sequence.id)
             self.fail(step.sequence.request, FailureKind.INTERNAL, "the model's logits are not finite", retryable=False)

@@ -18,9 +18,11 @@ from torch import Tensor
 from .ops import Paging
 from .overlap import after_predecessor, overlapping
 
-HEADER = ("context", "source", "token", "offset", "temperature", "top_k", "top_p", "min_p", "fraction", "share")
+WHOLE = ("context", "source", "token", "offset", "top_k")
+REAL = ("temperature", "top_p", "min_p", "fraction")
+HEADER = (*WHOLE, *REAL, "share")
 """Columns. `source` is -1 for a token that is given; `offset` is where the row's block ids begin after the header. The next five are
-what sampling reads; temperature, top_p, min_p and fraction are the bits of fp32 numbers. `share` is Paging.share_tokens, in every row."""
+what sampling reads; those of REAL are the bits of fp32 numbers. `share` is Paging.share_tokens, in every row."""
 
 TILE = 256
 

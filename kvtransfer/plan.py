@@ -74,6 +74,13 @@ def leave_after(layer: int, num_layers: int, layer_group: int, gathers: bool) ->
     return num_done % layer_group == 0 and (not gathers or num_done + layer_group >= num_layers)
 
 
+def may_wait(num_ready: int, num_blocks: int) -> bool:
+    """Whether the `num_ready` leading blocks of a prompt's `num_blocks` may leave with later ones, so that their link wakes once. What is
+    still to be computed must take far longer than all of them on the link: a quarter of a prompt does, some twenty times (an 8B model on
+    an H200, 26 µs a token to compute and 0.35 to send)."""
+    return 4 * (num_blocks - num_ready) >= num_blocks
+
+
 def _pages(blocks: IdArray, runs: list[tuple[slice, range]]) -> IdArray:
     """Block by block: layers of one block are neighbours in memory, here and there."""
     pages = [np.add.outer(blocks[index], np.arange(layers.start, layers.stop)).ravel() for index, layers in runs]

@@ -18,7 +18,7 @@ from ..engine.block_pool import BlockPool
 from ..engine.scheduler import Chunk, StepPlan
 from ..engine.sequence import Sequence
 from ..engine.worker import ATTENTION_S
-from ..kvtransfer.plan import PagePlan, leave_after
+from ..kvtransfer.plan import PagePlan, leave_after, may_wait
 from ..kvtransfer.session import HandoffState, Session
 from ..kvtransfer.staging import StagedPages, Staging
 from ..kvtransfer.transport import Bundle, KVMemory, Peer
@@ -43,6 +43,9 @@ from .outgoing import Failure, Outgoing, what_is_wrong
 
 LINK_WAIT_S = 2.0
 """A handoff that was accepted waits so long for a link that is down; then another route may do better."""
+
+SILENT_SHARE = 0.25
+"""Of the time after which a receiver that has counted nothing gives up: so long pages may wait for others."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +119,9 @@ class KVWriter:
         for chunk in plan.chunks:
             handoff = self._handoffs.get(chunk.sequence.id)
             if handoff is not None and leave_after(layer, self._layout.num_layers, self._layer_group, self._gathers(handoff)):
-                self._write(handoff, range(layer + 1), self._num_ready_after(chunk))     # earlier ones too: accepted late
+                num_ready = self._num_ready_after(chunk)
+                if not self._may_wait(handoff, num_ready):
+                    self._write(handoff, range(layer + 1), num_ready)                    # earlier ones too: accepted late
 
     def chunk_finished(self, chunk: Chunk, delta: TokenDelta | None, now: float) -> None:
         handoff = self._handoffs.get(chunk.sequence.id)
@@ -138,7 +143,7 @@ class KVWriter:
                 self._give_up(handoff, failure, now)
             elif handoff.accept is not None and handoff.plan is None:
                 self._connect(handoff, now)
-            elif handoff.is_short:
+            elif handoff.is_short or now >= handoff.silent_until:
                 self._push(handoff, now)
 
     def abort(self, request_id: RequestId, now: float) -> None:
@@ -261,6 +266,7 @@ class KVWriter:
         handoff.peer, handoff.busy_before_s = peer, self._transport.busy_s(peer, handoff.accept.imm)
         handoff.session.deadline = handoff.sequence.deadline
         handoff.plan = self._plan(handoff.sequence, handoff.accept, peer)
+        handoff.silent_until = self._silent_until(now)
         self._push(handoff, now)
 
     def _plan(self, sequence: Sequence, accept: KVAccept, peer: Peer) -> PagePlan | StagedPages:
@@ -275,6 +281,9 @@ class KVWriter:
         the host starts the writes, and whether they have arrived is counted."""
         if handoff.plan is None or not handoff.session.live:
             return
+        if now < handoff.silent_until and self._may_wait(handoff, handoff.num_ready):
+            return
+        handoff.silent_until = self._silent_until(now)
         if handoff.first is not None and handoff.broken is None and not handoff.announced:
             self._announce(handoff, handoff.first, handoff.plan.num_pages, now)
         if self._write(handoff, range(self._layout.num_layers), handoff.num_ready) and handoff.announced:
@@ -288,6 +297,12 @@ class KVWriter:
         handoff.announced = True
         handoff.session.deadline = now + self._timeout_s
         self._post.send(handoff.decode.address, KVLanded(handoff.ticket, self._me, num_pages, first))
+
+    def _silent_until(self, now: float) -> float:
+        return now + SILENT_SHARE * self._timeout_s
+
+    def _may_wait(self, handoff: Outgoing, num_ready: int) -> bool:
+        return self._gathers(handoff) and may_wait(num_ready, self._num_blocks(handoff.sequence))
 
     def _gathers(self, handoff: Outgoing) -> bool:
         """What is converted first needs pages of a small pool, which have to come back."""

@@ -27,6 +27,7 @@ class Outgoing:
     offered_at: float
     accept: KVAccept | None = None          # kept until the peer is connected
     accepted_at: float = 0.0
+    silent_until: float = 0.0               # from then on nothing that is ready waits for more
     plan: PagePlan | StagedPages | None = None
     peer: Peer | None = None
     busy_before_s: float = 0.0              # the counter's, of an earlier use whose books the transport had not closed

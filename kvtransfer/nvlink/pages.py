@@ -69,6 +69,13 @@ class Runs(NamedTuple):
     there: IdArray
 
 
+def are_scattered(here: IdArray, there: IdArray, most_runs: int) -> bool:
+    """Whether a look at a few of them shows that they are more than `most_runs` runs, without a look at all."""
+    stride = max(1, len(here) // (4 * most_runs))
+    are_neighbours = (here[1::stride] - here[:-1:stride] == 1) & (there[1::stride] - there[:-1:stride] == 1)
+    return int(np.count_nonzero(are_neighbours)) + most_runs <= len(are_neighbours)
+
+
 def runs_of(here: IdArray, there: IdArray) -> Runs:
     breaks = np.flatnonzero((np.diff(here) != 1) | (np.diff(there) != 1)) + 1
     starts = np.concatenate(([0], breaks))

@@ -35,7 +35,7 @@ from . import cudart
 from .busy import BusyTime
 from .counters import OwnCounters
 from .memory import THIS_PROCESS, VERSION, DeviceMemory, Location, PeerMemory, check_page_bytes, location_here
-from .pages import FIRST_TIMES, Runs, Slot, Slots, check_pages, runs_of
+from .pages import FIRST_TIMES, Runs, Slot, Slots, are_scattered, check_pages, runs_of
 
 POLL_S = 2e-5
 UNMAP_TIMEOUT_S = 30.0
@@ -267,8 +267,11 @@ class NvlinkTransport:
         num_bytes = num_pages * self._page_bytes
         if self._engine == "sm" or (self._engine == "either" and num_bytes < COPY_RUN_BYTES):
             return None
-        runs = runs_of(slot.ids[:num_pages], slot.ids[num_pages : 2 * num_pages])
-        return runs if self._engine == "copy" or num_bytes >= COPY_RUN_BYTES * len(runs.lengths) else None
+        here, there, most_runs = slot.ids[:num_pages], slot.ids[num_pages : 2 * num_pages], num_bytes // COPY_RUN_BYTES
+        if self._engine == "either" and are_scattered(here, there, most_runs):
+            return None
+        runs = runs_of(here, there)
+        return runs if self._engine == "copy" or len(runs.lengths) <= most_runs else None
 
     def _copy(self, target: int, runs: Runs, stream: int) -> None:
         lengths, here, there = runs

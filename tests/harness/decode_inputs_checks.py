@@ -1,8 +1,11 @@
 """The unpacking of a decode step's upload against the same in plain Python."""
 
+import numpy as np
 import torch
 from harness.kernel_checks import Device
 
+from diptych.engine.decode_rows import DecodeRow, pack_decodes
+from diptych.engine.draw import DRAWN_AGAIN
 from diptych.kernels.decode_inputs import HEADER, decode_inputs, fetch_pending
 from diptych.kernels.ops import Paging
 
@@ -19,12 +22,10 @@ def check_decode_inputs(contexts: list[int], num_padding: int, device: Device) -
     sampled[0] = -1                                                     # logits that were no numbers
     sources = [row if row % 2 == 0 else -1 for row in range(count)]
     given = torch.randint(0, 1000, (count,), generator=generator).tolist()
-    header = torch.zeros(len(HEADER), size, dtype=torch.int32)
-    offsets = [sum(map(len, blocks[:row])) for row in range(count)]
-    for column, values in enumerate((contexts, sources, given, offsets)):
-        header[column, :count] = torch.tensor(values, dtype=torch.int32)
-    flat = torch.tensor([block for row in blocks for block in row], dtype=torch.int32)
-    upload = torch.cat((header.flatten(), flat)).to(device.name)
+    rows = [DecodeRow(*row, DRAWN_AGAIN) for row in zip(contexts, sources, given, blocks, strict=True)]
+    packed = np.zeros(len(HEADER) * size + sum(map(len, blocks)), dtype=np.int32)
+    assert pack_decodes(rows, size, 1, packed) == len(packed)
+    upload = torch.from_numpy(packed).to(device.name)
 
     token_ids, positions, slots = (torch.full((size,), POISON, device=device.name) for _ in range(3))
     context_lens = torch.full((size,), POISON, dtype=torch.int32, device=device.name)

@@ -42,7 +42,8 @@ class History:
         self, seed: int, faults: dict[str, float], prefill_block_size: int = BLOCK_SIZE, tps: tuple[int, int] | None = None
     ) -> None:
         self.random = random.Random(seed)
-        self.cluster = FakeCluster(num_prefill=2, num_decode=2, num_blocks=14, prefill_block_size=prefill_block_size, tps=tps)
+        sizes = {"num_prefill": 2, "num_decode": 2, "num_blocks": 14, "prefill_block_size": prefill_block_size}
+        self.cluster = FakeCluster(**sizes, tps=tps, gathers=self.random.random() < 0.5)
         weights = PROGRESS | faults
         self.events: list[Callable[[], None]] = [getattr(self, name) for name in weights]
         self.weights = list(weights.values())

@@ -1,9 +1,9 @@
-"""When pages leave within a step: after each group of layers, or late and together over links that are better left asleep."""
+"""When pages leave: after each group of layers, or late and together over links that are better left asleep."""
 
 from typing import Any
 
 import pytest
-from harness.fake_cluster import FakeCluster
+from harness.fake_cluster import BLOCK_SIZE, TIMEOUT_S, FakeCluster
 
 from diptych.messages.ids import WorkerId
 
@@ -24,6 +24,35 @@ def test_layers_that_leave_together(gathers: bool, each_step: list[list[int]], m
     cluster.assert_nothing_leaked()
 
 
+def test_steps_that_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve blocks in six steps: until a quarter is left."""
+    cluster = FakeCluster(num_layers=NUM_LAYERS, gathers=True, max_step_tokens=8)
+    num_pages = pages_written(cluster, monkeypatch)
+    answer = cluster.submit(list(range(12 * BLOCK_SIZE)), max_tokens=3)
+    cluster.settle()
+    assert answer.complete
+    assert num_pages == [10 * 5, 10, 2 * 5, 2]
+    cluster.assert_nothing_leaked()
+
+
+def test_a_receiver_sees_pages_before_it_loses_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt's steps are far apart, or others come first: what is ready leaves meanwhile."""
+    cluster = FakeCluster(num_layers=NUM_LAYERS, gathers=True, max_step_tokens=8)
+    num_pages, answer = pages_written(cluster, monkeypatch), cluster.submit(list(range(12 * BLOCK_SIZE)), max_tokens=3)
+    while cluster.workers[PREFILL].engine.sequences == [] or cluster.workers[PREFILL].engine.sequences[0].num_computed < 24:
+        cluster.step()
+    assert num_pages == []
+    monkeypatch.setattr(cluster.workers[PREFILL], "_launch", lambda: False)
+    for _ in range(3):
+        cluster.now += TIMEOUT_S / 2
+        cluster.step()
+    assert num_pages == [6 * NUM_LAYERS]
+    monkeypatch.undo()
+    cluster.settle()
+    assert answer.complete, answer.failure
+    cluster.assert_nothing_leaked()
+
+
 def test_what_is_converted_first_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pages come out of a small pool."""
     cluster = FakeCluster(num_layers=NUM_LAYERS, gathers=True, max_step_tokens=8, prefill_block_size=8, staging_blocks=100)
@@ -34,6 +63,19 @@ def test_what_is_converted_first_does_not_wait_for_others(monkeypatch: pytest.Mo
     assert answer.complete
     assert [len(layers) for layers in written[-NUM_LAYERS:]] == [2] * NUM_LAYERS, "two of the receiver's blocks for each layer"
     cluster.assert_nothing_leaked()
+
+
+def pages_written(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """By each write from now on."""
+    transport, num_pages = cluster.transports[PREFILL], list[int]()
+    write = transport.write_pages
+
+    def watch(*arguments: Any) -> None:
+        num_pages.append(len(arguments[2]))
+        write(*arguments)
+
+    monkeypatch.setattr(transport, "write_pages", watch)
+    return num_pages
 
 
 def layers_written(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:

@@ -21,7 +21,7 @@ from diptych.kvtransfer.nvlink import cudart, memory
 from diptych.kvtransfer.nvlink.busy import MAX_GAPS, BusyTime
 from diptych.kvtransfer.nvlink.counters import OwnCounters, PeerCounters
 from diptych.kvtransfer.nvlink.memory import THIS_PROCESS, VERSION, Location, PeerMemory, check_page_bytes, location_here
-from diptych.kvtransfer.nvlink.pages import SMALLEST, Slot, Slots, check_pages, runs_of
+from diptych.kvtransfer.nvlink.pages import SMALLEST, Slot, Slots, are_scattered, check_pages, runs_of
 from diptych.kvtransfer.shm import SHM, host_identity, sweep_orphans
 from diptych.kvtransfer.transport import NUM_IMMS, Peer
 from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
@@ -219,6 +219,16 @@ def test_runs_are_the_pages(pairs: list[tuple[int, int]]) -> None:
     assert [(src + i, dst + i) for count, src, dst in runs for i in range(count)] == pairs
     for (count, src, dst), (_, next_src, next_dst) in pairwise(runs):
         assert (src + count, dst + count) != (next_src, next_dst), "two runs where one would do"
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5), st.integers(0, 5)), min_size=1), st.integers(1, 12))
+def test_what_is_found_to_be_scattered_is_and_what_all_is_scattered_is_found(runs: list[tuple[int, int, int]], most_runs: int) -> None:
+    here, there = (np.concatenate([1000 * run[side] + np.arange(run[0]) for run in runs]) for side in (1, 2))
+    if are_scattered(here, there, most_runs):
+        assert len(runs_of(here, there).lengths) > most_runs
+    backwards = np.arange(4 * most_runs + 1)[::-1]
+    assert are_scattered(backwards, backwards, most_runs)
+    assert not are_scattered(backwards[::-1], backwards[::-1], most_runs)
 
 
 # Writes under way
