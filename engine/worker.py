@@ -9,6 +9,7 @@ A role adds its side of the KV handoff (`role_side.py`). Whatever it raises ends
 does not go on; the gateways route its requests anew and the controller starts another.
 """
 
+import math
 import os
 import threading
 import time
@@ -39,6 +40,10 @@ LOOK_AFTER_S = 0.003           # that a step has been being launched: then looks
 LOOK_PERIOD_S = 0.001          # between these
 ATTENTION_S = 0.0005
 """So long after a question the loop looks for the answer without sleeping: to be woken takes as long as the answer does."""
+
+ALERT_S = 0.005
+"""So long after a message or a step the loop of a GPU's worker does not sleep: to be woken takes some 60 µs, and all that it then does
+several times as long as in a loop that goes on. On a CPU the model and others need the core."""
 
 
 class WorkerStatus(Struct, frozen=True):
@@ -77,6 +82,8 @@ class Worker(RoleSide):
         self._draining = False
         self._backlog: list[Message] = []                        # came while a step was being launched
         self._next_beat = self._next_expiry = clock()
+        self._alert_s = ALERT_S if self.replica.pool.ranks[0].tensor.is_cuda else 0.0
+        self._alert_until = -math.inf
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._steps = StepWatch(self.replica.step_model)
         self._descriptors = self.replica.transport.register(self.replica.pool)
@@ -138,7 +145,8 @@ class Worker(RoleSide):
     def turn(self, timeout_s: float) -> bool:
         """One pass; True if anything was computed. Raises StepStuck."""
         backlog, self._backlog = self._backlog, []
-        for message in [*backlog, *self.post.receive(0.0 if backlog else timeout_s)]:
+        messages = [*backlog, *self.post.receive(0.0 if backlog else timeout_s)]
+        for message in messages:
             self._receive(message)
         while self._commands:
             self._commands.popleft()()
@@ -152,7 +160,10 @@ class Worker(RoleSide):
             progressed = True
         elif self.engine.is_computing:
             self._steps.require_progress(now)      # as of before the next was launched: that may have compiled something
-        self._beat(self.clock())
+        now = self.clock()
+        if messages or progressed:
+            self._alert_until = now + self._alert_s
+        self._beat(now)
         return progressed
 
     def fail(self, request: GenerateRequest, kind: FailureKind, message: str, retryable: bool) -> None:
@@ -297,6 +308,6 @@ class Worker(RoleSide):
 
     def idle_wait_s(self) -> float:
         """How long the loop may sleep when nothing was computed: short while somebody else's memory is waited for."""
-        if self.engine.is_computing:
+        if self.engine.is_computing or self.clock() < self._alert_until:
             return 0.0
         return 0.001 if self.engine.has_work else max(0.0, self._next_beat - self.clock())

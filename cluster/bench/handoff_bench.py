@@ -24,8 +24,10 @@ from .handoff_worker import BLOCK_TOKENS, LAYOUT, Stamp, WorkerEnd
 from .transfer_peer import Path, Remote, remote
 from .transfer_rows import HandoffRow, HandoffStep
 
-HANDOFFS, WARM_UPS, QUICK_HANDOFFS = 1000, 100, 50
-PAUSE_S = 0.002                 # between two: both loops have gone idle
+NUM_AFTER = {0.002: 1000, 0.02: 500}
+"""How many handoffs after a pause of so many seconds, in which both loops look for more, or have gone to sleep."""
+
+WARM_UPS, QUICK_HANDOFFS = 100, 50
 IDLE_S = 1.0                    # to see what idle workers cost
 ANSWER_TIMEOUT_S = 10.0
 CAUSES = [
@@ -40,17 +42,20 @@ CAUSES = [
 """What begins with which message, sent or received; the last ends the handoff."""
 
 
-def handoff_row(path: Path, gpus: tuple[str | None, str | None], quick: bool) -> HandoffRow:
-    """Raises TransferBenchError, ClusterError."""
+def handoff_rows(path: Path, gpus: tuple[str | None, str | None], quick: bool) -> list[HandoffRow]:
+    """One for each pause. Raises TransferBenchError, ClusterError."""
+    rows = []
     with _pair(path, gpus) as pair:
-        pair.hand_off(QUICK_HANDOFFS if quick else WARM_UPS)
+        pair.hand_off(QUICK_HANDOFFS if quick else WARM_UPS, 0.0)
         pair.stamps()
         idle_cpu = pair.idle_cpu(IDLE_S)
-        pair.hand_off(QUICK_HANDOFFS if quick else HANDOFFS)
-        return summary(path.name, pair.stamps(), idle_cpu)
+        for pause_s, count in NUM_AFTER.items():
+            pair.hand_off(QUICK_HANDOFFS if quick else count, pause_s)
+            rows.append(summary(path.name, pause_s, pair.stamps(), idle_cpu))
+    return rows
 
 
-def summary(path: str, stamps: Iterable[Stamp], idle_cpu: float) -> HandoffRow:
+def summary(path: str, pause_s: float, stamps: Iterable[Stamp], idle_cpu: float) -> HandoffRow:
     """Raises TransferBenchError: a handoff lacks one of its messages."""
     by_request: dict[RequestId, dict[tuple[str, bool], float]] = defaultdict(dict)
     for stamp in stamps:
@@ -61,7 +66,7 @@ def summary(path: str, stamps: Iterable[Stamp], idle_cpu: float) -> HandoffRow:
         raise TransferBenchError(f"{path}: a handoff without {missing}") from None
     whole = _step("offer to commit", moments[:, -1] - moments[:, 0])
     steps = [_step(name, took_s) for (name, _, _), took_s in zip(CAUSES, np.diff(moments).T, strict=False)]
-    return HandoffRow(path, LAYOUT.page_bytes, len(moments), whole.p50_us, whole.p99_us, steps, idle_cpu)
+    return HandoffRow(path, LAYOUT.page_bytes, pause_s, len(moments), whole.p50_us, whole.p99_us, steps, idle_cpu)
 
 
 def _step(name: str, took_s: NDArray[np.float64]) -> HandoffStep:
@@ -79,11 +84,11 @@ class HandoffPair:
             end.call("tell", Membership(1, self._members, (post.address,)))
         self._num_sent = 0
 
-    def hand_off(self, count: int) -> None:
-        """One after the other."""
+    def hand_off(self, count: int, pause_s: float) -> None:
+        """One after the other, each after the pause."""
         for _ in range(count):
+            time.sleep(pause_s)
             self._once()
-            time.sleep(PAUSE_S)
 
     def _once(self) -> None:
         prefill, decode = (member.ref for member in self._members)

@@ -28,7 +28,7 @@ from ...messages.errors import ClusterError
 from . import transfer_nixl
 from .decode_load import decode_rows
 from .errors import TransferBenchError
-from .handoff_bench import handoff_row
+from .handoff_bench import handoff_rows
 from .transfer_load import PREFILL_KV_BYTES
 from .transfer_peer import Path, Remote, remote
 from .transfer_rows import BURST, LoadRow, TransferReport, TransferRow, print_report
@@ -73,7 +73,7 @@ def run_transfer_bench(bench: TransferBench, console: Console) -> TransferReport
         if path.transport != "nixl" and not (path.programs or path.copy_engines):  # the others as deployments have them
             gpus = _gpus_of(path, bench.one_gpu)
             if "handoff" in bench.parts:
-                report.handoffs.append(handoff_row(path, gpus, bench.quick))
+                report.handoffs.extend(handoff_rows(path, gpus, bench.quick))
             if "decode" in bench.parts:
                 report.loads.extend(decode_rows(path, gpus, bench.quick))
     print_report(report, console)

@@ -46,6 +46,7 @@ class HandoffRow(Struct, frozen=True):
 
     path: str
     page_bytes: int
+    pause_s: float            # before each
     count: int
     p50_us: float
     p99_us: float
@@ -77,7 +78,8 @@ def print_report(report: TransferReport, console: Console) -> None:
 
 
 def _print_handoff(row: HandoffRow, console: Console) -> None:
-    title = f"handoff of one block over {row.path}, µs, {row.count} times; idle, both workers take {row.idle_cpu:.1%} of a core"
+    when = f"{row.count} times, each after {1e3 * row.pause_s:g} ms"
+    title = f"handoff of one block over {row.path}, µs, {when}; idle, both workers take {row.idle_cpu:.1%} of a core"
     table = Table("", "p50", "p99", title=title)
     for step in row.steps:
         table.add_row(step.name, f"{step.p50_us:.0f}", f"{step.p99_us:.0f}")

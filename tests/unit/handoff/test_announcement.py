@@ -7,7 +7,7 @@ from harness.fake_cluster import Answer, FakeCluster
 
 from diptych.decode_worker.kv_receiver import PAGES_ATTENTION_S
 from diptych.decode_worker.worker import ROUSE_PERIOD_S
-from diptych.engine.worker import ATTENTION_S, Worker
+from diptych.engine.worker import ALERT_S, ATTENTION_S, Worker
 from diptych.messages.errors import PeerGone
 from diptych.messages.handoff import KVAccept, KVLanded, KVOffer
 from diptych.messages.ids import WorkerId
@@ -112,6 +112,25 @@ def test_a_receiver_looks_for_the_announcement_but_not_for_long(offered: FakeClu
     attentive_s, later_s = waits_s(offered, receiver)
     assert attentive_s == 0.0
     assert later_s > 0.0
+
+
+def test_a_gpus_worker_stays_awake_after_a_message_and_after_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster()
+    worker = cluster.workers[PREFILL]
+    assert worker._alert_s == 0.0, "its pool is on a CPU, where others need the core"
+    monkeypatch.setattr(worker, "_alert_s", ALERT_S)
+    worker.turn(0.0)
+    assert waits_s(cluster, worker, ALERT_S)[0] > 0.0, "nothing has come"
+    cluster.submit(PROMPT[:3], max_tokens=1, prefill=None, decode="prefill-0")
+    cluster.network.deliver_all()
+    for _ in range(2):                                       # a message; a step, unless both are of one turn
+        worker.turn(0.0)
+    assert not worker.engine.has_work
+    alert_s, later_s = waits_s(cluster, worker, ALERT_S)
+    assert (alert_s, later_s > 0.001) == (0.0, True)
+    cluster.now += 2 * ALERT_S
+    worker.turn(0.0)
+    assert waits_s(cluster, worker, ALERT_S)[0] > 0.0, "a turn in which nothing came is none"
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])

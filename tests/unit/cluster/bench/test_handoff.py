@@ -32,8 +32,8 @@ def stamps(name: str, begins_s: float, steps_us: Iterable[float]) -> list[Stamp]
 def test_steps_and_their_sum() -> None:
     """Those of the other end come later in the list, as they do from two processes."""
     seen = stamps("r1", 5.0, [100, 50, 90, 70, 80, 60]) + stamps("r2", 6.0, [100, 50, 90, 70, 80, 160])
-    row = summary("shm", sorted(seen, key=lambda stamp: stamp.sent), idle_cpu=0.01)
-    assert (row.path, row.count, row.idle_cpu, row.page_bytes) == ("shm", 2, 0.01, 64 << 10)
+    row = summary("shm", 0.02, sorted(seen, key=lambda stamp: stamp.sent), idle_cpu=0.01)
+    assert (row.path, row.pause_s, row.count, row.idle_cpu, row.page_bytes) == ("shm", 0.02, 2, 0.01, 64 << 10)
     assert (row.p50_us, row.p99_us) == pytest.approx((500, 549), abs=0.01)
     assert [step.p50_us for step in row.steps] == pytest.approx([100, 50, 90, 70, 80, 110], abs=0.01)
     assert [step.name for step in row.steps][0::5] == ["offer on its way", "counted, committed"]
@@ -41,7 +41,7 @@ def test_steps_and_their_sum() -> None:
 
 def test_a_handoff_that_lacks_a_message_is_told_of() -> None:
     with pytest.raises(TransferBenchError, match="KVCommitted"):
-        summary("shm", stamps("r1", 5.0, [1] * 6)[:-1], 0.0)
+        summary("shm", 0.0, stamps("r1", 5.0, [1] * 6)[:-1], 0.0)
 
 
 def test_the_post_stamps_what_belongs_to_a_handoff_and_passes_all_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,11 +85,11 @@ def test_a_handoff_that_fails_ends_the_run() -> None:
     asking = pair(gateway, network)
     network.mailboxes[gateway.address] = [RequestFailed(RequestId("bench-1"), FailureKind.REFUSED, "no room", True, worker)]
     with pytest.raises(TransferBenchError, match="handoff 1: no room"):
-        asking.hand_off(1)
+        asking.hand_off(1, 0.0)
 
 
 def test_a_handoff_without_an_end_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     network = FakeNetwork()
     monkeypatch.setattr(handoff_bench, "ANSWER_TIMEOUT_S", 0.0)
     with pytest.raises(TransferBenchError, match="handoff 1: no end and no span"):
-        pair(network.post("gateway"), network).hand_off(1)
+        pair(network.post("gateway"), network).hand_off(1, 0.0)
