@@ -121,7 +121,8 @@ class KVWriter:
             if handoff is not None and leave_after(layer, self._layout.num_layers, self._layer_group, self._gathers(handoff)):
                 num_ready = self._num_ready_after(chunk)
                 if not self._may_wait(handoff, num_ready):
-                    self._write(handoff, range(layer + 1), num_ready)                    # earlier ones too: accepted late
+                    self._write(handoff, range(self._layout.num_layers), chunk.start // self._layout.block_size)     # of earlier steps
+                    self._write(handoff, range(layer + 1), num_ready)
 
     def chunk_finished(self, chunk: Chunk, delta: TokenDelta | None, now: float) -> None:
         handoff = self._handoffs.get(chunk.sequence.id)

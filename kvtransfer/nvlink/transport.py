@@ -39,7 +39,7 @@ from .pages import FIRST_TIMES, Runs, Slot, Slots, are_scattered, check_pages, r
 
 POLL_S = 2e-5
 UNMAP_TIMEOUT_S = 30.0
-NUM_LANES = 2
+NUM_LANES = 3
 COPY_RUN_BYTES = 4 << 20
 """From this mean length on, runs of neighbouring pages go by copy engines, which leave all SMs to the prefill. Chosen, not swept: 128 MiB
 in runs of 1 MiB were counted 0.3 ms later than by SMs. Less than this in all is not looked at for runs: a page waits for the host."""
