@@ -46,6 +46,7 @@ class StepRoom:
     spare_s: float = math.inf                 # for what such tokens attend to, which does cost
     enough: float = math.inf                  # rows: a step in which a prompt ends takes no more, for that prompt would wait for them
     beyond_s: float = 0.0                     # of `seconds`, what prompts get though decodes have no time for them
+    was_cut: bool = False                     # a prompt wanted more
 
     @property
     def is_empty(self) -> bool:
@@ -57,8 +58,8 @@ class StepRoom:
         count = min(most, max(1, self.floor, self._affordable(start, self.tokens)))
         if count < most:
             count = min(most, self._without_padding(start, count))
-        is_cut = count < most
-        self.tokens = 0 if is_cut else self.tokens - count       # what padding took from who is cut is not for the less urgent
+        self.was_cut = count < most
+        self.tokens = 0 if self.was_cut else self.tokens - count       # what padding took from who is cut is not for the less urgent
         self.floor = max(0, self.floor - count)
         if self.model is not None:
             self.seconds -= self.model.prefill_s(count, attended_pairs(start, count), self.rows)
@@ -130,6 +131,7 @@ class Pacer:
         self._busy_s = busy_s
         self._padded = padded
         self.lead_s = 0.0                     # how far ahead the tightest decode will be when the steps under way have ended
+        self._owed_s = 0.0                    # what padding has taken from prompts' least share, or given them beyond it
         self._lengths = deque[int](maxlen=MEMORY)
         self._are_short = False
 
@@ -150,13 +152,16 @@ class Pacer:
         if math.isinf(slack_s):
             return StepRoom(max_tokens, rows=len(decodes), padded=self._padded, enough=enough)
         left_s = slack_s - decode_s
-        room_s = max(left_s, decode_s / MIN_SHARE)
+        room_s = max(left_s, decode_s / MIN_SHARE + self._owed_s, 0.0)
         spare_s, beyond_s = room_s / SPARE_SHARE, room_s - left_s
         return StepRoom(max_tokens, room_s, 1, model, len(decodes), self._padded, spare_s=spare_s, enough=enough, beyond_s=beyond_s)
 
     def planned(self, room: StepRoom) -> None:
-        """What a step's prompts left of its room is the lead of the next one's decodes."""
+        """What a step's prompts left of its room is the lead of the next one's decodes. What padding left of the time that decodes did not
+        have is the next prompts'."""
         self.lead_s = max(0.0, room.seconds - room.beyond_s) if math.isfinite(room.seconds) else 0.0
+        most_s = room.beyond_s if room.was_cut else 0.0
+        self._owed_s = min(max(room.seconds, -most_s), most_s)
 
     def joined(self) -> None:
         """A decode more, which has nothing to lend yet."""

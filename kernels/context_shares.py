@@ -6,7 +6,8 @@ Decode attention's items are one for each sequence, KV head and share:
     in a captured graph:     most_shares: how many there can be at most; num_programs: who computes them
 
 Measured on an H200 (docs/benchmarks.md): a program reads some 64 keys a microsecond, so none should have more than a multiprocessor's part
-of all keys; and each cut costs a part of the merge, so nothing shorter than that gains.
+of all keys; and each cut costs a part of the merge, so nothing shorter than that gains. Where a multiprocessor has several programs, which
+share its bandwidth, whoever has a long context among short ones would still end last by far: so what is longer than most is cut, too.
 
 Prefill attention's tiles are enough for a GPU in all but a step's chunks of few tokens. For these there is `chunk_cut`, from shapes alone;
 the lengths of shares follow on the device, from what the step's sequences are (`prefill_shares.py`).
@@ -19,7 +20,9 @@ from dataclasses import dataclass
 RESIDENT = (3, 4)           # programs that a multiprocessor has at once, of the larger and of the smaller tile (decode_attention.py)
 SLACK = 1.1                 # over a multiprocessor's part: batches as long as each other should not be cut for a token
 CUT_COST = 0.15             # of a step's attention, for each share
-MOST_ITEMS = 4              # for each multiprocessor: with more, those that there are are listed, unless uncut contexts are more
+UNEVEN = 1.25               # times the mean context: nothing that is longer stays whole
+MOST_ITEMS = 4              # for each multiprocessor: with more, those that there are are listed
+MOST_LISTED = 8             # (sequence, KV head) pairs for each multiprocessor: of more, nothing is listed
 MOST_PARTS = 64             # for each multiprocessor: of partial answers there is room for that many
 EVEN_SHARES = 8             # of a context: with fewer, a long one among short ones holds up a step
 FEWEST_TOKENS = 128         # of a share of the longest context
@@ -40,16 +43,19 @@ def share_tokens(contexts: Sequence[int], kv_heads: int, num_sms: int) -> int:
     """About how many tokens a share is to have, for sequences with these contexts."""
     if not contexts:
         return 1
-    total = sum(contexts)
-    share, (_, shares) = SLACK * total * kv_heads / num_sms, _whole_waves(len(contexts) * kv_heads, num_sms)
-    return max(1, math.ceil(min(share, total / len(contexts) / shares) if shares > 1 else share))
+    total, pairs = sum(contexts), len(contexts) * kv_heads
+    part, mean = SLACK * total * kv_heads / num_sms, total / len(contexts)
+    if pairs <= MOST_LISTED * num_sms:
+        return max(1, math.ceil(min(part, UNEVEN * mean)))
+    _, shares = _whole_waves(pairs, num_sms)
+    return max(1, math.ceil(min(part, mean / shares) if shares > 1 else part))
 
 
 def most_shares(num_sequences: int, kv_heads: int, max_context: int, num_sms: int) -> int:
     """Of one context of a batch: what `share_tokens` can lead to, unless the batch keeps a GPU busy however long one of them is."""
     pairs = max(1, num_sequences * kv_heads)
     most, looked_at = math.ceil(num_sms / kv_heads), MOST_ITEMS * num_sms // pairs
-    if looked_at == 0:
+    if pairs > MOST_LISTED * num_sms:
         most = _whole_waves(pairs, num_sms)[1]
     elif looked_at >= EVEN_SHARES:
         most = min(most, looked_at)
@@ -60,7 +66,7 @@ def most_shares(num_sequences: int, kv_heads: int, max_context: int, num_sms: in
 
 def are_listed(pairs: int, splits: int, num_sms: int) -> bool:
     """Whether the shares that there are are listed, for there can be too many to look at them all."""
-    return splits > 1 and pairs <= MOST_ITEMS * num_sms < pairs * splits
+    return splits > 1 and pairs <= MOST_LISTED * num_sms and pairs * splits > MOST_ITEMS * num_sms
 
 
 def chunk_cut(fewest_tiles: int, kv_heads: int, max_context: int, num_programs: int) -> ChunkCut:

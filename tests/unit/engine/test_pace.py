@@ -181,6 +181,35 @@ def test_a_late_decode_lends_nothing_though_prompts_get_their_least():
     assert pacer.lead_s == 0.0
 
 
+@given(st.integers(1, 150), st.integers(1, 400), boundaries)
+def test_prompts_get_their_least_share_whatever_steps_are_padded_to(num_decodes, context, padded):
+    """Of late decodes' steps: what one step has less, the next ones have more."""
+    now, decodes = [7.0], [decode(0.005, context=context) for _ in range(num_decodes)]
+    pacer, spent_s, num_steps = Pacer(lambda: now[0], lambda: MODEL, padded=padded), 0.0, 60
+    pacer.room(decodes, 2048)
+    now[0] += 10.0
+    for _ in range(num_steps):
+        room = pacer.room(decodes, 2048)
+        count = room.take(0, 10**6)
+        spent_s += MODEL.prefill_s(count, attended_pairs(0, count), num_decodes)
+        pacer.planned(room)
+    least_s = MODEL.decode_s(num_decodes, sum(len(each.token_ids) for each in decodes)) / MIN_SHARE
+    assert spent_s >= (num_steps - 2) * least_s - num_steps * MODEL.prefill_s(1, 1, 1000)
+
+
+def test_what_a_prompt_did_not_want_is_not_owed_to_the_next():
+    now, sequence = [7.0], decode(0.005)
+    pacer = Pacer(lambda: now[0], lambda: MODEL, padded=[64, 128])
+    pacer.room([sequence], 2048)
+    now[0] += 10.0
+    rooms = []
+    for _ in range(2):
+        rooms.append(pacer.room([sequence], 2048))
+        rooms[-1].take(0, 2)
+        pacer.planned(rooms[-1])
+    assert rooms[0].seconds == rooms[1].seconds > 0
+
+
 def test_nobody_who_was_promised_no_pace_lends():
     pacer = Pacer(lambda: 7.0, lambda: MODEL)
     pacer.planned(StepRoom(2048))

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from diptych.kernels.context_shares import (
     FEWEST_KEYS,
     FEWEST_TOKENS,
-    MOST_ITEMS,
+    MOST_LISTED,
     MOST_PARTS,
+    UNEVEN,
     are_listed,
     chunk_cut,
     most_shares,
@@ -59,14 +60,24 @@ def test_batches_as_measured() -> None:
 
 def test_one_long_context_among_short_ones_is_cut() -> None:
     *short, long = cut([500] * 31 + [16_000], 8)
-    assert (set(short), long) == ({1}, 8)
+    assert (set(short), long) == ({1}, 13)
 
 
-@given(contexts=st.lists(st.integers(1, 16_384), min_size=1, max_size=MOST_ITEMS * SMS // 8))
-def test_no_share_takes_much_longer_than_all_of_them_do(contexts: list[int]) -> None:
-    """While a context that is not cut could: an eighth of the longest at most, or little more than a multiprocessor's part of all keys."""
+@given(count=st.integers(17, MOST_LISTED * SMS // 8), even=st.integers(100, 4000), long=st.floats(1.4, 60))
+def test_who_is_longer_than_most_is_cut_and_who_is_not_stays_whole(count: int, even: int, long: float) -> None:
+    *others, longest = cut([even] * (count - 1) + [int(long * even)], 8)
+    assert set(others) == {1}
+    assert longest >= min(long / (UNEVEN * (count + long) / count), 8) - 1e-3 or even * long < 2 * FEWEST_TOKENS
+    assert longest > 1 or long < 1.5
+
+
+@given(contexts=st.lists(st.integers(1, 16_384), min_size=1, max_size=MOST_LISTED * SMS // 8))
+def test_no_share_takes_much_longer_than_others(contexts: list[int]) -> None:
+    """While a context that is not cut could: an eighth of the longest at most, or little more than the mean, or than a multiprocessor's
+    part of all keys."""
     longest = max(math.ceil(context / count) for context, count in zip(contexts, cut(contexts, 8), strict=True))
-    assert longest <= max(max(contexts) / 8, 1.1 * sum(contexts) * 8 / SMS) + 1
+    mean, part = sum(contexts) / len(contexts), sum(contexts) * 8 / SMS
+    assert longest <= max(max(contexts) / 8, min(UNEVEN * mean, 1.1 * part)) + 1
 
 
 @given(num_sequences=st.integers(1, 512), kv_heads=st.integers(1, 32), splits=st.integers(1, 16))
