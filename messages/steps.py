@@ -15,7 +15,7 @@ from msgspec import Struct
 CONFIDENT_AFTER = 20
 """Observed steps at which half of the trust is earned."""
 
-FIRST_BEND, SECOND_BEND = 128, 512
+FIRST_BEND, SECOND_BEND = 128.0, 512.0
 """Rows."""
 
 NO_TIME_S = 1e-15
@@ -76,19 +76,6 @@ class StepModel(Struct, frozen=True):
         return self.decode_s(features.num_decoding, features.decode_context) + self.prefill_s(
             features.prefill_tokens, features.prefill_pairs, features.num_decoding
         )
-
-    def tokens_within(self, seconds: float, pairs_each: float, beside: float = 0.0) -> float:
-        """The inverse of `prefill_s`, for tokens of which each has `pairs_each`: of the three lines that it is the highest of, the first
-        to come to `seconds`."""
-        first_s = (self.prefill_token_s + self.prefill_pair_s * pairs_each) or NO_TIME_S
-        second_s = first_s + self.past_first_s
-        hidden_s = self.past_first_s * (FIRST_BEND - beside if beside < FIRST_BEND else 0.0)
-        all_hidden_s = hidden_s + self.past_second_s * (SECOND_BEND - beside if beside < SECOND_BEND else 0.0)
-        tokens, after_first = seconds / first_s, (seconds + hidden_s) / second_s
-        after_second = (seconds + all_hidden_s) / (second_s + self.past_second_s)
-        if after_first < tokens:
-            tokens = after_first
-        return tokens if tokens < after_second else after_second
 
     def bent_s(self, rows: float) -> float:
         """What `rows` add for being past the bends."""

@@ -7,6 +7,8 @@
 
 The decode load is taken at the join: by then some of today's sequences have ended, and those under way have come. (A router that
 looks at today's load only lets prefill fill up, then starves it, and so on: Mooncake, FAST'25, section 7.)
+
+What is counted is a float here from the first: of an int and a float, Python makes a sum in more than twice the time.
 """
 
 import math
@@ -16,7 +18,7 @@ from msgspec import Struct
 from ...engine.load import SHARE_HORIZON_S
 from ...engine.pace import beside_s, enough_rows
 from ...engine.predictor import PRIOR
-from ...messages.steps import FIRST_BEND, SECOND_BEND, StepModel, attended_pairs
+from ...messages.steps import FIRST_BEND, NO_TIME_S, SECOND_BEND, StepModel, attended_pairs
 from .policy import WorkerLoad
 
 MAX_PREFILL_SHARE = 0.95
@@ -42,7 +44,7 @@ class Inflow(Struct, frozen=True, gc=False):
 
     tokens_per_s: float = 0.0                 # prompt tokens
     tokens_each: float = 0.0                  # of a prompt: mean of squares by mean
-    num_others: int = 0                       # gateways, of whose share a report must come to show it
+    num_others: float = 0.0                   # gateways, of whose share a report must come to show it
     num_joining: float = 0.0                  # sequences on their way to a decode worker
 
 
@@ -52,43 +54,54 @@ NOTHING = Inflow()
 class Steps(Struct, frozen=True, gc=False):
     """How a worker computes prompts for as long as its decodes do not change."""
 
-    model: StepModel
     shared_s: float                           # of a step, whatever prompts are in it
     beside_s: float                           # of a step, for prompts, in the long run; infinite without decodes
-    pairs_each: float                         # what a prompt token attends to
     count: float                              # decodes
     budget: float                             # prompt tokens, whatever they take
-    most: float                               # prompt tokens in one step, in the long run
-    enough: float                             # in one in which a prompt ends
+    enough: float                             # in a step in which a prompt ends
     token_s: float                            # of a prompt token with what it attends to, before the bends
+    past_first_s: float                       # the model's
+    past_second_s: float
     first_bend: float                         # the model's, in prompt tokens
     second_bend: float
 
     def one_s(self, tokens: float) -> float:
         """As StepModel.prefill_s has it: asked for some times in each decision."""
         step_s = self.shared_s + self.token_s * tokens
-        if tokens > self.first_bend:
-            step_s += self.model.past_first_s * (tokens - self.first_bend)
-            if tokens > self.second_bend:
-                step_s += self.model.past_second_s * (tokens - self.second_bend)
-        return step_s
+        if tokens > self.second_bend:
+            return step_s + self.past_first_s * (tokens - self.first_bend) + self.past_second_s * (tokens - self.second_bend)
+        return step_s + self.past_first_s * (tokens - self.first_bend) if tokens > self.first_bend else step_s
 
-    def all_s(self, tokens: float) -> float:
-        """As few steps as hold them."""
-        if tokens <= self.most:
+    def all_s(self, tokens: float, most: float) -> float:
+        """As few steps as hold them, of `most` each."""
+        if tokens <= most:
             return self.one_s(tokens) if tokens else 0.0
-        num_full, rest = divmod(tokens, self.most)
-        return num_full * self.one_s(self.most) + (self.one_s(rest) if rest else 0.0)
+        num_full, rest = divmod(tokens, most)
+        return num_full * self.one_s(most) + (self.one_s(rest) if rest else 0.0)
 
-    def led(self, lead_s: float) -> float:
-        """Tokens in a step whose decodes are so far ahead of their pace."""
-        tokens = self.model.tokens_within(self.beside_s + lead_s, self.pairs_each, self.count)
-        return self.budget if tokens > self.budget else tokens if tokens > 1 else 1.0
+    def room(self, lead_s: float = 0.0) -> float:
+        """Prompt tokens in a step whose decodes are so far ahead of their pace. `one_s` is the highest of three lines: the first of them to
+        come to the time for prompts tells."""
+        if not self.count:
+            return self.budget
+        seconds, first_s, hidden_s = self.beside_s + lead_s, self.token_s or NO_TIME_S, self.past_first_s * self.first_bend
+        tokens, second_s, all_hidden_s = seconds / first_s, first_s + self.past_first_s, hidden_s + self.past_second_s * self.second_bend
+        after_first, after_second = (seconds + hidden_s) / second_s, (seconds + all_hidden_s) / (second_s + self.past_second_s)
+        if after_first < tokens:
+            tokens = after_first
+        if after_second < tokens:
+            tokens = after_second
+        return self.budget if tokens > self.budget else tokens if tokens > 1.0 else 1.0
+
+    def ending(self, tokens: float, most: float) -> float:
+        """Prompt tokens in a step in which a prompt ends that has so many left, of at most `most`."""
+        enough = self.enough if self.enough > tokens else tokens
+        return most if most < enough else enough
 
     def lead_after(self, lead_s: float, tokens: float) -> float:
         """Of the next step's decodes. If there was room for more tokens, a prompt has ended and decodes, with nothing to lend."""
         left_s = lead_s + self.beside_s - (self.one_s(tokens) - self.shared_s)
-        return left_s if left_s > 0 and tokens >= self.budget else 0.0
+        return left_s if left_s > 0.0 and tokens >= self.budget else 0.0
 
 
 class PrefillEstimate(Struct, frozen=True, gc=False):
@@ -109,7 +122,7 @@ class DecodeSide(Struct, frozen=True, gc=False):
     """What is known of a request on a decode worker whoever computes its prompt."""
 
     model: StepModel
-    num_decoding: int
+    num_decoding: float
     life_s: float                             # of an answer, at today's pace
     num_joining: float                        # sequences on their way
     context_each: float                       # of those that decode then
@@ -122,23 +135,31 @@ class DecodeSide(Struct, frozen=True, gc=False):
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
     """Step by step, as the worker plans them: what has come when a step is planned may be in it, and is done when all of the step is."""
-    model, waiting, arrives_s = model_of(worker), worker.num_waiting_tokens, worker.message_s
-    own: float = work.num_tokens - num_cached
+    model, waiting, arrives_s = worker.step_model or PRIOR, float(worker.num_waiting_tokens), worker.message_s
+    own = float(work.num_tokens - num_cached)
     age_s = 0.0 if worker.reported_at is None else now - worker.reported_at + arrives_s
     unseen, unseen_at_most = _unseen_tokens(worker, inflow, age_s)
     sent = worker.num_sent_tokens + unseen
-    ahead, num_ahead = _ahead(worker, work, now)
+    ahead, num_ahead = waiting - worker.num_sent_tokens, 1
+    if worker.queue and worker.reported_at is not None:
+        ahead, num_ahead = _ahead(worker, ahead, work.ttft_slack_s + now - worker.reported_at)
     pairs_each = (attended_pairs(num_cached, work.num_tokens - num_cached) + worker.prefill_pairs) / (own + waiting)
-    steps = _steps(worker, model, work, pairs_each, ahead + sent + own)
+    steps = steps_of(worker, work, pairs_each, ahead + sent + own)
+    most = steps.room()
     closes_s, begins_s = worker.plans_in_s - age_s, worker.busy_s - age_s
-    backlog_s = begins_s + steps.all_s(waiting) if waiting else begins_s
-    backlog_s = (backlog_s if backlog_s > 0 else 0.0) + model.full_token_s * unseen_at_most
-    own_s, spare_s = steps.one_s(own) - steps.shared_s, steps.all_s(unseen_at_most - unseen) if unseen_at_most else 0.0
+    own_s, backlog_s, spare_s = steps.one_s(own) - steps.shared_s, begins_s, 0.0
+    if waiting:
+        backlog_s += steps.all_s(waiting, most)
+    if backlog_s < 0.0:
+        backlog_s = 0.0
+    if unseen_at_most:
+        backlog_s += model.full_token_s * unseen_at_most
+        spare_s = steps.all_s(unseen_at_most - unseen, most)
 
     prompt = ahead / num_ahead if ahead else sent                # tokens of each of those ahead
-    each, room = steps.most, steps.most                          # tokens in a step: of those ahead, and in the request's last one
+    each = room = most                                           # tokens in a step: of those ahead, and in the request's last one
     if num_ahead > 1 and not steps.count:
-        each = min(room, max(steps.enough, prompt))
+        each = steps.ending(prompt, most)
     lead_s = worker.lead_s if steps.count and not worker.num_expected else 0.0               # who joins has nothing to lend
     if closes_s <= arrives_s:
         sent_s = 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s
@@ -156,7 +177,7 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     if led:
         last, room = before + last, led
     elif before or last > room:
-        closes_s, begins_s, last = _in_the_long_run(steps, closes_s, begins_s, before, last, each)
+        closes_s, begins_s, last = _in_the_long_run(steps, closes_s, begins_s, before, last, each, most)
     if closes_s > arrives_s and last < steps.enough:             # prompts that come later share the last step
         free, later = (steps.enough if steps.enough < room else room) - last, inflow.tokens_per_s * (closes_s - arrives_s)
         last += later if later < free else free
@@ -176,19 +197,19 @@ def _until_it_comes(
     while closes_s <= arrives_s and ahead:
         first = each
         if lead_s:
-            first = steps.led(lead_s)
+            first = steps.room(lead_s)
             lead_s = steps.lead_after(lead_s, ahead if ahead < first else first)
         if ahead < first:
             first = ahead
         closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
         if ahead <= joins_at:
             lead_s = 0.0
-    if closes_s <= arrives_s and steps.count and steps.shared_s > 0:                         # then decodes alone go on
+    if closes_s <= arrives_s and steps.count and steps.shared_s > 0.0:                         # then decodes alone go on
         num_more = math.ceil((arrives_s - begins_s) / steps.shared_s) if begins_s < arrives_s else 0
         closes_s = begins_s + num_more * steps.shared_s
         begins_s, lead_s = closes_s + steps.shared_s, lead_s + (1 + num_more) * steps.beside_s
     elif closes_s <= arrives_s and sent and not (ahead or steps.count):                      # it is planned when it comes
-        first, closes_s = min(sent, each), max(begins_s, sent_s)
+        first, closes_s = sent if sent < each else each, begins_s if begins_s > sent_s else sent_s
         begins_s, sent = closes_s + steps.one_s(first), sent - first
     return closes_s, begins_s, lead_s, ahead, sent
 
@@ -199,9 +220,9 @@ def _while_led(
     """The steps with room that decodes lend, until `joins_at` is left before the request, when a prompt has ended and decodes → last, the
     room of the one in which the request ends, if it is one of them, else 0."""
     for _ in range(MOST_LED):
-        room = steps.led(lead_s)
-        if 0 < before < room:                                    # a prompt ends in it
-            room = max(before, min(room, steps.enough))
+        room = steps.room(lead_s)
+        if 0.0 < before < room:                                  # a prompt ends in it
+            room = steps.ending(before, room)
         if before + own <= room:
             return closes_s, begins_s, before, own, room
         closes_s, begins_s = begins_s, begins_s + steps.one_s(room)
@@ -216,17 +237,17 @@ def _while_led(
 
 
 def _in_the_long_run(
-    steps: Steps, closes_s: float, begins_s: float, before: float, own: float, each: float
+    steps: Steps, closes_s: float, begins_s: float, before: float, own: float, each: float, most: float
 ) -> tuple[float, float, float]:
     """The steps before the last, as full as they may be → when that is planned, when it begins, and its tokens."""
-    most = room = steps.most
+    room = most
     if before:
         num_full, rest = divmod(before, each)
         if num_full:
             each_s = steps.one_s(each)
-            closes_s, begins_s = begins_s + (num_full - 1) * each_s, begins_s + num_full * each_s
+            closes_s, begins_s = begins_s + (num_full - 1.0) * each_s, begins_s + num_full * each_s
         if rest:                                                 # a prompt ends in the next one
-            own, room = rest + own, max(rest, min(steps.enough, most))
+            own, room = rest + own, steps.ending(rest, most)
     if own > room and room < most:
         closes_s, begins_s, own = begins_s, begins_s + steps.one_s(room), own - room
     if own > most:
@@ -236,13 +257,14 @@ def _in_the_long_run(
 
 
 def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> DecodeSide:
-    model, count = model_of(worker), worker.num_decoding
+    model, count = worker.step_model or PRIOR, float(worker.num_decoding)
     own_context = work.num_tokens + work.num_outputs / 2
+    known = worker.num_requests - worker.num_passing - count
     return DecodeSide(
         model=model,
         num_decoding=count,
         life_s=work.num_outputs * model.decode_s(count, worker.decode_context),
-        num_joining=max(worker.num_requests - worker.num_passing - count, inflow.num_joining),
+        num_joining=known if known > inflow.num_joining else inflow.num_joining,
         context_each=worker.decode_context / count if count else own_context,
         own_context=own_context,
         prefill_share=worker.prefill_share,
@@ -254,37 +276,41 @@ def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> Dec
 
 def estimate_decode(side: DecodeSide, joins_in_s: float, local_prefill_s: float) -> DecodeEstimate:
     """Those that run are at a random place of their lives; it is not believed that load will shrink."""
-    model, running = side.model, side.num_decoding
+    model, running, share = side.model, side.num_decoding, side.prefill_share
     ended = running * joins_in_s / side.life_s if joins_in_s < side.life_s else running
     count = running + (side.num_joining - ended if side.num_joining > ended else 0.0)
-    context, share = count * side.context_each, side.prefill_share
+    context = count * side.context_each
     if side.waiting_tokens:
         share += model.prefill_s(side.waiting_tokens, side.waiting_pairs, count) / SHARE_HORIZON_S
-    before_s, alone_s = model.decode_s(count, context), model.decode_s(count + 1, context + side.own_context)
+    before_s, alone_s = model.decode_s(count, context), model.decode_s(count + 1.0, context + side.own_context)
     with_it = share + local_prefill_s / SHARE_HORIZON_S
-    after_s = alone_s / (1 - (with_it if with_it < MAX_PREFILL_SHARE else MAX_PREFILL_SHARE))
+    after_s = alone_s / (1.0 - (with_it if with_it < MAX_PREFILL_SHARE else MAX_PREFILL_SHARE))
     paced_s = alone_s + beside_s(alone_s, side.tpot_s)
-    before_s /= 1 - (share if share < MAX_PREFILL_SHARE else MAX_PREFILL_SHARE)
+    before_s /= 1.0 - (share if share < MAX_PREFILL_SHARE else MAX_PREFILL_SHARE)
     return DecodeEstimate(before_s, after_s, paced_s if paced_s < after_s else after_s, alone_s)
 
 
-def _steps(worker: WorkerLoad, model: StepModel, work: Work, pairs_each: float, num_tokens: float) -> Steps:
-    num_decoding, token_s = worker.num_decoding, model.prefill_token_s + model.prefill_pair_s * pairs_each
+def steps_of(worker: WorkerLoad, work: Work, pairs_each: float, num_tokens: float) -> Steps:
+    """`pairs_each`: what a prompt token attends to. `num_tokens`: of all prompts, the most that a step can hold if no budget was told."""
+    model = worker.step_model or PRIOR
+    num_decoding, count, shared_s, room_s = float(worker.num_decoding), 0.0, model.base_s, math.inf
+    if num_decoding:
+        count = (num_decoding + (worker.num_requests - worker.num_passing)) / 2.0            # those that are known to come do so on the way
+        shared_s = model.decode_s(count, worker.decode_context * count / num_decoding)
+        room_s = beside_s(shared_s, work.tpot_s)
     budget = worker.max_step_tokens - num_decoding if worker.max_step_tokens else num_tokens
-    if budget < 1:
-        budget = 1.0
-    if not num_decoding:
-        enough = enough_rows(model, model.base_s)
-        return Steps(model, model.base_s, math.inf, pairs_each, 0, budget, budget, enough, token_s, FIRST_BEND, SECOND_BEND)
-    known = worker.num_requests - worker.num_passing
-    count = (num_decoding + known) / 2                           # those that are known to come do so on the way
-    shared_s = model.decode_s(count, worker.decode_context * count / num_decoding)
-    room_s = beside_s(shared_s, work.tpot_s)
-    most = model.tokens_within(room_s, pairs_each, count)
-    most = budget if most > budget else most if most > 1 else 1.0
-    enough = enough_rows(model, shared_s) - count
-    first_bend, second_bend = max(0.0, FIRST_BEND - count), max(0.0, SECOND_BEND - count)
-    return Steps(model, shared_s, room_s, pairs_each, count, budget, most, enough, token_s, first_bend, second_bend)
+    return Steps(
+        shared_s=shared_s,
+        beside_s=room_s,
+        count=count,
+        budget=budget if budget > 1.0 else 1.0,
+        enough=enough_rows(model, shared_s) - count,
+        token_s=model.prefill_token_s + model.prefill_pair_s * pairs_each,
+        past_first_s=model.past_first_s,
+        past_second_s=model.past_second_s,
+        first_bend=FIRST_BEND - count if count < FIRST_BEND else 0.0,
+        second_bend=SECOND_BEND - count if count < SECOND_BEND else 0.0,
+    )
 
 
 def blocks_at_end(worker: WorkerLoad, work: Work) -> int:
@@ -292,27 +318,21 @@ def blocks_at_end(worker: WorkerLoad, work: Work) -> int:
     return math.ceil((work.num_tokens + work.num_outputs) / worker.block_size)
 
 
-def model_of(worker: WorkerLoad) -> StepModel:
-    return worker.step_model or PRIOR
-
-
 def _unseen_tokens(worker: WorkerLoad, inflow: Inflow, age_s: float) -> tuple[float, float]:
     """Sent by others since the report: as always; and at most: as this gateway did if that is more (room that one sees, all see), and one
     standard deviation on top, as of a compound Poisson process."""
     if not inflow.num_others:
         return 0.0, 0.0
-    as_always = inflow.tokens_per_s * age_s * inflow.num_others / (inflow.num_others + 1)
-    much = max(as_always, inflow.num_others * worker.num_sent_tokens)
+    as_always = inflow.tokens_per_s * age_s * inflow.num_others / (inflow.num_others + 1.0)
+    as_this_one = inflow.num_others * worker.num_sent_tokens
+    much = as_this_one if as_this_one > as_always else as_always
     return as_always, much + math.sqrt(much * inflow.tokens_each)
 
 
-def _ahead(worker: WorkerLoad, work: Work, now: float) -> tuple[float, int]:
-    """Of the worker's queue, what is due no later than this request: tokens, and of how many prompts, with one that is under way
-    (of a long queue, of how many groups: queue_by_slack)."""
-    ahead = worker.num_waiting_tokens - worker.num_sent_tokens
-    if not worker.queue or worker.reported_at is None:
-        return ahead, 1
-    slack_s, under_way, num_ahead = work.ttft_slack_s + now - worker.reported_at, ahead, 0       # slack as of the report
+def _ahead(worker: WorkerLoad, ahead: float, slack_s: float) -> tuple[float, int]:
+    """Of the worker's queue, what is due no later than this request, whose slack is as of the report: tokens, and of how many prompts, with
+    one that is under way (of a long queue, of how many groups: queue_by_slack)."""
+    under_way, num_ahead = ahead, 0
     for due_s, tokens in worker.queue:
         under_way -= tokens
         if due_s > slack_s:

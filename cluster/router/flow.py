@@ -28,4 +28,4 @@ class Flow:
         return self._squares / self._rate if self._rate else 0.0
 
     def _kept(self, now: float) -> float:
-        return math.exp(-max(0.0, now - self._at) / HORIZON_S)
+        return math.exp((self._at - now) / HORIZON_S) if now > self._at else 1.0

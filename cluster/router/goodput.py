@@ -72,53 +72,59 @@ class Goodput:
 
     def decide(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
         hashes = _hashes(request, view)
-        explanation = self._explain(request, view, now, hashes)
+        explanation, stays = self._explain(request, view, now, hashes)
         decision = explanation.decision
         if isinstance(decision, Route):
-            self._flows[_pool_of(request, decision, view)].add(len(request.token_ids), now)
+            computes = "prefill" if stays or decision.prefill is not None or request.path is Path.ALONE else "decode"
+            self._flows[computes].add(len(request.token_ids), now)
             self._index.insert(hashes, *([decision.decode] if decision.prefill is None else [decision.prefill, decision.decode]))
         return explanation
 
     def explain(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
         """What `choose` would say and why (on another sample of the pools); nothing is remembered."""
-        return self._explain(request, view, now, _hashes(request, view))
+        return self._explain(request, view, now, _hashes(request, view))[0]
 
-    def _explain(self, request: RoutingRequest, view: ClusterView, now: float, hashes: Sequence[int]) -> Explanation:
+    def _explain(
+        self, request: RoutingRequest, view: ClusterView, now: float, hashes: Sequence[int]
+    ) -> tuple[Explanation, bool]:
+        """And whether a prefill worker is to decode the answer, too."""
         work = _work(request, view, now)
         if (missing := what_is_missing(request, view)) is not None:
-            return Explanation(Queue(missing), (), work.num_outputs, work.ttft_slack_s)
-        predictions = self._predictions(request, work, view, now, hashes)
+            return Explanation(Queue(missing), (), work.num_outputs, work.ttft_slack_s), False
+        predictions, stays = self._predictions(request, work, view, now, hashes)
         decision = self._decide(request, work, predictions)
-        return Explanation(decision, tuple(predictions), work.num_outputs, work.ttft_slack_s)
+        return Explanation(decision, tuple(predictions), work.num_outputs, work.ttft_slack_s), stays
 
     def _predictions(
         self, request: RoutingRequest, work: Work, view: ClusterView, now: float, hashes: Sequence[int]
-    ) -> list[Prediction]:
+    ) -> tuple[list[Prediction], bool]:
         prefill = prefill_pool(request, view, self._options.local_only)
-        held = self._index.held(hashes)
+        held, chunk_tokens = self._index.held(hashes), _chunk_tokens(view)
 
         def prefilled(worker: WorkerLoad, inflow: Inflow) -> _Source:
-            num_cached = _num_cached(worker, held.depth(worker.ref) * _chunk_tokens(view), work) if held.most else 0
+            num_known = held.depth(worker.ref) * chunk_tokens if held.most else 0
+            num_cached = _num_cached(worker, num_known, work) if num_known else 0
             return _source(request, work, worker, estimate_prefill(worker, work, num_cached, now, inflow))
 
         there, here = self._inflow("prefill", prefill, view, now), self._inflow("decode", view.decode, view, now)
         sampled = self._sample(request, prefill, held)
         senders = [prefilled(worker, there) for worker in sampled]
-        predictions = []
+        predictions, must_split = [], request.path is Path.SPLIT
         for decode in self._sample(request, view.decode, held):
             target = _target(request, work, decode, here)
-            if request.path is not Path.SPLIT:
+            if not must_split:
                 own = prefilled(decode, here)
-                predictions.append(_predict(work, target, own, own.estimate.ttft_s))
+                predictions.append(_predict(target, own, own.ttft_s))
             for source in senders:
                 moved_s = view.links.get((source.ref, decode.ref), 0.0) * work.num_tokens
-                predictions.append(_predict(work, target, source, max(source.estimate.ttft_s, moved_s)))
+                predictions.append(_predict(target, source, moved_s if moved_s > source.ttft_s else source.ttft_s))
         predictions.sort(key=_rank)
-        if _may_stay(request) and not (predictions and predictions[0].keeps_both):
-            targets = [_target(request, work, _beside_its_prompts(worker), NOTHING) for worker in sampled]
-            alone = [_predict(work, *ends, ends[1].estimate.ttft_s) for ends in zip(targets, senders, strict=True)]
-            predictions = sorted([each for each in alone if each.keeps_both], key=_rank) + predictions
-        return predictions
+        if not _may_stay(request) or (predictions and predictions[0].keeps_both):
+            return predictions, False
+        targets = [_target(request, work, _beside_its_prompts(worker), NOTHING) for worker in sampled]
+        alone = [_predict(target, own, own.ttft_s) for target, own in zip(targets, senders, strict=True)]
+        staying = sorted([each for each in alone if each.keeps_both], key=_rank)
+        return staying + predictions, bool(staying)
 
     def _inflow(self, pool_name: str, pool: Sequence[WorkerLoad], view: ClusterView, now: float) -> Inflow:
         if not pool:
@@ -127,25 +133,24 @@ class Goodput:
         return Inflow(
             tokens_per_s=flow.per_s(now) * gateways_per_worker,
             tokens_each=flow.tokens_each,
-            num_others=view.num_gateways - 1,
+            num_others=view.num_gateways - 1.0,
             num_joining=sum([worker.num_expected for worker in pool]) * gateways_per_worker if pool_name == "decode" else 0.0,
         )
 
     def _sample(self, request: RoutingRequest, pool: Sequence[WorkerLoad], held: Held) -> list[WorkerLoad]:
         """Of those that take more, two drawn at random and, if neither holds as much of the prompt as any, one that does. Nobody else is
         looked at where that is not needed: of a large pool, looking takes as long as one of the predictions."""
-        drawn, limit = [], self._options.max_requests_per_worker
-        if len(pool) > ALL_UP_TO and not request.avoid:
-            drawn = [worker for worker in self._two(pool) if worker.num_requests < limit]
-        if len(drawn) < 2:
+        limit = self._options.max_requests_per_worker
+        drawn = self._two(pool) if len(pool) > ALL_UP_TO and not request.avoid else []
+        if not drawn or drawn[0].num_requests >= limit or drawn[1].num_requests >= limit:
             usable = self._usable(request, pool)
             if len(usable) <= ALL_UP_TO:
                 return usable
             drawn = self._two(usable)
-        if not held.most or held.most in (depths := [held.depth(worker.ref) for worker in drawn]):
+        if not held.most:
             return drawn
-        holder = held.deepest(self._usable(request, pool))
-        return drawn if holder is None or held.depth(holder.ref) in depths else [*drawn, holder]
+        holder = held.deepest([*drawn, *(self._usable(request, pool) if request.avoid else pool)], limit)
+        return drawn if holder is None or holder in drawn else [*drawn, holder]
 
     def _usable(self, request: RoutingRequest, pool: Sequence[WorkerLoad]) -> list[WorkerLoad]:
         """Those that take more, without those to be avoided if there are others."""
@@ -181,7 +186,8 @@ class _Source(Struct, frozen=True):
     """Who computes the prompt, and what that means whoever decodes."""
 
     ref: WorkerRef
-    estimate: PrefillEstimate
+    ttft_s: float
+    own_s: float                              # what the prompt adds to the worker's queue
     cost: float
     keeps_ttft: bool
 
@@ -196,37 +202,39 @@ class _Target(Struct, frozen=True):
     fits: bool
     scale_s: float                            # what a token's time is measured against
     most_s: float                             # a token's time that keeps the promise, were steps as long as the model is wrong
+    num_steps: float                          # after the first token's
     error: float                              # of the step model
-    tp: int
+    tp: float                                 # GPUs
 
 
 def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: PrefillEstimate) -> _Source:
     scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S
     cost = worker.tp * _rise(estimate.backlog_s / scale_s, (estimate.backlog_s + estimate.own_s) / scale_s)
-    keeps_ttft = (estimate.ttft_s + estimate.spare_s) * (1 + _error(worker)) <= work.ttft_slack_s
-    return _Source(worker.ref, estimate, cost, keeps_ttft)
+    keeps_ttft = (estimate.ttft_s + estimate.spare_s) * (1.0 + _error(worker)) <= work.ttft_slack_s
+    return _Source(worker.ref, estimate.ttft_s, estimate.own_s, cost, keeps_ttft)
 
 
 def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow) -> _Target:
     promised_s, needed, error = request.objectives.tpot_s, blocks_at_end(worker, work), _error(worker)
-    held, memory = worker.used_share, (worker.num_blocks - worker.num_free_blocks + needed) / worker.num_blocks
+    memory = (worker.num_blocks - worker.num_free_blocks + needed) / worker.num_blocks
     return _Target(
         ref=worker.ref,
         side=decode_side(worker, work, inflow),
         memory=memory,
-        cost=worker.tp * _rise(held, memory),
+        cost=worker.tp * _rise(worker.used_share, memory),
         fits=needed + worker.num_decoding <= worker.num_free_blocks,
         scale_s=promised_s or NO_TPOT_SCALE_S,
         most_s=math.inf if promised_s is None or work.num_outputs <= 1 else promised_s / (1 + error),
+        num_steps=work.num_outputs - 1 if work.num_outputs > 2 else 1.0,
         error=error,
         tp=worker.tp,
     )
 
 
-def _predict(work: Work, target: _Target, source: _Source, kv_arrival_s: float) -> Prediction:
-    is_local, ttft_s = source.ref is target.ref, source.estimate.ttft_s
-    estimate = estimate_decode(target.side, kv_arrival_s, source.estimate.own_s if is_local else 0.0)
-    joining_s = (kv_arrival_s - ttft_s) / max(1.0, work.num_outputs - 1)
+def _predict(target: _Target, source: _Source, kv_arrival_s: float) -> Prediction:
+    is_local, ttft_s = source.ref is target.ref, source.ttft_s
+    estimate = estimate_decode(target.side, kv_arrival_s, source.own_s if is_local else 0.0)
+    joining_s = (kv_arrival_s - ttft_s) / target.num_steps
     step_cost = target.tp * _rise(estimate.before_s / target.scale_s, (estimate.after_s + joining_s) / target.scale_s)
     tpot_s = estimate.tpot_s + joining_s
     return Prediction(
@@ -262,13 +270,6 @@ def _beside_its_prompts(worker: WorkerLoad) -> WorkerLoad:
     return structs.replace(worker, num_free_blocks=worker.num_free_blocks - math.ceil(waiting / worker.block_size))
 
 
-def _pool_of(request: RoutingRequest, route: Route, view: ClusterView) -> str:
-    """Whose worker computes the prompt. A route's ends are the view's own."""
-    if route.prefill is not None or request.path is Path.ALONE:
-        return "prefill"
-    return "prefill" if any(route.decode is worker.ref for worker in view.prefill) else "decode"
-
-
 def _room_in_s(request: RoutingRequest, work: Work, best_s: float) -> float:
     """Until so many sequences have ended that steps are short enough: they end evenly over the life of an answer."""
     if request.objectives.tpot_s is None:
@@ -287,13 +288,15 @@ def _patience_s(request: RoutingRequest, work: Work, soonest: Prediction) -> flo
 
 
 def _error(worker: WorkerLoad) -> float:
-    return worker.step_model.error if worker.step_model else 0.0
+    model = worker.step_model
+    return model.error if model else 0.0
 
 
 def _rise(before: float, after: float) -> float:
     if before >= MAX_LOAD:
         return 0.0
-    return float(STEEPNESS ** (after if after < MAX_LOAD else MAX_LOAD) - STEEPNESS**before)
+    rise: float = STEEPNESS ** (after if after < MAX_LOAD else MAX_LOAD) - STEEPNESS**before
+    return rise
 
 
 def _lateness(request: RoutingRequest, work: Work, prediction: Prediction) -> float:
@@ -305,11 +308,12 @@ def _lateness(request: RoutingRequest, work: Work, prediction: Prediction) -> fl
 
 
 def _work(request: RoutingRequest, view: ClusterView, now: float) -> Work:
-    expected = min(view.mean_outputs or FIRST_OUTPUTS_GUESS, request.max_new_tokens)
+    mean, most = view.mean_outputs or FIRST_OUTPUTS_GUESS, request.max_new_tokens
+    expected = mean if mean <= most else most
     waited_s = 0.0 if request.arrived_at is None else now - request.arrived_at
     slack_s = math.inf if request.objectives.ttft_s is None else request.objectives.ttft_s - waited_s
     tpot_s = math.inf if request.objectives.tpot_s is None else request.objectives.tpot_s
-    return Work(len(request.token_ids), max(1.0, expected), slack_s, tpot_s)
+    return Work(len(request.token_ids), expected if expected > 1 else 1.0, slack_s, tpot_s)
 
 
 def _hashes(request: RoutingRequest, view: ClusterView) -> list[int]:
@@ -323,7 +327,8 @@ def _chunk_tokens(view: ClusterView) -> int:
 
 def _num_cached(worker: WorkerLoad, num_known: int, work: Work) -> int:
     """Whole blocks alone are cached, and at least the last token is computed."""
-    return min(num_known // worker.block_size * worker.block_size, work.num_tokens - 1)
+    num_whole, most = num_known // worker.block_size * worker.block_size, work.num_tokens - 1
+    return num_whole if num_whole < most else most
 
 
 def _ms(seconds: float | None) -> str:

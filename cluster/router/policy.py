@@ -97,7 +97,7 @@ def what_is_missing(request: RoutingRequest, view: ClusterView) -> str | None:
     """Without which there is no route at all."""
     if not view.decode:
         return f"no {'prefill ' if request.path is Path.ALONE else ''}worker is alive and takes requests"
-    if request.path is Path.SPLIT and not view.prefill:
+    if not view.prefill and request.path is Path.SPLIT:
         return "no prefill worker is alive beside a decode worker, and the request asks for one"
     return None
 

@@ -13,8 +13,6 @@ import math
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
-from operator import or_
 
 from ...messages.ids import WorkerId
 from ...messages.requests import WorkerRef
@@ -44,23 +42,26 @@ class Held:
         self._levels = levels                 # who was sent the first chunk, the first two, …: each a subset of the one before
         self._bits = bits
         self.most = len(levels)               # leading chunks that somebody was sent, who may be gone
+        self._hold_any, self._hold_most = (levels[0], levels[-1]) if levels else (0, 0)
 
     def depth(self, worker: WorkerRef) -> int:
         """Leading chunks."""
-        return self._depth(self._bits.get(worker, 0)) if self._levels else 0
-
-    def deepest(self, workers: Sequence[WorkerLoad]) -> WorkerLoad | None:
-        """Of those that were sent most of it the first; None: they were sent nothing."""
-        if not self._levels:
-            return None
-        bits = [self._bits.get(worker.ref, 0) for worker in workers]
-        depth = self._depth(reduce(or_, bits, 0))
-        return next(worker for worker, bit in zip(workers, bits, strict=True) if bit & self._levels[depth - 1]) if depth else None
-
-    def _depth(self, bits: int) -> int:
-        if bits & self._levels[-1]:                              # of prompts that all begin alike, most workers hold all of it
+        bits = self._bits.get(worker, 0)
+        if bits & self._hold_most:                               # of prompts that all begin alike, most workers do
             return self.most
-        return bisect_left(self._levels, True, key=lambda level: not level & bits) if bits & self._levels[0] else 0
+        return bisect_left(self._levels, True, key=lambda level: not level & bits) if bits & self._hold_any else 0
+
+    def deepest(self, workers: Sequence[WorkerLoad], limit: float = math.inf) -> WorkerLoad | None:
+        """Of those with fewer requests than `limit` that were sent most of it the first; None: they were sent nothing."""
+        deepest, depth, bits_of = None, 0, self._bits.get
+        deeper = self._hold_any
+        for worker in workers:
+            if bits_of(worker.ref, 0) & deeper and worker.num_requests < limit:
+                deepest, depth = worker, self.depth(worker.ref)
+                if depth == self.most:
+                    break
+                deeper = self._levels[depth]
+        return deepest
 
 
 class PrefixIndex:
@@ -101,9 +102,10 @@ class PrefixIndex:
             held = holders.get(chunk)
             if held is None:
                 holders[chunk] = new
-            else:
+                continue
+            if held & others != new:          # else only its age changes
                 holders[chunk] = held & ~others | new
-                holders.move_to_end(chunk)
+            holders.move_to_end(chunk)
         while len(holders) > self._max_chunks:
             holders.popitem(last=False)
 

@@ -144,15 +144,6 @@ def test_prompts_of_one_step_add_up(model, one, other, beside):
     assert model.step_s(features) == pytest.approx(float(np.array(coefficients(model)) @ regressors(features)))
 
 
-@given(models, st.floats(0, 0.5), st.floats(0, 4096), decodes)
-def test_tokens_that_fit_into_a_time_take_that_time(model, seconds, pairs_each, beside):
-    count = model.tokens_within(seconds, pairs_each, beside)
-    if count < 1e6:
-        assert model.prefill_s(count, pairs_each * count, beside) == pytest.approx(seconds, rel=1e-6, abs=1e-9)
-    else:
-        assert model.prefill_s(1e6, pairs_each * 1e6, beside) <= seconds
-
-
 def test_what_never_happens_stays_as_believed():
     """A prefill worker's decode coefficients do not run away."""
     predictor, draw = StepPredictor(), random.Random(3)

@@ -8,7 +8,7 @@ from harness.loads import MODEL, load
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.cluster.router.estimate import NOTHING, DecodeEstimate, Inflow, Work, decode_side, estimate_decode, estimate_prefill
+from diptych.cluster.router.estimate import NOTHING, DecodeEstimate, Inflow, Work, decode_side, estimate_decode, estimate_prefill, steps_of
 from diptych.cluster.router.policy import WorkerLoad
 from diptych.engine.pace import beside_s, enough_rows
 from diptych.messages.steps import StepFeatures, StepModel
@@ -20,6 +20,15 @@ ENOUGH = round(enough_rows(FLAT, FLAT.base_s))
 
 def decoded(worker: WorkerLoad, work: Work, joins_in_s: float, local_prefill_s: float, inflow: Inflow = NOTHING) -> DecodeEstimate:
     return estimate_decode(decode_side(worker, work, inflow), joins_in_s, local_prefill_s)
+
+
+def tokens_within(model: StepModel, seconds: float, pairs_each: float, beside: float) -> float:
+    """The inverse of `prefill_s`, by halves."""
+    low, high = 0.0, 1e7
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if model.prefill_s(middle, middle * pairs_each, beside) <= seconds else (low, middle)
+    return low
 
 
 def ends_at(under_way: list[float], arrivals: list[tuple[float, int]], now: float) -> float:
@@ -46,6 +55,35 @@ def ends_at(under_way: list[float], arrivals: list[tuple[float, int]], now: floa
 
 
 waiting_tokens, sequences = st.integers(0, 60_000), st.integers(0, 300)
+
+
+coefficients = st.just(0.0) | st.floats(1e-9, 1e-2)
+models = st.lists(coefficients, min_size=5, max_size=5).flatmap(
+    lambda abcde: st.builds(lambda f, g: StepModel(*abcde, past_first_s=f, past_second_s=g), coefficients, coefficients)
+)
+
+
+class TestSteps:
+    @given(models, sequences, sequences, st.floats(0, 4096), st.floats(0, 20_000), st.sampled_from((0.01, 0.05, math.inf)))
+    def test_a_step_takes_what_the_model_says(self, model, decoding, joining, pairs_each, tokens, tpot_s):
+        worker = msgspec.structs.replace(load("d0", decoding=decoding, model=model), num_requests=decoding + joining)
+        steps = steps_of(worker, Work(1000, 200.0, 0.4, tpot_s), pairs_each, tokens)
+        count = decoding + joining / 2 if decoding else 0
+        assert steps.shared_s == pytest.approx(model.decode_s(count, 1200 * count))
+        expected_s = steps.shared_s + model.prefill_s(tokens, tokens * pairs_each, count)
+        assert steps.one_s(tokens) == pytest.approx(expected_s, rel=1e-9, abs=1e-12)
+
+    @given(models, st.integers(1, 300), st.floats(0, 4096), st.floats(0, 0.5), st.sampled_from((0.01, 0.05)))
+    def test_the_tokens_of_a_step_fill_the_time_for_them(self, model, decoding, pairs_each, lead_s, tpot_s):
+        worker = msgspec.structs.replace(load("d0", decoding=decoding, model=model), max_step_tokens=10**6)
+        steps = steps_of(worker, Work(1000, 200.0, 0.4, tpot_s), pairs_each, 0.0)
+        tokens, seconds = steps.room(lead_s), steps.beside_s + lead_s
+        takes_s = model.prefill_s(tokens, tokens * pairs_each, decoding)
+        if 1 < tokens < 10**6 - decoding:
+            assert takes_s == pytest.approx(seconds, rel=1e-6, abs=1e-9)
+        else:
+            assert tokens == 1 or takes_s <= seconds + 1e-9
+            assert tokens > 1 or takes_s >= seconds - 1e-9
 
 
 class TestEstimates:
@@ -101,7 +139,7 @@ class TestEstimates:
         room_s = beside_s(decode_s, tpot_s)
         left, at_s, lead_s = 4000.0, decode_s, room_s            # a step of decodes alone has been planned when the prompt comes
         while left > 1e-6:
-            count = min(left, 2048 - decoding, BENT.tokens_within(room_s + lead_s, 2000.5, decoding))
+            count = min(left, 2048 - decoding, tokens_within(BENT, room_s + lead_s, 2000.5, decoding))
             prompts_s = BENT.prefill_s(count, 2000.5 * count, decoding)
             left, at_s, lead_s = left - count, at_s + decode_s + prompts_s, lead_s + room_s - prompts_s
         assert estimate.ttft_s == pytest.approx(at_s)
@@ -127,7 +165,7 @@ class TestEstimates:
         while sum(queue) > 1e-9 or not came:
             while len(ends) < 2 and (sum(queue) > 1e-9 or not came):
                 room_s = beside_s(decode_s, tpot_s) + lead_s
-                most = max(1.0, min(2048 - decoding, FLAT.tokens_within(room_s, 0, decoding)))
+                most = max(1.0, min(2048 - decoding, tokens_within(FLAT, room_s, 0, decoding)))
                 first = min(queue[0], most)
                 count = min(sum(queue), max(first, min(most, enough)) if 0 < queue[0] == first else most)
                 queue = [queue[0] - first, queue[1] - (count - first)]
@@ -233,6 +271,19 @@ class TestEstimates:
         some, much = (load("p0", waiting=40_000, sent=tokens) for tokens in (sent, sent + more))
         less_s, more_s = (estimate_prefill(worker, self.work, 0, 0.0, inflow).backlog_s for worker in (some, much))
         assert more_s - less_s == pytest.approx(MODEL.prefill_s(num_others * more, 0))
+
+    @given(models, sequences, sequences, st.floats(0, 0.9), st.floats(0, 2), st.sampled_from((0.01, 0.05)))
+    def test_a_decode_step_takes_what_the_model_says(self, model, decoding, joining, share, joins_in_s, tpot_s):
+        """With as many as there are when the request joins, and with the request."""
+        worker = msgspec.structs.replace(load("d0", decoding=decoding, share=share, model=model), num_requests=decoding + joining)
+        estimate = decoded(worker, Work(1000, 200.0, 0.4, tpot_s), joins_in_s, 0.0)
+        life_s = 200.0 * model.decode_s(decoding, 1200 * decoding)
+        ended = decoding * min(1.0, joins_in_s / life_s) if life_s else decoding
+        count, context_each = decoding + max(0.0, joining - ended), 1200 if decoding else 1100
+        before_s, alone_s = (model.decode_s(count + more, count * context_each + more * 1100) for more in (0, 1))
+        assert (estimate.before_s, estimate.after_s) == pytest.approx((before_s / (1 - share), alone_s / (1 - share)))
+        assert estimate.alone_s == pytest.approx(alone_s)
+        assert estimate.tpot_s == pytest.approx(min(alone_s + beside_s(alone_s, tpot_s), alone_s / (1 - share)))
 
     def test_by_the_join_some_have_ended(self):
         full = load("d0", decoding=200)

@@ -146,13 +146,17 @@ class TestChoice:
         self, decoding, waiting, free, elsewhere, seed
     ):
         cluster = view([load("p0", decoding=decoding, waiting=waiting, free=free)], [load("d0", decoding=elsewhere)])
-        explanation = policy(seed=seed).decide(REQUEST, cluster, 0.0)
+        router = policy(seed=seed)
+        explanation = router.decide(REQUEST, cluster, 0.0)
         by_itself = [each for each in explanation.predictions if each.route.decode == ref("p0")]
         if by_itself:
             assert explanation.decision == Route(decode=ref("p0"))
             assert by_itself[0].keeps_both
             assert free >= 19 + decoding
         assert not (by_itself and any(each.keeps_both for each in explanation.predictions if each not in by_itself))
+        if isinstance(explanation.decision, Route):
+            pool = "prefill" if explanation.decision.first == ref("p0") else "decode"
+            assert [name for name, flow in router._flows.items() if flow.tokens_each] == [pool], "which computes the prompt"
 
     @pytest.mark.parametrize(("options", "path"), [({}, Path.LOCAL), ({}, Path.SPLIT), ({"local_only": True}, None)])
     def test_a_prefill_worker_does_not_decode_where_another_way_is_asked_for(self, options, path):

@@ -1,3 +1,5 @@
+import math
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -176,6 +178,21 @@ class TestPrefixAware:
         assert index.held(old).depth(worker) == 2
         assert index.held(new).depth(worker) == 4
 
+    @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4), st.integers(0, 2), st.integers(0, 1)), max_size=30))
+    def test_what_was_sent_again_is_recent_whoever_held_it(self, sent):
+        """Against a list: of each chunk the lives that hold it, the least recent first."""
+        index, believed = PrefixIndex(max_chunks=9), list[tuple[int, set[WorkerRef]]]()
+        for start, depth, number, epoch in sent:
+            hashes = chain(tuple(range(start // 2 * 100, start // 2 * 100 + 10 * depth)), 10)
+            life = WorkerRef(WorkerId(f"d-{number}"), Epoch(epoch), Address("fake://x"))
+            index.insert(hashes, life)
+            for chunk in reversed(hashes):
+                holders = {each for each in dict(believed).get(chunk, set()) if each.worker_id != life.worker_id} | {life}
+                believed = [each for each in believed if each[0] != chunk] + [(chunk, holders)]
+            believed = believed[-9:]
+            bits = {bit: ref for ref, bit in index._bits.items()}
+            assert [(chunk, {ref for bit, ref in bits.items() if held & bit}) for chunk, held in index._holders.items()] == believed
+
     def test_with_very_many_lives_the_index_begins_anew(self, monkeypatch):
         monkeypatch.setattr(prefix_aware, "MAX_LIVES", 4)
         index, hashes = PrefixIndex(), chain(tuple(range(20)), 10)
@@ -189,20 +206,24 @@ class TestPrefixAware:
         assert [index.held(hashes).depth(life) for life in lives] == [0, 0, 0, 0, 0, 1]
         assert max(index._holders.values()) < 1 << 4
 
-    @given(st.lists(st.tuples(st.sets(st.integers(0, 3), min_size=1), st.integers(0, 5)), max_size=12), st.sets(st.integers(0, 3)))
-    def test_depths_are_those_of_what_was_sent(self, sent, asked):
+    @given(
+        st.lists(st.tuples(st.sets(st.integers(0, 3), min_size=1), st.integers(0, 5)), max_size=12),
+        st.lists(st.integers(0, 3), unique=True),
+        st.lists(st.integers(0, 2), min_size=4, max_size=4),
+    )
+    def test_depths_are_those_of_what_was_sent(self, sent, asked, num_requests):
         index, hashes = PrefixIndex(), chain(tuple(range(50)), 10)
-        workers = [load(f"p-{i}") for i in range(4)]
+        workers = [load(f"p-{i}", requests=number) for i, number in enumerate(num_requests)]
         depths = [0] * 4
         for indices, depth in sent:
             index.insert(hashes[:depth], *(workers[i].ref for i in indices))
             depths = [max(old, depth) if i in indices else old for i, old in enumerate(depths)]
         held = index.held(hashes)
         assert [held.depth(worker.ref) for worker in workers] == depths
-        deepest = held.deepest([workers[i] for i in asked])
-        most = max((depths[i] for i in asked), default=0)
-        assert (deepest is not None) is (most > 0)
-        assert deepest is None or depths[workers.index(deepest)] == most
+        for limit, usable in ((math.inf, asked), (2, [i for i in asked if num_requests[i] < 2])):
+            most = max((depths[i] for i in usable), default=0)
+            first = next((workers[i] for i in usable if depths[i] == most > 0), None)
+            assert held.deepest([workers[i] for i in asked], limit) is first
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=60), st.integers(1, 7))
