@@ -67,7 +67,7 @@ def test_contexts_cut_to_shares_of_about_a_length(splits: int, share_tokens: int
     check_attention(AttentionCase(lengths, (32, 8), 128, 16, 100, dtype=BF16), device, splits, share_tokens=share_tokens)
 
 
-@pytest.mark.parametrize("num_sequences", [12, 24, 64])
+@pytest.mark.parametrize("num_sequences", [12, 24, 64, 120])
 @pytest.mark.parametrize("share_tokens", [200, 1500, 100_000])
 def test_one_long_context_among_many_short_ones(share_tokens: int, num_sequences: int, device: Device) -> None:
     """So many that their shares are listed, with a chunk and padding among them."""
