@@ -2,13 +2,13 @@
 
     engine's stream    … layer group ──●── next layers …
                                        │ event
-    one of two lanes                   └─► pages ═══ NVLink ═══► pool;  then the count ─── PCIe ──► receiver's host memory
+    one of the lanes                   └─► pages ═══ NVLink ═══► pool;  then the count ─── PCIe ──► receiver's host memory
 
 The receiver's GPU and CPU do nothing; it reads its counters, which are host memory. A count is raised by a load and a store of the
 writer's GPU: a counter has one writer at a time, and it stays right whenever the receiver resets it. What has been launched cannot be
 called back, so `stop` waits for it; no call here waits for the GPU otherwise, except those that unmap.
 
-Writes take the lanes in turn, two streams, so that one moves pages while the next begins or the last ends. That a write has ended, and
+Writes take the lanes in turn, three streams, so that one moves pages while others begin or end. That a write has ended, and
 how long it took, it says itself, in memory of this host.
 
 Deaths. A dead writer's GPU context ends with its process: nothing of it writes once the process is gone. A dead receiver's memory stays
