@@ -48,7 +48,7 @@ class Gateway:
         self._socket = _bind(config)
         self._port: int = self._socket.getsockname()[1]
         app, limits = App(self._core), config.limits
-        self._server = HttpServer(Doors(app.handle, app.turn_away, limits.max_connections, limits.grace_s))
+        self._server = HttpServer(Doors(app.handle, app.turn_away, limits.max_connections, limits.grace_s, app.outbox))
         gauge = self._core.metrics.gauge
         gauge("http_connections", "Open connections of clients", lambda: self._server.num_connections)
         gauge("http_connections_max", "So many are served at a time", lambda: limits.max_connections)
