@@ -31,6 +31,7 @@ class Job(Struct, frozen=True):
     response_id: str
     created: int                              # seconds since 1970
     prompts: tuple[JobPrompt, ...]
+    num_prompt_tokens: int                    # of all prompts
     n: int                                    # choices per prompt; choice j of prompt i has index i * n + j
     sampling: SamplingParams                  # of the first choice of each prompt
     stops: StopStrings
@@ -51,7 +52,7 @@ class Job(Struct, frozen=True):
     @property
     def max_tokens(self) -> int:
         """Of all choices, prompts included."""
-        return sum(self.n * (len(prompt.token_ids) + self.sampling.max_tokens) for prompt in self.prompts)
+        return self.n * (self.num_prompt_tokens + len(self.prompts) * self.sampling.max_tokens)
 
     def prompt_of(self, index: int) -> JobPrompt:
         return self.prompts[index // self.n]
@@ -75,8 +76,9 @@ class JobMaker:
         if max_tokens == 0 and not body.echo:
             raise BadRequest("max_tokens must be at least 1 (0 only with echo)", param="max_tokens")
         sampling = self._sampling(body, max_tokens, body.logprobs, body.logprobs if body.echo else None)
-        _check_prompt_logprobs((body.n or 1) * sum(len(prompt.token_ids) for prompt in prompts), sampling.prompt_logprobs)
-        return _job("cmpl", body, prompts, sampling, max_model_len, echo=body.echo)
+        job = _job("cmpl", body, prompts, sampling, max_model_len, echo=body.echo)
+        _check_prompt_logprobs(job.n * job.num_prompt_tokens, sampling.prompt_logprobs)
+        return job
 
     async def chat(self, body: ChatBody, max_model_len: int) -> Job:
         if self._model.template is None:
@@ -143,12 +145,13 @@ class JobMaker:
 def _job(
     prefix: str, body: CompletionBody | ChatBody, prompts: Sequence[JobPrompt], sampling: SamplingParams, max_model_len: int, *, echo: bool
 ) -> Job:
-    for prompt in prompts:
-        _check_context(len(prompt.token_ids), sampling.max_tokens, max_model_len)
+    num_tokens = [len(prompt.token_ids) for prompt in prompts]
+    _check_context(max(num_tokens), sampling.max_tokens, max_model_len)
     return Job(
         response_id=f"{prefix}-{secrets.token_hex(12)}",
         created=int(time.time()),
         prompts=tuple(prompts),
+        num_prompt_tokens=sum(num_tokens),
         n=body.n or 1,
         sampling=sampling,
         stops=StopStrings(body.stop or ()),
