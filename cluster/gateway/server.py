@@ -107,6 +107,7 @@ class Gateway:
             self._loop, self._loop_thread = loop, threading.get_ident()
         loop.add_reader(self._post.fileno(), self._core.pump)
         self._core.dispatcher.wake_at = self._wake_at
+        self._post.gather(loop.call_soon)
         beats = [asyncio.create_task(self._beat(POLL_S, self._core.pump)), asyncio.create_task(self._beat(WATCH_S, self._core.watch))]
         try:
             await self._server.serve(self._socket)
@@ -114,6 +115,7 @@ class Gateway:
             for beat in beats:
                 beat.cancel()
             self._core.dispatcher.wake_at = lambda at: None
+            self._post.gather(None)
             if self._alarm is not None:
                 self._alarm.cancel()
             loop.remove_reader(self._post.fileno())
