@@ -78,6 +78,10 @@ class App:
         }
         self._below = {_MODEL_PREFIX: Endpoint("GET", self._model), _EXPLAIN_PREFIX: Endpoint("GET", self._explain)}
 
+    def soon(self, call: Callable[[], None]) -> None:
+        """Before the next tokens are written, which may take a while."""
+        self._turn.add(call, is_first=True)
+
     async def turn_away(self, exchange: Exchange) -> None:
         """Of a connection over the limit."""
         await self.handle(exchange, crowded=True)

@@ -2,13 +2,13 @@
 
     hold() ──► write … write ──► MAX_HELD of them, or flush(): to the kernel ──► … ──► release()
 
-A system call leaves little of this process in the caches: sixteen answers' work and then sixteen system calls take a fifth less than both
-in turn. Who does anything else to a transport than to write to it flushes before.
+A system call leaves little of this process in the caches: eight answers' work and then eight system calls take a fifth less than both in
+turn. Who does anything else to a transport than to write to it flushes before.
 """
 
 import asyncio
 
-MAX_HELD = 16
+MAX_HELD = 8
 
 
 class Outbox:

@@ -47,7 +47,8 @@ class Gateway:
         self._core = Core(config, post)
         self._socket = _bind(config)
         self._port: int = self._socket.getsockname()[1]
-        app, limits = App(self._core), config.limits
+        self._app = app = App(self._core)
+        limits = config.limits
         self._server = HttpServer(Doors(app.handle, app.turn_away, limits.max_connections, limits.grace_s, app.outbox))
         gauge = self._core.metrics.gauge
         gauge("http_connections", "Open connections of clients", lambda: self._server.num_connections)
@@ -107,7 +108,7 @@ class Gateway:
             self._loop, self._loop_thread = loop, threading.get_ident()
         loop.add_reader(self._post.fileno(), self._core.pump)
         self._core.dispatcher.wake_at = self._wake_at
-        self._post.gather(loop.call_soon)
+        self._post.gather(self._app.soon)
         beats = [asyncio.create_task(self._beat(POLL_S, self._core.pump)), asyncio.create_task(self._beat(WATCH_S, self._core.watch))]
         try:
             await self._server.serve(self._socket)
