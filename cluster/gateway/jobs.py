@@ -1,5 +1,6 @@
 """A parsed body → Job: prompts as tokens, sampling as the workers take it, and how the answer is to look. Raises BadRequest."""
 
+import random
 import secrets
 import time
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ class JobMaker:
     def __init__(self, model: TextModel, model_name: str) -> None:
         self._model = model
         self._model_name = model_name
+        self._random = random.Random()        # seeds are no secrets
 
     async def completion(self, body: CompletionBody, max_model_len: int) -> Job:
         given = _separate(body.prompt)
@@ -103,7 +105,8 @@ class JobMaker:
         for prompt in prompts:
             if not prompt.token_ids:
                 raise BadRequest("the prompt has no tokens", param="prompt")
-            self._check_tokens(prompt.token_ids, "prompt")        # of a text too: a tokenizer may know more tokens than the model
+            if prompt.text is None or self._model.num_tokens > self._model.vocab_size:
+                self._check_tokens(prompt.token_ids, "prompt")
         return prompts
 
     def _check_tokens(self, token_ids: Sequence[int], param: str) -> None:
@@ -125,7 +128,7 @@ class JobMaker:
             raise BadRequest(f"stop_token_ids: with min_tokens {min_tokens} some token must not stop", param="stop_token_ids")
         return SamplingParams(
             max_tokens=max_tokens,
-            seed=(secrets.randbits(63) if body.seed is None else body.seed) & SEED_MASK,
+            seed=(self._random.getrandbits(63) if body.seed is None else body.seed) & SEED_MASK,
             temperature=_or(body.temperature, 1.0),
             top_k=min(max(0, body.top_k or 0), self._model.vocab_size),      # a larger one need not fit into a message
             top_p=_or(body.top_p, 1.0),
