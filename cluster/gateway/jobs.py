@@ -78,9 +78,8 @@ class JobMaker:
         if max_tokens == 0 and not body.echo:
             raise BadRequest("max_tokens must be at least 1 (0 only with echo)", param="max_tokens")
         sampling = self._sampling(body, max_tokens, body.logprobs, body.logprobs if body.echo else None)
-        job = _job("cmpl", body, prompts, sampling, max_model_len, echo=body.echo)
-        _check_prompt_logprobs(job.n * job.num_prompt_tokens, sampling.prompt_logprobs)
-        return job
+        _check_prompt_logprobs((body.n or 1) * sum([len(prompt.token_ids) for prompt in prompts]), sampling.prompt_logprobs)
+        return _job("cmpl", body, prompts, sampling, max_model_len, echo=body.echo)
 
     async def chat(self, body: ChatBody, max_model_len: int) -> Job:
         if self._model.template is None:
@@ -149,7 +148,8 @@ def _job(
     prefix: str, body: CompletionBody | ChatBody, prompts: Sequence[JobPrompt], sampling: SamplingParams, max_model_len: int, *, echo: bool
 ) -> Job:
     num_tokens = [len(prompt.token_ids) for prompt in prompts]
-    _check_context(max(num_tokens), sampling.max_tokens, max_model_len)
+    for each in num_tokens:
+        _check_context(each, sampling.max_tokens, max_model_len)
     return Job(
         response_id=f"{prefix}-{secrets.token_hex(12)}",
         created=int(time.time()),
