@@ -6,7 +6,7 @@
                 └► refused: it is of another host, or gone
 
 ZeroMQ gives a frame to a thread of its own, which gives it to one of the receiver's, which wakes the receiver: two wakings more, and
-a waking takes as long as all else that happens to a small message.
+a waking takes as long as all else that happens to a small message. For that same reason, some frames may be sent together (`gather`).
 
 Names live in the network namespace and end with the last process that holds them, so nothing is left behind. Anybody there can read
 them, connect, and take the name of one who has died. So both ends must belong to one user, by the kernel's word, and each shows that it
@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from typing import Final
 
 from .errors import ClusterError
@@ -39,6 +40,8 @@ NONCE_BYTES, PROOF_BYTES = 16, 32
 BACKLOG: Final = 1024
 BUFFER_BYTES: Final = 4 << 20                 # of the kernel's, asked for; it gives what it allows
 CHUNK_BYTES: Final = 256 << 10
+MAX_TOGETHER: Final = 8                       # frames that wait for one another: the next takes a fifth of a millisecond to come
+MAX_AT_ONCE: Final = 64                       # frames in a system call
 MAX_CHUNKS: Final = 16                        # of one peer at a time; the others' turn is next
 MAX_ACCEPTED: Final = 16                      # at a time, and so for connections
 MAX_UNPROVEN: Final = 64                      # connections; the oldest gives way
@@ -84,6 +87,8 @@ class HostWires:
         self._awaited: deque[_Outgoing] = deque()               # whose proof is still due, or was
         self._num_dropped = self._num_refused = 0
         self._deaf_until: float | None = None
+        self._due: list[_Outgoing] = []       # of each frame that waits for others, its wire
+        self._soon: Callable[[Callable[[], None]], object] | None = None
         try:
             self._epoll = select.epoll()
             self._listener = _unix_socket()
@@ -126,9 +131,25 @@ class HostWires:
         if len(wire.queued) >= self._max_queued:
             return False
         wire.queued.append(_framed(frame))
-        if wire.is_proven:
-            self._flush(wire)
+        if not wire.is_proven:
+            return True
+        self._due.append(wire)
+        if self._soon is None or len(self._due) >= MAX_TOGETHER:
+            self.flush()
+        elif len(self._due) == 1:
+            self._soon(self.flush)
         return True
+
+    def gather(self, soon: Callable[[Callable[[], None]], object] | None) -> None:
+        """Frames wait for others, MAX_TOGETHER at most, until `soon` calls what it is given or `receive` is called. None: no longer."""
+        self._soon = soon
+        self.flush()
+
+    def flush(self) -> None:
+        due, self._due = self._due, []
+        for wire in due:
+            if wire.queued and self._outgoing.get(wire.peer) is wire:
+                self._flush(wire)
 
     def expire(self) -> None:
         """To be called now and then: those that have proved nothing in time."""
@@ -139,6 +160,7 @@ class HostWires:
 
     def receive(self) -> list[bytes]:
         """All frames that are here; sends on what is queued."""
+        self.flush()
         if self._deaf_until is not None and time.monotonic() >= self._deaf_until:
             self._deaf_until = None
             self._epoll.modify(self._listener, select.EPOLLIN)
@@ -161,6 +183,7 @@ class HostWires:
     def close(self, linger_s: float) -> None:
         """Waits at most `linger_s` for room for what is queued. Reaches nobody from now on."""
         give_up_at = time.monotonic() + linger_s
+        self.flush()
         while any(wire.queued for wire in self._outgoing.values()) and (left_s := give_up_at - time.monotonic()) > 0:
             self._epoll.poll(left_s)
             self.receive()
@@ -222,11 +245,11 @@ class HostWires:
     def _flush(self, wire: _Outgoing) -> None:
         try:
             while wire.queued:
-                sent = wire.socket.send(wire.queued[0])
-                if sent < len(wire.queued[0]):
+                sent = wire.socket.sendmsg(islice(wire.queued, MAX_AT_ONCE))
+                while wire.queued and sent >= len(wire.queued[0]):
+                    sent -= len(wire.queued.popleft())
+                if sent:
                     wire.queued[0] = wire.queued[0][sent:]
-                else:
-                    wire.queued.popleft()
         except BlockingIOError:
             pass
         except OSError:

@@ -11,7 +11,7 @@ be connected to; nor can one of this host's.
 import logging
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from typing import Final
@@ -137,6 +137,10 @@ class ZmqPost:
                 except WireError as error:
                     self._drop(str(error))
         return received
+
+    def gather(self, soon: Callable[[Callable[[], None]], object] | None) -> None:
+        """For a loop, whose `soon` is called before it waits: what is said to members of this host meanwhile leaves together."""
+        self._wires.gather(soon)
 
     def forget(self, peer: Address) -> None:
         self._wires.forget(peer)

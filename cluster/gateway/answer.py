@@ -9,7 +9,7 @@ from functools import partial
 
 from ...messages.errors import DiptychError
 from ..router.policy import Objectives, Path
-from .choice import Choice, Piece
+from .choice import Choice, Piece, make_choice
 from .detokenizer import Vocabulary
 from .dialects import PromptTokensDetails, Usage
 from .dispatch import Dispatcher
@@ -34,25 +34,23 @@ class Answer:
         self._dispatcher = dispatcher
         self._woken: dict[int, None] = {}
         self._on_news: Callable[[], None] = nothing
-        self._choices = [Choice(job, job.prompt_of(index), vocabulary) for index in range(job.num_choices)]
+        self._choices: list[Choice] = []
+        self._generations: list[Generation] = []
         self.num_open = job.num_choices       # that have not come to their end
-        self._cached_tokens = [0] * job.num_choices
-        self._generations = [
-            Generation(
-                prompt=Prompt(
-                    name=f"{job.response_id}-{index}",
-                    token_ids=job.prompt_of(index).token_ids,
-                    sampling=job.sampling_of(index),
-                    deadline=deadline,
-                    objectives=objectives,
-                    service_class=job.service_class,
-                    path=path,
-                ),
-                wake=partial(self._wake, index),
-                arrived_at=arrived_at,
+        self._cached_tokens = [0] * self.num_open
+        for index in range(self.num_open):
+            asked = job.prompt_of(index)
+            prompt = Prompt(
+                name=f"{job.response_id}-{index}",
+                token_ids=asked.token_ids,
+                sampling=job.sampling_of(index),
+                deadline=deadline,
+                objectives=objectives,
+                service_class=job.service_class,
+                path=path,
             )
-            for index in range(job.num_choices)
-        ]
+            self._choices.append(make_choice(job, asked, vocabulary))
+            self._generations.append(Generation(prompt, partial(self._wake, index), arrived_at))
 
     def start(self, on_news: Callable[[], None]) -> None:
         """`on_news` is called when there is something to take, again when that has been taken, and whenever a choice ends."""
@@ -88,7 +86,7 @@ class Answer:
         return self._generations[0]
 
     def usage(self) -> Usage:
-        prompt_tokens = sum(len(prompt.token_ids) for prompt in self._job.prompts)
+        prompt_tokens = self._job.num_prompt_tokens
         completion_tokens = sum(choice.num_tokens for choice in self._choices)
         cached = sum(self._cached_tokens[:: self._job.n])             # of each prompt's first choice: the others may find it there
         return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached))

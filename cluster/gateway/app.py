@@ -31,6 +31,7 @@ from .dialects import Dialect
 from .errors import BadRequest, Crowded, ErrorText, HttpError, to_http
 from .exchange import ClientGone, Exchange
 from .jobs import Job, JobMaker
+from .outbox import Outbox
 from .rate_limits import RateLimiter
 from .responder import JSON, Reply, StreamResponder, Turn, WholeResponder
 from .response_head import Headers
@@ -64,7 +65,8 @@ class App:
         self._core = core
         self._jobs = JobMaker(core.model, core.config.model_name)
         self._keys = [key.encode() for key in core.config.api_keys]
-        self._turn = Turn()
+        self.outbox = Outbox()
+        self._turn = Turn(self.outbox)
         self._limiter = RateLimiter(core.config.rate_limits, core.clock)
         self._endpoints = {
             "/v1/completions": Endpoint("POST", self._completions),
@@ -75,6 +77,10 @@ class App:
             "/metrics": Endpoint("GET", self._metrics, public=True),
         }
         self._below = {_MODEL_PREFIX: Endpoint("GET", self._model), _EXPLAIN_PREFIX: Endpoint("GET", self._explain)}
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Before the next tokens are written, which may take a while."""
+        self._turn.add(call, is_first=True)
 
     async def turn_away(self, exchange: Exchange) -> None:
         """Of a connection over the limit."""

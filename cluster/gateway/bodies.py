@@ -74,6 +74,9 @@ class _Unbuilt(_Model):
     use_beam_search: Any = None
 
 
+_UNBUILT = _Unbuilt.model_fields.keys()
+
+
 class _Common(_Unbuilt):
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -153,7 +156,7 @@ def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
     """Raises BadRequest for what is known, valid and not built, and for fields that contradict each other."""
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options is only allowed when stream is true", param="stream_options")
-    for name in _Unbuilt.model_fields:
+    for name in [] if _UNBUILT.isdisjoint(body.model_fields_set) else _UNBUILT:
         if (value := getattr(body, name)) is not None and value is not False and value != [] and value != {}:
             raise BadRequest(f"{name} is not supported", param=name)
     if body.response_format is not None and (form := body.response_format.get("type")) != "text":

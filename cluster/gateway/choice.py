@@ -7,6 +7,7 @@ A token's log-probabilities go out with its text: what a stop string cuts off, i
 
 from collections import deque
 from itertools import zip_longest
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -28,14 +29,53 @@ class Piece(Struct, frozen=True):
     finish: FinishReason | None
 
 
-class Choice:
+class Choice(Protocol):
+    num_tokens: int
+    finish: FinishReason | None
+
+    def push(self, deltas: list[TokenDelta]) -> Piece:
+        """After the end, nothing more comes out."""
+        ...
+
+
+def make_choice(job: Job, prompt: JobPrompt, vocabulary: Vocabulary) -> Choice:
+    is_plain = not (job.stops or job.echo or job.sampling.logprobs is not None)
+    return PlainChoice(job.include_stop, vocabulary) if is_plain else FullChoice(job, prompt, vocabulary)
+
+
+class PlainChoice:
+    """Nothing can end the text but its last token: all bytes are decoded at once."""
+
+    __slots__ = ("_include_stop", "_token_bytes", "_utf8", "finish", "num_tokens")
+
+    def __init__(self, include_stop: bool, vocabulary: Vocabulary) -> None:
+        self._include_stop = include_stop
+        self._token_bytes = vocabulary.token_bytes
+        self._utf8 = Utf8Stream()
+        self.num_tokens = 0
+        self.finish: FinishReason | None = None
+
+    def push(self, deltas: list[TokenDelta]) -> Piece:
+        if self.finish is not None or not deltas:
+            return Piece("", (), self.finish)
+        token_ids = deltas[0].token_ids if len(deltas) == 1 else tuple([each for delta in deltas for each in delta.token_ids])
+        self.num_tokens += len(token_ids)
+        finish = deltas[-1].finish
+        if finish is None:
+            return Piece(self._utf8.feed(b"".join(map(self._token_bytes, token_ids))), (), None)
+        self.finish = finish
+        if finish is FinishReason.STOP and not self._include_stop and deltas[-1].token_ids:
+            token_ids = token_ids[:-1]
+        return Piece(self._utf8.feed(b"".join(map(self._token_bytes, token_ids))) + self._utf8.end(), (), finish)
+
+
+class FullChoice:
     def __init__(self, job: Job, prompt: JobPrompt, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._wants_tokens = job.sampling.logprobs is not None
         self._min_tokens = job.sampling.min_tokens
         self._include_stop = job.include_stop
         self._echo = prompt if job.echo else None
-        self._is_plain = not (job.stops or job.echo or self._wants_tokens)
         self._utf8 = Utf8Stream()
         self._stops = StopMatcher(job.stops, include=job.include_stop)
         self._waiting: deque[TextToken] = deque()
@@ -45,32 +85,12 @@ class Choice:
         self.finish: FinishReason | None = None
 
     def push(self, deltas: list[TokenDelta]) -> Piece:
-        """After the end, nothing more comes out."""
-        if self._is_plain:
-            return self._push_plain(deltas)
         text = "".join(self._push(delta) for delta in deltas)
         self._num_released += len(text)
         tokens = []
         while self._waiting and (self._waiting[0].offset < self._num_released or self._all_out()):
             tokens.append(self._waiting.popleft())
         return Piece(text, tuple(tokens), self.finish)
-
-    def _push_plain(self, deltas: list[TokenDelta]) -> Piece:
-        """The same, of a choice in which nothing can end the text but its last token: all bytes are decoded at once."""
-        if self.finish is not None:
-            return Piece("", (), self.finish)
-        token_bytes, chunk = self._vocabulary.token_bytes, b""
-        for delta in deltas:
-            token_ids = delta.token_ids
-            self.num_tokens += len(token_ids)
-            if delta.finish is FinishReason.STOP and not self._include_stop:
-                token_ids = token_ids[:-1]
-            for token_id in token_ids:
-                chunk += token_bytes(token_id)
-            if delta.finish is not None:
-                self.finish = delta.finish
-                return Piece(self._utf8.feed(chunk) + self._utf8.end(), (), delta.finish)
-        return Piece(self._utf8.feed(chunk), (), None)
 
     def _all_out(self) -> bool:
         return self.finish is not None and not self._stops.matched

@@ -45,14 +45,13 @@ class CompletionDialect:
         self._no_usage_yet: UnsetType | None = None if job.include_usage else UNSET
 
     def chunk(self, index: int, piece: Piece, *, first: bool) -> bytes:
-        return self._encode([self._choice(index, [self.part(piece)])], self._no_usage_yet)
+        return self._encode([_Choice(index, piece.text, self._logprobs(piece.tokens), piece.finish)], self._no_usage_yet)
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._encode([], usage)
 
     def part(self, piece: Piece) -> Part[_Logprobs]:
-        logprobs = None if self._job.sampling.logprobs is None else self._logprobs(piece.tokens)
-        return Part(piece.text, logprobs, piece.finish)
+        return Part(piece.text, self._logprobs(piece.tokens), piece.finish)
 
     def whole(self, choices: Sequence[Sequence[Part[_Logprobs]]], usage: Usage) -> bytes:
         return self._encode([self._choice(index, parts) for index, parts in enumerate(choices)], usage)
@@ -64,7 +63,9 @@ class CompletionDialect:
     def _choice(self, index: int, parts: Sequence[Part[_Logprobs]]) -> _Choice:
         return _Choice(index, text_of(parts), _joined(logprobs_of(parts)), parts[-1].finish)
 
-    def _logprobs(self, tokens: Sequence[TextToken]) -> _Logprobs:
+    def _logprobs(self, tokens: Sequence[TextToken]) -> _Logprobs | None:
+        if self._job.sampling.logprobs is None:
+            return None
         return _Logprobs(
             tokens=[self._text(token.token_id) for token in tokens],
             token_logprobs=[None if token.logprobs is None else finite(token.logprobs.logprob) for token in tokens],

@@ -20,6 +20,7 @@ from typing import Any, cast
 from .eager import start
 from .errors import BadRequest, to_http
 from .exchange import Exchange
+from .outbox import Outbox
 from .request_reader import RequestReader
 from .response_head import response_head
 
@@ -37,12 +38,19 @@ class Connection(asyncio.Protocol):
     """A Channel. `handle` raises nothing."""
 
     def __init__(
-        self, handle: Handler, clock: Callable[[], float], on_lost: Callable[["Connection"], None], *, once: bool = False
+        self,
+        handle: Handler,
+        clock: Callable[[], float],
+        on_lost: Callable[["Connection"], None],
+        *,
+        outbox: Outbox | None = None,
+        once: bool = False,
     ) -> None:
         """`once`: the first answer is the last, and its request is not waited for long."""
         self._handle = handle
         self._clock = clock
         self._on_lost = on_lost
+        self._outbox = outbox or Outbox()
         self._transport: asyncio.Transport | None = None      # while there is one
         self._queue: deque[Exchange] = deque()
         self._reader = RequestReader(self, clock, self._queue.append)
@@ -108,7 +116,7 @@ class Connection(asyncio.Protocol):
 
     def send(self, raw: bytes) -> None:
         if self._transport is not None:
-            self._transport.write(raw)
+            self._outbox.write(self._transport, raw)
 
     def answered(self) -> None:
         exchange, self._current = self._current, None
@@ -121,6 +129,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         if self._transport is not None:
+            self._outbox.flush()
             self._transport.abort()
 
     # the server
@@ -201,6 +210,7 @@ class Connection(asyncio.Protocol):
         self._queue.clear()
         if self._transport is None:
             return
+        self._outbox.flush()
         if whole:
             self._transport.close()
         else:

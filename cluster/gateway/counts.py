@@ -4,7 +4,7 @@ Those of prometheus_client lock and validate at every step, and a request takes 
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -24,6 +24,22 @@ class Count(Collector):
     def collect(self) -> Iterator[CounterMetricFamily]:
         family = CounterMetricFamily(self._name, self._text, labels=self._labels)
         for labels, total in self._totals.items():
+            family.add_metric(labels, total)
+        yield family
+
+
+class Sums(Collector):
+    """Counters that are added up when they are looked at."""
+
+    def __init__(
+        self, name: str, text: str, labels: Sequence[str], read: Callable[[], Mapping[tuple[str, ...], int]], *, registry: CollectorRegistry
+    ) -> None:
+        self._name, self._text, self._labels, self._read = name, text, labels, read
+        registry.register(self)
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, total in self._read().items():
             family.add_metric(labels, total)
         yield family
 

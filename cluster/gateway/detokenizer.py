@@ -9,6 +9,7 @@ space and `<0x0A>` for a byte (Llama 2, Mistral's older). Any other is refused b
 
 import codecs
 import re
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -29,6 +30,17 @@ def _byte_of_char() -> dict[str, int]:
 BYTE_OF_CHAR = _byte_of_char()
 
 
+class _TokenBytes(dict[int, bytes]):
+    """A table that is filled as tokens are met."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+
+    def __missing__(self, token_id: int) -> bytes:
+        known = self[token_id] = self._bytes_of(token_id)
+        return known
+
+
 class Vocabulary:
     """Each token's bytes. `decoder` and `added_tokens` are as tokenizer.json has them. Raises UnsupportedModel."""
 
@@ -38,14 +50,12 @@ class Vocabulary:
         added = [(tokenizer.token_to_id(token["content"]), token) for token in added_tokens]     # the file may have other ids
         self._added: dict[int, str] = {number: token["content"] for number, token in added if number is not None}
         self.special_ids = frozenset(number for number, token in added if number is not None and token["special"])
-        self._bytes: dict[int, bytes] = {}
+        self.token_bytes: Callable[[int], bytes] = _TokenBytes(self._added_bytes).__getitem__
+        """What a token adds to an answer."""
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What it adds to an answer: nothing if it is special, or no token at all (a padded row of the embedding)."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = b"" if token_id in self.special_ids else self.raw_bytes(token_id)
-        return known
+    def _added_bytes(self, token_id: int) -> bytes:
+        """Nothing if it is special, or no token at all (a padded row of the embedding)."""
+        return b"" if token_id in self.special_ids else self.raw_bytes(token_id)
 
     def raw_bytes(self, token_id: int) -> bytes:
         """The same, but special tokens have their names."""
@@ -62,6 +72,8 @@ class Vocabulary:
 
 class Utf8Stream:
     """Bytes in, whole characters out."""
+
+    __slots__ = ("_held",)
 
     def __init__(self) -> None:
         self._held = b""                      # of a character that is not whole

@@ -234,14 +234,14 @@ class Dispatcher:
             self._fail(generation, FailureKind.INVALID, str(error))
 
     def _on_tokens(self, message: StepTokens) -> None:
-        now = self._clock()
-        self._heard(message.worker, message.load)
+        now, worker = self._clock(), message.worker
+        self._heard(worker, message.load)
         for delta in message.deltas:
             generation = self._running.get(delta.request_id)
-            if generation is None or generation.attempt is None:
-                self._send_abort(message.worker, delta.request_id)            # an earlier one may have been lost
-            elif message.worker == (route := generation.attempt.route).decode or message.worker == route.prefill:
-                self._on_delta(generation, generation.attempt, delta, message.worker, now)
+            if generation is None or (attempt := generation.attempt) is None:
+                self._send_abort(worker, delta.request_id)            # an earlier one may have been lost
+            elif worker == attempt.route.decode or worker == attempt.route.prefill:
+                self._on_delta(generation, attempt, delta, worker, now)
 
     def _on_delta(self, generation: Generation, attempt: Attempt, delta: TokenDelta, worker: WorkerRef, now: float) -> None:
         try:
@@ -256,6 +256,7 @@ class Dispatcher:
         if not ready:
             return
         attempt.progress_at, attempt.has_tokens = now, True
+        is_told = bool(generation.fresh)
         generation.deliver(ready, now)
         if ready[-1].finish is not None:
             self._drop_attempt(generation, num_outputs=len(generation.outputs))
@@ -264,7 +265,7 @@ class Dispatcher:
             self._leave_workers(generation)
             limit = self._limits.max_buffered_tokens
             self._end(generation, GenerationState.FAILED, SlowClient(f"the client has left more than {limit} tokens unread"))
-        else:
+        elif not is_told:
             generation.wake()
 
     def _on_span(self, span: RequestSpan) -> None:

@@ -66,7 +66,7 @@ class Exchange:
         return None if value is None else value.decode("latin-1")
 
     async def read(self, max_bytes: int) -> bytes:
-        """The whole body. Raises BadRequest (413 as soon as it is known to be larger, 408, 400), ClientGone."""
+        """The whole body, once. Raises BadRequest (413 as soon as it is known to be larger, 408, 400), ClientGone."""
         if not self.complete:
             self._check_size(int(self.header("content-length") or 0), max_bytes)
             if self._chunked and (self.header("expect") or "").lower() == "100-continue":
@@ -74,7 +74,9 @@ class Exchange:
         while True:
             self._check_size(len(self._body), max_bytes)
             if self.complete:
-                return bytes(self._body)
+                body = bytes(self._body)
+                self._body.clear()
+                return body
             await self._more()
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:

@@ -60,7 +60,7 @@ class Prompt(Struct, frozen=True):
     path: Path | None = None                  # that the client asks for
 
 
-@dataclass
+@dataclass(slots=True)
 class Attempt:
     request_id: RequestId
     route: Route
@@ -76,7 +76,7 @@ class Attempt:
         return (self.route.decode,) if prefill is None or (self.handed_over and self.has_tokens) else (prefill, self.route.decode)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Generation:
     prompt: Prompt
     wake: Callable[[], None]                  # called when there is something to take, or an end

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from .connection import Connection, Handler
 from .eager import start
+from .outbox import Outbox
 
 CHECK_S = 1.0
 SPARE = 64
@@ -32,6 +33,7 @@ class Doors(NamedTuple):
     turn_away: Handler                        # the same, of connections over the limit
     max_connections: int
     grace_s: float                            # for open answers at the end
+    outbox: Outbox                            # of all connections
 
 
 class HttpServer:
@@ -105,7 +107,7 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         is_over = len(self._served) >= self._doors.max_connections
         handle = self._doors.turn_away if is_over else self._doors.handle
-        connection = Connection(handle, loop.time, self._lost, once=is_over)
+        connection = Connection(handle, loop.time, self._lost, outbox=self._doors.outbox, once=is_over)
         self._connections.add(connection)
         if not is_over:
             self._served.add(connection)

@@ -1,5 +1,6 @@
 """A parsed body → Job: prompts as tokens, sampling as the workers take it, and how the answer is to look. Raises BadRequest."""
 
+import random
 import secrets
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ class Job(Struct, frozen=True):
     response_id: str
     created: int                              # seconds since 1970
     prompts: tuple[JobPrompt, ...]
+    num_prompt_tokens: int                    # of all prompts
     n: int                                    # choices per prompt; choice j of prompt i has index i * n + j
     sampling: SamplingParams                  # of the first choice of each prompt
     stops: StopStrings
@@ -51,7 +53,7 @@ class Job(Struct, frozen=True):
     @property
     def max_tokens(self) -> int:
         """Of all choices, prompts included."""
-        return sum(self.n * (len(prompt.token_ids) + self.sampling.max_tokens) for prompt in self.prompts)
+        return self.n * (self.num_prompt_tokens + len(self.prompts) * self.sampling.max_tokens)
 
     def prompt_of(self, index: int) -> JobPrompt:
         return self.prompts[index // self.n]
@@ -66,6 +68,7 @@ class JobMaker:
     def __init__(self, model: TextModel, model_name: str) -> None:
         self._model = model
         self._model_name = model_name
+        self._random = random.Random()        # seeds are no secrets
 
     async def completion(self, body: CompletionBody, max_model_len: int) -> Job:
         given = _separate(body.prompt)
@@ -75,7 +78,7 @@ class JobMaker:
         if max_tokens == 0 and not body.echo:
             raise BadRequest("max_tokens must be at least 1 (0 only with echo)", param="max_tokens")
         sampling = self._sampling(body, max_tokens, body.logprobs, body.logprobs if body.echo else None)
-        _check_prompt_logprobs((body.n or 1) * sum(len(prompt.token_ids) for prompt in prompts), sampling.prompt_logprobs)
+        _check_prompt_logprobs((body.n or 1) * sum([len(prompt.token_ids) for prompt in prompts]), sampling.prompt_logprobs)
         return _job("cmpl", body, prompts, sampling, max_model_len, echo=body.echo)
 
     async def chat(self, body: ChatBody, max_model_len: int) -> Job:
@@ -101,7 +104,8 @@ class JobMaker:
         for prompt in prompts:
             if not prompt.token_ids:
                 raise BadRequest("the prompt has no tokens", param="prompt")
-            self._check_tokens(prompt.token_ids, "prompt")        # of a text too: a tokenizer may know more tokens than the model
+            if prompt.text is None or self._model.num_tokens > self._model.vocab_size:
+                self._check_tokens(prompt.token_ids, "prompt")
         return prompts
 
     def _check_tokens(self, token_ids: Sequence[int], param: str) -> None:
@@ -123,7 +127,7 @@ class JobMaker:
             raise BadRequest(f"stop_token_ids: with min_tokens {min_tokens} some token must not stop", param="stop_token_ids")
         return SamplingParams(
             max_tokens=max_tokens,
-            seed=(secrets.randbits(63) if body.seed is None else body.seed) & SEED_MASK,
+            seed=(self._random.getrandbits(63) if body.seed is None else body.seed) & SEED_MASK,
             temperature=_or(body.temperature, 1.0),
             top_k=min(max(0, body.top_k or 0), self._model.vocab_size),      # a larger one need not fit into a message
             top_p=_or(body.top_p, 1.0),
@@ -143,12 +147,14 @@ class JobMaker:
 def _job(
     prefix: str, body: CompletionBody | ChatBody, prompts: Sequence[JobPrompt], sampling: SamplingParams, max_model_len: int, *, echo: bool
 ) -> Job:
-    for prompt in prompts:
-        _check_context(len(prompt.token_ids), sampling.max_tokens, max_model_len)
+    num_tokens = [len(prompt.token_ids) for prompt in prompts]
+    for each in num_tokens:
+        _check_context(each, sampling.max_tokens, max_model_len)
     return Job(
         response_id=f"{prefix}-{secrets.token_hex(12)}",
         created=int(time.time()),
         prompts=tuple(prompts),
+        num_prompt_tokens=sum(num_tokens),
         n=body.n or 1,
         sampling=sampling,
         stops=StopStrings(body.stop or ()),

@@ -4,11 +4,12 @@ import math
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from ...messages.requests import LinkFigures, LinkMeasured, LoadReport, RequestSpan, TransferFailed
-from .counts import Count, Distribution
+from .counts import Count, Distribution, Sums
 from .errors import NoRoute
 from .generation import Generation, GenerationState
 from .status import Quantiles, TransferTotals
@@ -20,6 +21,16 @@ E2E_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 ERROR_BUCKETS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1, 2, 5)
 
 PAIR = ("prefill", "decode", "transport")
+OUTCOMES = ("finished", "aborted", "refused", "failed")
+
+
+class _Ended(NamedTuple):
+    """What choices that have ended are counted by; all other counts of them are sums."""
+
+    service_class: str
+    outcome: str
+    path: str | None                          # of the last attempt
+    in_time: bool                             # finished, and kept its objectives
 
 
 class Metrics:
@@ -27,9 +38,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.outcomes: Tally[str] = Tally(dict.fromkeys(("finished", "aborted", "refused", "failed"), 0))
-        self.by_class: Tally[str] = Tally()                # ended, but for those whose client left
-        self.good_by_class: Tally[str] = Tally()           # of those, finished and in time
+        self._ended: Tally[tuple[str, str, str | None, bool]] = Tally()        # by what _Ended names
         self.num_retries = 0
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
@@ -42,13 +51,13 @@ class Metrics:
         self._e2e = Distribution("diptych_e2e_seconds", "HTTP request read to last token", E2E_BUCKETS_S, registry=registry)
         off = "How far first tokens of first attempts were off: |came / predicted - 1|, from the HTTP request on"
         self._ttft_error = Distribution("diptych_ttft_prediction_error", off, ERROR_BUCKETS, registry=registry)
-        self._choices = Count("diptych_choices", "Choices by how they ended", ["outcome"], registry=registry)
-        by_class = ["class", "outcome"]
-        self._requests = Count("diptych_requests", "Choices by class and how they ended", by_class, registry=registry)
+        Sums("diptych_choices", "Choices by how they ended", ["outcome"], lambda: self._sums(lambda end: (end.outcome,)), registry=registry)
+        by_class, by_both = ["class", "outcome"], "Choices by class and how they ended"
+        Sums("diptych_requests", by_both, by_class, lambda: self._sums(lambda end: (end.service_class, end.outcome)), registry=registry)
         in_time = "Choices that finished and kept their objectives"
-        self._goodput = Count("diptych_goodput_requests", in_time, ["class"], registry=registry)
+        Sums("diptych_goodput_requests", in_time, ["class"], lambda: self._sums(_class_in_time), registry=registry)
         self._refusals = Count("diptych_refusals", "Choices refused by the router", ["reason"], registry=registry)
-        self._paths = Count("diptych_paths", "Choices by the way of their last attempt", ["path"], registry=registry)
+        Sums("diptych_paths", "Choices by the way of their last attempt", ["path"], lambda: self._sums(_way), registry=registry)
         error_text = "Mean relative error of a worker's predicted step times"
         self._predictor_error = Gauge("diptych_predictor_error", error_text, ["worker"], registry=registry)
         self._responses = Count("diptych_http_responses", "HTTP answers", ["path", "status"], registry=registry)
@@ -118,13 +127,9 @@ class Metrics:
             self._used.labels(*ends, transport).set(transport == link.transport)
 
     def ended(self, generation: Generation) -> None:
-        self.outcomes[generation.state] += 1
-        self._choices.add(generation.state)
-        self._count_by_class(generation)
+        self._ended[generation.prompt.service_class, generation.state, generation.path, generation.kept_objectives] += 1
         if generation.state is GenerationState.REFUSED:
             self._refusals.add("no_route" if isinstance(generation.error, NoRoute) else "overloaded")
-        if generation.path is not None:
-            self._paths.add(generation.path)
         first, last = generation.first_token_at, generation.last_token_at
         if first is None or last is None:
             return
@@ -134,6 +139,21 @@ class Metrics:
             self._ttft_error.observe(abs((first - generation.arrived_at) / predicted_s - 1))
         if generation.state is GenerationState.FINISHED:
             self._finished(generation, first, last)
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        return dict.fromkeys(OUTCOMES, 0) | {outcome: total for (outcome,), total in self._sums(lambda end: (end.outcome,)).items()}
+
+    @property
+    def by_class(self) -> dict[str, int]:
+        """Ended, but for those whose client left."""
+        of_those = self._sums(lambda end: None if end.outcome == GenerationState.ABORTED else (end.service_class,))
+        return {service_class: total for (service_class,), total in of_those.items()}
+
+    @property
+    def good_by_class(self) -> dict[str, int]:
+        """Of those, finished and in time."""
+        return {service_class: total for (service_class,), total in self._sums(_class_in_time).items()}
 
     @property
     def transfers(self) -> tuple[TransferTotals, ...]:
@@ -147,14 +167,13 @@ class Metrics:
     def tpot(self) -> Quantiles | None:
         return _quantiles(self._recent_tpot)
 
-    def _count_by_class(self, generation: Generation) -> None:
-        name = generation.prompt.service_class
-        self._requests.add(name, generation.state)
-        if generation.state is not GenerationState.ABORTED:
-            self.by_class[name] += 1
-        if generation.kept_objectives:
-            self.good_by_class[name] += 1
-            self._goodput.add(name)
+    def _sums(self, labels_of: Callable[[_Ended], tuple[str, ...] | None]) -> dict[tuple[str, ...], int]:
+        """By labels; those without any are left out."""
+        sums: Tally[tuple[str, ...]] = Tally()
+        for ended, total in self._ended.items():
+            if (labels := labels_of(_Ended(*ended))) is not None:
+                sums[labels] += total
+        return sums
 
     def _finished(self, generation: Generation, first: float, last: float) -> None:
         num_prompt, num_output = len(generation.prompt.token_ids), len(generation.outputs)
@@ -163,10 +182,17 @@ class Metrics:
         self._prompt_tokens.add(amount=num_prompt)
         self._output_tokens.add(amount=num_output)
         self._e2e.observe(last - generation.arrived_at)
-        if num_output > 1:
-            assert generation.tpot_s is not None
-            self._tpot.observe(generation.tpot_s)
-            self._recent_tpot.append(generation.tpot_s)
+        if (tpot_s := generation.tpot_s) is not None:
+            self._tpot.observe(tpot_s)
+            self._recent_tpot.append(tpot_s)
+
+
+def _class_in_time(ended: _Ended) -> tuple[str, ...] | None:
+    return (ended.service_class,) if ended.in_time else None
+
+
+def _way(ended: _Ended) -> tuple[str, ...] | None:
+    return None if ended.path is None else (ended.path,)
 
 
 def _quantiles(samples: Iterable[float]) -> Quantiles | None:

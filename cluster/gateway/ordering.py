@@ -13,6 +13,8 @@ MAX_GAP_DELTAS = 256
 
 
 class InOrder:
+    __slots__ = ("_early", "_ended", "_next")
+
     def __init__(self, next_index: int) -> None:
         self._next = next_index
         self._early: dict[int, TokenDelta] = {}       # by index
@@ -24,9 +26,10 @@ class InOrder:
 
     def push(self, delta: TokenDelta) -> list[TokenDelta]:
         """What can be delivered now. Raises Malformed for a gap that will not close."""
-        if delta.index == self._next and not self._early and not self._ended:         # nearly always
-            self._accept(delta)
-            return [delta] if delta.token_ids or delta.finish is not None else []
+        index, token_ids, finish = delta.index, delta.token_ids, delta.finish
+        if index == self._next and not self._early and not self._ended:         # nearly always
+            self._next, self._ended = index + len(token_ids), finish is not None
+            return [delta] if token_ids or finish is not None else []
         held = self._early.get(delta.index)
         if held is None or len(held.token_ids) <= len(delta.token_ids):
             self._early[delta.index] = delta

@@ -4,13 +4,17 @@
                            a body ──────► feed … completed
     no HTTP, or too large a head ──► the request whose body it is in fails, or it is a `refusal`; nothing more is read
 
+A client's requests begin alike: a head that differs from the last in its Content-Length alone is not parsed again.
+
 httptools refuses most of what requests are smuggled with: two lengths, a length beside chunks, spaces before a colon, bare line feeds,
 folded lines. What it leaves to its caller is refused here: other versions, other codings than chunked, chunks in HTTP/1.0. Trailers are
 dropped, and what asks for an upgrade is answered as though it had not.
 """
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import unquote
 
 import httptools
@@ -19,6 +23,19 @@ from .errors import BadRequest
 from .exchange import Channel, Exchange
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_KNOWN_BYTES = 2 << 10                     # of a head that is remembered, one for each connection
+MAX_LENGTH_DIGITS = 9
+_LENGTH = re.compile(rb"(?<=\r\ncontent-length: )[0-9]{1,%d}(?=\r\n)" % MAX_LENGTH_DIGITS, re.IGNORECASE)
+
+
+class _KnownHead(NamedTuple):
+    """As the parser took it, with any number for its length."""
+
+    before: bytes                             # up to its Content-Length
+    after: bytes                              # and on to its end
+    method: str
+    path: str
+    headers: dict[bytes, bytes]
 
 
 class RequestReader:
@@ -36,6 +53,8 @@ class RequestReader:
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0                  # of its target and headers
         self._untold_bytes = 0                # came since the parser last told of part of a head or body
+        self._known: _KnownHead | None = None
+        self._piece = b""                     # what is being fed, until the parser tells of the head that it begins with
 
     @property
     def is_between(self) -> bool:
@@ -44,6 +63,10 @@ class RequestReader:
 
     def feed(self, data: bytes) -> None:
         self.heard_at = self._clock()
+        if self.is_between and not self.is_last:
+            if self._known is not None and self._is_like(self._known, data):
+                return
+            self._piece = data
         self._untold_bytes += len(data)
         try:
             self._parse(data)
@@ -52,6 +75,7 @@ class RequestReader:
         except httptools.HttpParserError as error:
             self.fail(BadRequest(f"this is not HTTP/1.1: {error}", code="invalid_http"))
         self._check_head()                    # a header without an end is none that the parser tells of
+        self._piece = b""
 
     def fail(self, failure: BadRequest) -> None:
         """What is being read fails, and nothing after it is read."""
@@ -110,6 +134,22 @@ class RequestReader:
             self.reading.completed()
             self.reading = None
 
+    def _is_like(self, known: _KnownHead, data: bytes) -> bool:
+        """With all of its body and no more, it is a request. The parser, which is between two, need not know."""
+        first = len(known.before)
+        end = data.find(b"\r", first, first + MAX_LENGTH_DIGITS + 1)
+        length, start = data[first:end], end + len(known.after)
+        is_alike = data.startswith(known.before) and data.startswith(known.after, end) and length.isdigit()
+        if not is_alike or int(length) != len(data) - start:
+            return False
+        self.since, self._untold_bytes = self.heard_at, 0
+        headers = known.headers if known.headers[b"content-length"] == length else known.headers | {b"content-length": length}
+        exchange = Exchange(self._channel, known.method, known.path, headers)
+        exchange.feed(data[start:])
+        exchange.completed()
+        self._on_request(exchange)
+        return True
+
     def _parse(self, data: bytes) -> None:
         """A parser takes no body after a head that asks for an upgrade: a new one gets that head without the wish."""
         rest = memoryview(data)
@@ -142,13 +182,26 @@ class RequestReader:
         if coding is not None and (coding.lower() != b"chunked" or version == "1.0"):
             text = f"the transfer coding {coding.decode('latin-1')!r} of HTTP/{version} is not supported, only 'chunked' of HTTP/1.1"
             raise BadRequest(text, code="invalid_http", status=501)
-        method, is_11 = self._parser.get_method().decode(), version == "1.1"
-        return Exchange(self._channel, method, _path(self._url), headers, chunked=is_11, keep_alive=self._parser.should_keep_alive())
+        method, path, is_11 = self._parser.get_method().decode(), _path(self._url), version == "1.1"
+        keep_alive = self._parser.should_keep_alive()
+        if is_11 and keep_alive and coding is None:
+            self._known = _known_head(self._piece, method, path, headers)
+        self._piece = b""
+        return Exchange(self._channel, method, path, headers, chunked=is_11, keep_alive=keep_alive)
 
     def _check_head(self) -> None:
         if self._head_bytes + self._untold_bytes > MAX_HEAD_BYTES:
             text = f"the head, with trailers, has more than {MAX_HEAD_BYTES} bytes"
             self.fail(BadRequest(text, code="head_too_large", status=431))
+
+
+def _known_head(piece: bytes, method: str, path: str, headers: dict[bytes, bytes]) -> _KnownHead | None:
+    """None: `piece` is not one request as a whole, with a body of known length, or has a long head."""
+    end = piece.find(b"\r\n\r\n", 0, MAX_KNOWN_BYTES) + 4
+    length = _LENGTH.search(piece, 0, end)
+    if length is None or int(length[0]) != len(piece) - end:
+        return None
+    return _KnownHead(piece[: length.start()], piece[length.end() : end], method, path, headers)
 
 
 @lru_cache(maxsize=64)

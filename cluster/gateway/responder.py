@@ -19,6 +19,7 @@ from .choice import Piece
 from .dialects import Dialect, Part
 from .errors import SlowClient, to_http
 from .exchange import Exchange, nothing
+from .outbox import Outbox
 from .response_head import Headers
 
 JSON = ("content-type", "application/json")
@@ -37,7 +38,8 @@ class Turn:
     costs more than it gains, and slices are longer. However many requests come, LEAST_SHARE of the time is for answers under way.
     """
 
-    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(self, outbox: Outbox, clock: Callable[[], float] = perf_counter) -> None:
+        self._outbox = outbox
         self._clock = clock
         self._first = deque[Callable[[], None]]()
         self._others = deque[Callable[[], None]]()
@@ -52,20 +54,28 @@ class Turn:
         (self._first if is_first else self._others).append(call)
 
     def _run(self) -> None:
+        self._outbox.hold()
+        try:
+            self._write()
+        finally:
+            self._outbox.release()
+        self._left = self._clock()
+        if self._first or self._others:
+            asyncio.get_running_loop().call_soon(self._run)
+        else:
+            self._began = None
+
+    def _write(self) -> None:
         assert self._began is not None, "nobody has news"
         while self._first:
             self._first.popleft()()
+        self._outbox.flush()
         now = self._clock()
         slice_s = SLICE_S if now - self._began < BUSY_AFTER_S else LONG_SLICE_S
         end = now + max(slice_s, LEAST_SHARE / (1 - LEAST_SHARE) * (now - self._left))
         while self._others and now < end:
             self._others.popleft()()
             now = self._clock()
-        self._left = now
-        if self._first or self._others:
-            asyncio.get_running_loop().call_soon(self._run)
-        else:
-            self._began = None
 
 
 class Reply(NamedTuple):

@@ -47,8 +47,9 @@ class Gateway:
         self._core = Core(config, post)
         self._socket = _bind(config)
         self._port: int = self._socket.getsockname()[1]
-        app, limits = App(self._core), config.limits
-        self._server = HttpServer(Doors(app.handle, app.turn_away, limits.max_connections, limits.grace_s))
+        self._app = app = App(self._core)
+        limits = config.limits
+        self._server = HttpServer(Doors(app.handle, app.turn_away, limits.max_connections, limits.grace_s, app.outbox))
         gauge = self._core.metrics.gauge
         gauge("http_connections", "Open connections of clients", lambda: self._server.num_connections)
         gauge("http_connections_max", "So many are served at a time", lambda: limits.max_connections)
@@ -107,6 +108,7 @@ class Gateway:
             self._loop, self._loop_thread = loop, threading.get_ident()
         loop.add_reader(self._post.fileno(), self._core.pump)
         self._core.dispatcher.wake_at = self._wake_at
+        self._post.gather(self._app.soon)
         beats = [asyncio.create_task(self._beat(POLL_S, self._core.pump)), asyncio.create_task(self._beat(WATCH_S, self._core.watch))]
         try:
             await self._server.serve(self._socket)
@@ -114,6 +116,7 @@ class Gateway:
             for beat in beats:
                 beat.cancel()
             self._core.dispatcher.wake_at = lambda at: None
+            self._post.gather(None)
             if self._alarm is not None:
                 self._alarm.cancel()
             loop.remove_reader(self._post.fileno())

@@ -44,6 +44,7 @@ class TextModel:
         self.vocabulary = Vocabulary(self._tokenizer, file.decoder, file.added_tokens)
         self.template: ChatTemplate | None = load_template(folder, _read(settings, dict[str, Any]) if settings.is_file() else {})
         self.vocab_size = config.vocab_size
+        self.num_tokens = 1 + max(self._tokenizer.get_vocab().values(), default=-1)      # that the tokenizer knows: maybe more
         self.max_position_embeddings = config.max_position_embeddings
         self.eos_token_ids = _eos_token_ids(folder / "generation_config.json", config)
 

@@ -87,7 +87,7 @@ async def main() -> None:
     core.pump()
     app, sockets = App(core), [Sink() for _ in range(NUM_CONNECTIONS)]
     for socket in sockets:
-        socket.connect(Connection(app.handle, time.monotonic, lambda connection: None))
+        socket.connect(Connection(app.handle, time.monotonic, lambda connection: None, outbox=app.outbox))
     parts = {"tokenizing": Part(core.model._words, "encode"), "deciding": Part(core.dispatcher._policy, "decide")}
     rounds: list[dict[str, float]] = []
 

@@ -227,7 +227,7 @@ class House:
 
     def open(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Client:
         raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        return Client(self.app.handle, method, path, raw, headers or {})
+        return Client(self.app.handle, method, path, raw, headers or {}, self.app.outbox)
 
     async def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         return await self.open(method, path, body, headers).reply()

@@ -13,6 +13,7 @@ import httptools
 import msgspec
 
 from diptych.cluster.gateway.connection import Connection, Handler
+from diptych.cluster.gateway.outbox import Outbox
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,11 @@ class Response:
 class Client:
     """One request on a connection of its own. It can leave at any time, and stop reading."""
 
-    def __init__(self, handle: Handler, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
+    def __init__(
+        self, handle: Handler, method: str, path: str, body: bytes, headers: dict[str, str], outbox: Outbox | None = None
+    ) -> None:
         self.socket = Socket()
-        self.socket.connect(Connection(handle, asyncio.get_running_loop().time, lambda connection: None))
+        self.socket.connect(Connection(handle, asyncio.get_running_loop().time, lambda connection: None, outbox=outbox))
         if body:
             headers = {"content-length": str(len(body))} | headers
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from harness.gateway import in_loop
@@ -14,7 +15,7 @@ from diptych.cluster.gateway import request_reader as module
 from diptych.cluster.gateway.connection import BODY_S, END_S, KEEP_ALIVE_S, LINGER_S, MAX_AHEAD_BYTES, READ_S, Connection
 from diptych.cluster.gateway.errors import BadRequest
 from diptych.cluster.gateway.exchange import CONTINUE, ClientGone, Exchange
-from diptych.cluster.gateway.request_reader import MAX_HEAD_BYTES
+from diptych.cluster.gateway.request_reader import MAX_HEAD_BYTES, MAX_KNOWN_BYTES
 from diptych.cluster.gateway.response_head import response_head
 
 MAX_BODY = 1000
@@ -180,6 +181,87 @@ class TestAnySplit:
             assert asyncio.run(answered(pieces)) == asyncio.run(answered([raw]))
         finally:
             module.MAX_HEAD_BYTES = before
+
+
+BODIES = st.sampled_from([b"", b"x", b"hello", b"y" * 12, b"z" * MAX_BODY])
+ODD_NUMBERS = [b"0%d", b"+%d", b"-%d", b" %d", b"%d ", b"%d, 5", b"0x%d", b"1%d", b"_%d", b"%d\r\nX: y", b"%d\r\n\tz"]
+NUMBERS = st.just(b"%d") | st.sampled_from(ODD_NUMBERS)
+HEADS = st.sampled_from(
+    [
+        b"POST /b HTTP/1.1\r\nHost: x\r\nContent-Length: %b\r\n\r\n", b"POST /b HTTP/1.1\r\nHost: x\r\ncontent-length: %b\r\nX: 1\r\n\r\n",
+        b"POST /b HTTP/1.1\r\nX-Content-Length: 5\r\nContent-Length: %b\r\n\r\n", b"POST /b HTTP/1.0\r\nContent-Length: %b\r\n\r\n",
+        b"POST /b HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: %b\r\n\r\n", b"\r\nPOST /b HTTP/1.1\r\nContent-Length: %b\r\n\r\n",
+        b"POST /b HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: %b\r\n\r\n", b"GET /b HTTP/1.1\r\nContent-Length: %b\r\n\r\n",
+        b"POST /b HTTP/1.1\r\nConnection: close\r\nContent-Length: %b\r\n\r\n", b"PRI * HTTP/2.0\r\nContent-Length: %b\r\n\r\n",
+        b"POST /b HTTP/1.1\r\n" + SETTINGS + b"Content-Length: %b\r\n\r\n", b"POST /b HTTP/1.1\r\nX: \r\nContent-Length: %b\r\n\r\n",
+    ]
+)  # fmt: skip
+
+
+@st.composite
+def requests_alike(draw: st.DrawFn) -> list[bytes]:
+    """Pieces, most of which are a whole request."""
+    heads = draw(st.lists(HEADS, min_size=1, max_size=2))
+    pieces = []
+    for _ in range(draw(st.integers(1, 6))):
+        body = draw(BODIES)
+        raw = draw(st.sampled_from(heads)) % (draw(NUMBERS) % len(body)) + body
+        if draw(st.integers(0, 4)) == 0:
+            start, junk = draw(st.integers(0, len(raw))), draw(st.sampled_from([b"", b"\r\n", b"\r", b"x", b"0"]))
+            raw = raw[:start] + junk + raw[draw(st.integers(start, len(raw))) :]
+        cut = draw(st.sampled_from([0, 0, 0, 0, draw(st.integers(0, len(raw)))]))
+        pieces += [piece for piece in (raw[:cut], raw[cut:]) if piece]
+    return pieces
+
+
+class TestKnownHeads:
+    """One that is known is not parsed again, and nobody can tell."""
+
+    @given(pieces=requests_alike())
+    def test_they_are_answered_as_those_that_are_not(self, pieces):
+        async def answered() -> tuple[Any, ...]:
+            line = Line()
+            output = await line.feed(*pieces)
+            reader = line.connection._reader
+            asked = [(exchange.method, exchange.path, exchange._headers, exchange.keeps_alive) for exchange in line.exchanges]
+            return output, line.closed, asked, reader.in_head, reader.is_last, reader.is_between
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_known_head", lambda *_: None)
+            wanted = asyncio.run(answered())
+        assert asyncio.run(answered()) == wanted
+
+    @pytest.mark.parametrize("body", [b"hello", b"", b"x" * 987])
+    @in_loop
+    async def test_whatever_the_length(self, body, monkeypatch):
+        line = Line()
+        await line.feed(POST)
+        monkeypatch.setattr(line.connection._reader, "_parse", lambda data: pytest.fail(f"{data!r} is parsed"))
+        await line.feed(POST[:-5].replace(b"5", b"%d" % len(body)) + body)
+        assert line.output == ok(b"POST /b hello") + ok(b"POST /b " + body)
+        assert line.exchanges[1].header("content-length") == str(len(body))
+
+    @in_loop
+    async def test_long_ones_are_not_kept(self):
+        line = Line()
+        await line.feed(POST.replace(b"Host", b"X: " + b"y" * MAX_KNOWN_BYTES + b"\r\nHost"))
+        assert line.statuses == [200]
+        assert line.connection._reader._known is None
+
+    @in_loop
+    async def test_blank_lines_between_them_do_not_add_up(self):
+        line = Line()
+        for _ in range(MAX_HEAD_BYTES // 1000):
+            await line.feed(POST, b"\r\n" * 1000)
+        assert set(line.statuses) == {200}
+
+    @in_loop
+    async def test_a_request_whose_body_is_yet_to_come_is_parsed(self):
+        line = Line()
+        await line.feed(POST, POST[:-2])
+        assert line.statuses == [200]
+        await line.feed(POST[-2:] + POST)
+        assert line.statuses == [200] * 3
 
 
 class TestAnyBytes:

@@ -15,6 +15,7 @@ from diptych.cluster.gateway import connection, http_server
 from diptych.cluster.gateway.connection import Handler
 from diptych.cluster.gateway.exchange import Exchange
 from diptych.cluster.gateway.http_server import Doors, HttpServer
+from diptych.cluster.gateway.outbox import Outbox
 
 GET = b"GET / HTTP/1.1\r\n\r\n"
 PIECE = b"x" * (1 << 16)
@@ -25,7 +26,7 @@ async def serving(
     handle: Handler, grace_s: float = 20.0, max_connections: int = 100, listening: socket.socket | None = None
 ) -> AsyncIterator[tuple[HttpServer, int]]:
     listening = listening or socket.create_server(("127.0.0.1", 0))
-    server = HttpServer(Doors(handle, turn_away, max_connections, grace_s))
+    server = HttpServer(Doors(handle, turn_away, max_connections, grace_s, Outbox()))
     task = asyncio.create_task(server.serve(listening))
     try:
         yield server, listening.getsockname()[1]
@@ -166,7 +167,7 @@ def test_a_stop_before_it_serves_is_one():
             raise AssertionError
 
         listening = socket.create_server(("127.0.0.1", 0))
-        server = HttpServer(Doors(nobody, nobody, 1, 1.0))
+        server = HttpServer(Doors(nobody, nobody, 1, 1.0, Outbox()))
         server.stop()
         async with asyncio.timeout(20):
             await server.serve(listening)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diptych.cluster.gateway.outbox import Outbox
 from diptych.cluster.gateway.responder import BUSY_AFTER_S, LONG_SLICE_S, SLICE_S, Turn
 
 WRITE_S = SLICE_S / 9.5         # so ten of them in a slice, which ends with the one that it ends in
@@ -16,7 +17,7 @@ class House:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.turn = Turn(lambda: self.now)
+        self.turn = Turn(Outbox(), lambda: self.now)
         self.written: list[list[str]] = [[]]
 
     def news(self, name: str, is_first: bool = False, then: Callable[[], None] | None = None) -> None:
