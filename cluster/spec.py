@@ -29,6 +29,7 @@ from ..kvtransfer.selection import what_is_wrong
 from ..messages.errors import SpecError
 from ..messages.requests import ServiceClass
 from ..models.embedded.path import embedded_model_path
+from .router.policy import LEAST_OBJECTIVE_MS
 from .router.registry import POLICIES
 
 EMBEDDED = "embedded"
@@ -55,7 +56,7 @@ def parse_size(text: object) -> object:
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=MAX_SIZE)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-Milliseconds = Annotated[float, Field(ge=1e-3, allow_inf_nan=False, strict=True)]
+Milliseconds = Annotated[float, Field(ge=LEAST_OBJECTIVE_MS, allow_inf_nan=False, strict=True)]
 Seconds = Positive
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]

@@ -164,8 +164,9 @@ class App:
             return call.headers + limits + (debug_headers(answer.first) if core.config.debug_headers else ())
 
         def fail(error: Exception) -> None:
-            """Who was refused has used up nothing, and may ask again."""
-            told = self._limiter.give_back(key, 1, job.max_tokens) if isinstance(error, Refused) else limits
+            """Who was refused before a token came has used up nothing, and may ask again."""
+            used_nothing = isinstance(error, Refused) and not answer.usage().completion_tokens
+            told = self._limiter.give_back(key, 1, job.max_tokens) if used_nothing else limits
             self._fail(call._replace(headers=call.headers + told), error)
 
         reply = Reply(call.exchange, answer, dialect, headers, fail)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from ...messages.requests import ServiceClass
-from ..router.policy import NO_OBJECTIVES, Objectives
+from ..router.policy import LEAST_OBJECTIVE_MS, NO_OBJECTIVES, Objectives
 from .errors import BadRequest
 from .exchange import Exchange
 
@@ -18,7 +18,6 @@ CLASS_OF_TIER = {
     "flex": ServiceClass.BATCH,
     "batch": ServiceClass.BATCH,
 }
-LEAST_MS = 1e-3                               # of an objective; policies divide by it
 TTFT_HEADER, TPOT_HEADER = "x-diptych-ttft-ms", "x-diptych-tpot-ms"
 
 
@@ -44,6 +43,7 @@ def _header_s(exchange: Exchange, name: str) -> float | None:
         ms = float(text)
     except ValueError:
         ms = math.nan
-    if not LEAST_MS <= ms < math.inf:
-        raise BadRequest(f"the header {name} must be a number of milliseconds, at least {LEAST_MS:g}, not {text!r}", param=name)
+    if not LEAST_OBJECTIVE_MS <= ms < math.inf:
+        least = f"at least {LEAST_OBJECTIVE_MS:g}"
+        raise BadRequest(f"the header {name} must be a number of milliseconds, {least}, not {text!r}", param=name)
     return ms / 1e3

@@ -20,6 +20,9 @@ from ...messages.requests import Route, WorkerRef
 from ...messages.steps import StepModel
 
 
+LEAST_OBJECTIVE_MS = 1e-3                     # policies divide by objectives
+
+
 class Objectives(Struct, frozen=True):
     """What a request is promised; None: nothing."""
 

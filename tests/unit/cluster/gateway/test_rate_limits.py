@@ -12,6 +12,7 @@ from diptych.cluster.gateway.config import Limits
 from diptych.cluster.gateway.errors import RateLimited
 from diptych.cluster.gateway.rate_limits import RateLimiter, RateLimits
 from diptych.cluster.places import PlaceKind, PlaceName, gateway_config
+from diptych.cluster.router.policy import Explanation, Queue, Refuse
 from diptych.cluster.spec import parse_spec
 from diptych.messages.errors import SpecError
 
@@ -93,6 +94,27 @@ async def test_who_is_refused_has_used_up_nothing(tmp_path):
         assert [(reply.status, reply.error["code"]) for reply in replies] == [(429, "overloaded")] * 4
         assert {reply.headers["x-ratelimit-remaining-requests"] for reply in replies} == {"2"}
         assert {reply.headers["x-ratelimit-remaining-tokens"] for reply in replies} == {"50"}
+
+
+@in_loop
+async def test_an_answer_of_which_a_part_has_come_is_not_given_back(tmp_path, monkeypatch):
+    """Of two choices one is under way when the other, which has waited, is refused."""
+    async with House(tmp_path, rate_limits=RateLimits(10, 50)) as house:
+        policy = house.core.dispatcher._policy
+        decide, asked = policy.decide, []
+
+        def once(*question):
+            asked.append(question)
+            if len(asked) == 1:
+                return decide(*question)
+            has_begun = any(worker.decoding for worker in house.workers)
+            return Explanation(Refuse("full", 1.0) if has_begun else Queue("no room", 1.0))
+
+        monkeypatch.setattr(policy, "decide", once)
+        house.pause_at = 2
+        reply = await house.post("/v1/completions", ASK | {"n": 2})
+        assert reply.status == 429, reply.body
+        assert reply.headers["x-ratelimit-remaining-requests"] == "9"
 
 
 @in_loop
