@@ -1,4 +1,4 @@
-"""What both roles share, on a fake network and clock: refusals, deadlines, heartbeats, memberships, and the loop itself."""
+"""What both roles share, on a fake network and clock: refusals, deadlines, memberships, tokens, and the loop itself."""
 
 import threading
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 from harness.fake_cluster import TIMEOUT_S, FakeCluster
+from harness.worker_turns import PROMPT, ROLES, answers, ask, in_flight, route_to, turn
 
-from diptych.engine.engine import MAX_GATEWAYS
 from diptych.engine.fake_runner import next_token
 from diptych.engine.model_runner import ChunkOutput, StepOutputs
 from diptych.engine.scheduler import StepPlan
@@ -19,63 +19,9 @@ from diptych.messages.errors import StepStuck
 from diptych.messages.handoff import KVAccept, KVLanded
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Membership, Role
-from diptych.messages.requests import (
-    Abort,
-    FailureKind,
-    GenerateRequest,
-    LoadUpdate,
-    RequestFailed,
-    Route,
-    SamplingParams,
-    StepTokens,
-    WorkerRef,
-)
-from diptych.messages.steps import StepFeatures
+from diptych.messages.requests import Abort, FailureKind, GenerateRequest, RequestFailed, Route, StepTokens, WorkerRef
 
-PROMPT = list(range(10))
-ROLES = [WorkerId("prefill-0"), WorkerId("decode-0")]
 PATHS = pytest.mark.parametrize("prefill", ["prefill-0", None], ids=["split", "local"])
-
-
-@pytest.fixture
-def cluster() -> FakeCluster:
-    return FakeCluster()
-
-
-@pytest.fixture(params=ROLES)
-def worker(request: pytest.FixtureRequest, cluster: FakeCluster) -> Worker:
-    return cluster.workers[request.param]
-
-
-def route_to(cluster: FakeCluster, worker: Worker) -> Route:
-    if worker.role is Role.DECODE:
-        return Route(worker.ref)
-    return Route(cluster.workers[WorkerId("decode-0")].ref, worker.ref)
-
-
-def ask(cluster: FakeCluster, route: Route, name: str = "r", prompt: list[int] = PROMPT, gateway: str | None = None) -> GenerateRequest:
-    asked = GenerateRequest(
-        request_id=RequestId(name),
-        gateway=Address(gateway) if gateway else cluster.gateway.address,
-        token_ids=tuple(prompt),
-        sampling=SamplingParams(max_tokens=4, seed=0, temperature=0.0),
-        route=route,
-        timeout_s=100.0,
-    )
-    cluster.gateway.send(route.first.address, asked)
-    return asked
-
-
-def answers(cluster: FakeCluster) -> list[Message]:
-    """All that has come to the gateway but heartbeats."""
-    cluster.network.deliver_all()
-    return [message for message in cluster.gateway.receive(0) if not isinstance(message, LoadUpdate)]
-
-
-def turn(cluster: FakeCluster, worker: Worker) -> list[Message]:
-    cluster.network.deliver_all()
-    worker.turn(0.0)
-    return answers(cluster)
 
 
 def run_until(cluster: FakeCluster, condition: Callable[[], bool]) -> None:
@@ -86,10 +32,6 @@ def run_until(cluster: FakeCluster, condition: Callable[[], bool]) -> None:
         cluster.fabric.land_all()
         cluster.turn()
     raise AssertionError("not within 50 rounds")
-
-
-def in_flight(cluster: FakeCluster, kind: type) -> list[Message]:
-    return [letter.message for letter in cluster.network.in_flight if isinstance(letter.message, kind)]
 
 
 # What is refused
@@ -286,68 +228,27 @@ def test_a_dead_peer_is_forgotten(cluster: FakeCluster) -> None:
     assert prefill.num_handoffs() == 0
 
 
-# Heartbeats and what a worker tells of itself
+# Tokens and the loop
 
-def heartbeats(cluster: FakeCluster, worker: Worker, pause_s: float, num_turns: int) -> int:
-    num_beats = 0
-    for _ in range(num_turns):
-        cluster.now += pause_s
-        worker.turn(0.0)
-        num_beats += len(in_flight(cluster, LoadUpdate))
-        cluster.network.in_flight.clear()
-    return num_beats
-
-
-@pytest.mark.parametrize(("pause_s", "num_turns", "expected"), [(0.01, 1000, 200), (0.001, 1000, 20), (1.0, 10, 10)])
-def test_heartbeats_come_at_the_rate_and_no_faster(
-    cluster: FakeCluster, worker: Worker, pause_s: float, num_turns: int, expected: int
-) -> None:
-    """heartbeat_s is 0.05; a loop that turns more slowly beats once a turn."""
-    heartbeats(cluster, worker, 1.0, 1)
-    assert heartbeats(cluster, worker, pause_s, num_turns) == pytest.approx(expected, rel=0.2)
+@PATHS
+def test_one_message_a_step_and_gateway(cluster: FakeCluster, prefill: str | None) -> None:
+    worker = cluster.workers[WorkerId(prefill or "decode-0")]
+    for i in range(3):
+        ask(cluster, route_to(cluster, worker), f"r{i}", prompt=[i, i])
+    [step] = turn(cluster, worker)
+    assert isinstance(step, StepTokens)
+    assert [delta.request_id for delta in step.deltas] == ["r0", "r1", "r2"]
+    assert [delta.token_ids for delta in step.deltas] == [(next_token([i, i]),) for i in range(3)]
+    assert step.load is not None
 
 
-def test_heartbeats_go_to_every_gateway_and_to_no_other(cluster: FakeCluster, worker: Worker) -> None:
-    gateways = (Address("fake://g1"), Address("fake://g2"))
-    worker.update_membership(Membership(99, worker.membership.workers, gateways))
-    cluster.now += 1
-    worker.turn(0.0)
-    sent = [(letter.to, letter.message) for letter in cluster.network.in_flight]
-    assert sent == [(gateway, LoadUpdate(worker.status().load)) for gateway in gateways]
-
-
-def test_an_idle_loop_wakes_for_its_next_heartbeat(cluster: FakeCluster, worker: Worker) -> None:
-    """Also after a message woke it in between: or beats would come at half the rate."""
-    worker.turn(0.0)
-    heartbeat_s = worker.config.heartbeat_s
-    assert worker.idle_wait_s() == pytest.approx(heartbeat_s)
-    cluster.now += 0.8 * heartbeat_s
-    worker.turn(0.0)
-    assert worker.idle_wait_s() == pytest.approx(0.2 * heartbeat_s)
-    cluster.now += heartbeat_s
-    assert worker.idle_wait_s() == 0.0
-
-
-def test_every_turn_and_every_layer_moves_the_loop_on(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands still for longer than either of them hangs, and cannot say so itself."""
-    worker, stood = cluster.workers[ROLES[1]], list[float]()
-    launch = worker.engine.runner.launch
-
-    def slow(plan: StepPlan, on_layer: Callable[[int], None]) -> object:
-        def finished(layer: int) -> None:
-            cluster.now += 30.0
-            stood.append(worker.still_s)
-            on_layer(layer)
-
-        return launch(plan, finished)
-
-    monkeypatch.setattr(worker.engine.runner, "launch", slow)
-    cluster.now += 30.0
-    assert worker.still_s == 30.0
-    ask(cluster, Route(worker.ref))
-    turn(cluster, worker)
-    assert stood == [60.0, 30.0], "the first layer came as late as the turn and itself"
-    assert worker.still_s == 0.0
+@PATHS
+def test_an_answer_is_right(cluster: FakeCluster, prefill: str | None) -> None:
+    answer = cluster.submit(PROMPT, 9, prefill)
+    cluster.settle()
+    assert answer.complete
+    assert len(answer.tokens) == 9
+    assert len(cluster.spans) == (prefill is not None)
 
 
 @dataclass
@@ -393,84 +294,26 @@ def test_tokens_do_not_wait_for_the_next_step_to_be_launched(cluster: FakeCluste
     assert worker.load().work.prefill_tokens == 0
 
 
-def test_a_prefill_worker_tells_what_it_will_hand_over_from_what_it_serves_by_itself(cluster: FakeCluster) -> None:
-    prefill = cluster.workers[ROLES[0]]
-    ask(cluster, route_to(cluster, prefill), "handed over")
-    ask(cluster, Route(prefill.ref), "by itself")
-    cluster.network.deliver_all()
-    prefill.turn(0.0)
-    load = prefill.load()
-    assert (load.num_waiting + load.num_running, load.num_reserved, load.num_passing) == (2, 1, 2), "one runs and is offered"
+def test_every_turn_and_every_layer_moves_the_loop_on(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands still for longer than either of them hangs, and cannot say so itself."""
+    worker, stood = cluster.workers[ROLES[1]], list[float]()
+    launch = worker.engine.runner.launch
 
+    def slow(plan: StepPlan, on_layer: Callable[[int], None]) -> object:
+        def finished(layer: int) -> None:
+            cluster.now += 30.0
+            stood.append(worker.still_s)
+            on_layer(layer)
 
-def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:
-    decode = cluster.workers[ROLES[1]]
-    for i in range(6):
-        ask(cluster, Route(decode.ref), f"r{i}", prompt=[i] * 10)
-    turn(cluster, decode)
-    load = decode.load()
-    assert (load.num_waiting, load.num_running) == (5, 1)       # a step takes 8 tokens
-    assert load.num_waiting_tokens == 5 * 10 + 2
-    assert load.last_read == (("r5", 0.0),)
-    assert (load.num_blocks, load.num_free_blocks, load.block_size) == (16, 13, 4)
-    decode.turn(0.0)
-    cluster.now += 1                                            # the heartbeat comes in the middle of the third step
-    decode.turn(0.0)
-    status = decode.status()
-    assert (status.num_steps, status.num_tokens_computed) == (2, 16)
-    assert status.load.worker == decode.ref
-    assert status.load.last_read == (("r5", 1.0),)
+        return launch(plan, finished)
 
-
-def test_what_prompts_may_take_is_counted_from_the_end_of_the_steps_under_way(cluster: FakeCluster, worker: Worker) -> None:
-    pacer = worker.engine.scheduler.pacer
-    assert pacer is not None
-    assert pacer._busy_s(cluster.now) == 0.0
-    worker._steps.launched(StepFeatures(prefill_tokens=1000), cluster.now)
-    assert pacer._busy_s(cluster.now) == pytest.approx(worker._steps.model.step_s(StepFeatures(prefill_tokens=1000)))
-
-
-def test_a_load_tells_each_gateway_what_of_it_was_read(cluster: FakeCluster, worker: Worker) -> None:
-    for name, gateway in (("a", "fake://one"), ("b", "fake://two"), ("c", "fake://one"), ("d", "fake://three")):
-        cluster.now += 1
-        ask(cluster, route_to(cluster, worker), name, gateway=gateway)
-        turn(cluster, worker)
-    assert worker.load().last_read == (("b", 2.0), ("c", 1.0), ("d", 0.0))
-    for number in range(MAX_GATEWAYS):
-        ask(cluster, route_to(cluster, worker), str(number), gateway=f"fake://{number}")
-        turn(cluster, worker)
-    assert worker.load().last_read == tuple((str(number), 0.0) for number in range(MAX_GATEWAYS)), "gateways that are gone are forgotten"
-
-
-def test_member_says_what_others_need(cluster: FakeCluster, worker: Worker) -> None:
-    member = worker.member
-    assert (member.ref, member.role, member.draining) == (worker.ref, worker.role, False)
-    assert (member.num_blocks, member.block_size, member.max_model_len) == (16, 4, 64)
-    assert member.layout_hash == worker.replica.pool.layout.hash
-    assert [descriptor.transport for descriptor in member.descriptors] == ["fake"]
-
-
-# Tokens and the loop
-
-@PATHS
-def test_one_message_a_step_and_gateway(cluster: FakeCluster, prefill: str | None) -> None:
-    worker = cluster.workers[WorkerId(prefill or "decode-0")]
-    for i in range(3):
-        ask(cluster, route_to(cluster, worker), f"r{i}", prompt=[i, i])
-    [step] = turn(cluster, worker)
-    assert isinstance(step, StepTokens)
-    assert [delta.request_id for delta in step.deltas] == ["r0", "r1", "r2"]
-    assert [delta.token_ids for delta in step.deltas] == [(next_token([i, i]),) for i in range(3)]
-    assert step.load is not None
-
-
-@PATHS
-def test_an_answer_is_right(cluster: FakeCluster, prefill: str | None) -> None:
-    answer = cluster.submit(PROMPT, 9, prefill)
-    cluster.settle()
-    assert answer.complete
-    assert len(answer.tokens) == 9
-    assert len(cluster.spans) == (prefill is not None)
+    monkeypatch.setattr(worker.engine.runner, "launch", slow)
+    cluster.now += 30.0
+    assert worker.still_s == 30.0
+    ask(cluster, Route(worker.ref))
+    turn(cluster, worker)
+    assert stood == [60.0, 30.0], "the first layer came as late as the turn and itself"
+    assert worker.still_s == 0.0
 
 
 def test_run_ends_when_it_is_stopped(worker: Worker) -> None:

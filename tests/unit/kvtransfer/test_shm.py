@@ -1,83 +1,27 @@
-"""Real segments in /dev/shm: pages, counts, stopping, deaths, orphans, and descriptors that lie."""
+"""Pages between real segments in /dev/shm: what lands and is counted, what a stop means, and a writer in a process of its own."""
 
-import fcntl
 import json
-import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 from time import monotonic
 from typing import Any
-from uuid import uuid4
 
 import msgspec
 import pytest
 import torch
 from harness import shm_process
-from harness.shm_process import LAYOUT, NUM_BLOCKS, NUM_PAGES, fill
+from harness.shm_process import LAYOUT, NUM_PAGES
+from harness.shm_sides import IMM, TIMEOUT_S, Side, landed, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diptych.kvtransfer.shm import HEADER_BYTES, SHM, ShmTransport, host_identity, sweep_orphans
-from diptych.kvtransfer.transport import NUM_IMMS, KVPool, Peer
-from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
-from diptych.messages.ids import Epoch, Imm, WorkerId
+from diptych.kvtransfer.shm import SHM, sweep_orphans
+from diptych.kvtransfer.transport import NUM_IMMS, Peer
+from diptych.messages.errors import PeerGone, TransferError
+from diptych.messages.ids import Imm
 from diptych.messages.membership import MemoryDescriptor
-
-TIMEOUT_S = 20.0
-IMM = Imm(3)
-
-
-class Side:
-    """One worker's transport, pool and descriptor."""
-
-    def __init__(self, cluster: str, worker: str, epoch: int = 1) -> None:
-        self.transport = ShmTransport(cluster, WorkerId(worker), Epoch(epoch))
-        self.pool: KVPool = self.transport.allocate(LAYOUT, NUM_BLOCKS)
-        self.descriptor = self.transport.register(self.pool)
-
-    @property
-    def path(self) -> Path:
-        return SHM / self.descriptor.location.decode()
-
-    @property
-    def pages(self) -> torch.Tensor:
-        """One number a page; -1 for a page whose bytes differ."""
-        pages = self.pool.tensor.view(NUM_PAGES, -1).to(torch.int64)
-        return torch.where((pages == pages[:, :1]).all(1), pages[:, 0], -1)
-
-
-@pytest.fixture
-def cluster() -> Iterator[str]:
-    name = f"test{uuid4().hex[:8]}"
-    yield name
-    left = list(SHM.glob(f"diptych-{name}*"))
-    for path in left:
-        path.unlink()
-    assert not left, "segments left behind"
-
-
-@pytest.fixture
-def sides(cluster: str) -> Iterator[tuple[Side, Side]]:
-    writer, receiver = Side(cluster, "prefill-0"), Side(cluster, "decode-0")
-    fill(writer.pool.tensor)
-    yield writer, receiver
-    writer.transport.close()
-    receiver.transport.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    give_up_at = monotonic() + TIMEOUT_S
-    while not condition():
-        assert monotonic() < give_up_at, f"not within {TIMEOUT_S} s"
-
-
-def landed(side: Side, imm: Imm, count: int) -> None:
-    wait_for(lambda: side.transport.num_landed(imm) >= count)
-    assert side.transport.num_landed(imm) == count
 
 
 class Held(list[int]):
@@ -100,24 +44,6 @@ def hold(writer: Side, peer: Peer, imm: Imm = IMM) -> Held:
     writer.transport.write_pages(peer, pages, [0], imm)
     assert pages.reached.wait(TIMEOUT_S)
     return pages
-
-
-def test_a_copying_thread_that_fails_ends_the_process_instead_of_its_handoffs(sides: tuple[Side, Side]) -> None:
-    writer, receiver = sides
-    peer = writer.transport.connect(receiver.descriptor)
-    source = hold(writer, peer)
-    source.append(1)                          # one page more than there are places
-    source.let_go.set()
-    writer.transport._thread.join(TIMEOUT_S)
-    calls: list[Callable[[], object]] = [
-        lambda: writer.transport.stop(peer, IMM, TIMEOUT_S),
-        lambda: writer.transport.write_pages(peer, [0], [0], IMM),
-        lambda: writer.transport.disconnect(peer),
-    ]
-    for call in calls:
-        with pytest.raises(RuntimeError, match="copies pages has ended"):
-            call()
-    assert receiver.transport.num_landed(IMM) == 0
 
 
 # Pages and counts
@@ -218,6 +144,33 @@ def test_stop_drops_what_waits_and_what_is_left_of_what_is_under_way(sides: tupl
     assert receiver.pages[:3].tolist() == [0, 0, 3]
 
 
+def test_a_write_that_is_stopped_halfway_counts_for_nothing(sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sources may be computed over from then on."""
+    writer, receiver = sides
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __getitem__(self, page: int) -> Any:
+            reached.set()
+            assert go_on.wait(TIMEOUT_S)
+            return pages[page]
+
+        def __len__(self) -> int:
+            return len(pages)
+
+    pages = writer.transport._own.pages
+    monkeypatch.setattr(writer.transport._own, "pages", Slow())
+    peer = writer.transport.connect(receiver.descriptor)
+    writer.transport.write_pages(peer, [0, 1, 2], [3, 4, 5], Imm(7))
+    assert reached.wait(TIMEOUT_S)
+    assert not writer.transport.stop(peer, Imm(7), 0.0)
+    go_on.set()
+    assert writer.transport.stop(peer, Imm(7), TIMEOUT_S)
+    assert (receiver.transport.num_landed(Imm(7)), writer.transport.stats.num_pages) == (0, 1)
+    writer.transport.write_pages(peer, [0], [3], Imm(7))
+    wait_for(lambda: receiver.transport.num_landed(Imm(7)) == 1)
+
+
 def test_pages_are_settled_once_none_of_their_ticket_waits_or_is_read(sides: tuple[Side, Side]) -> None:
     """Asking changes nothing: what waits still goes."""
     writer, receiver = sides
@@ -263,219 +216,25 @@ def test_disconnect_waits_for_what_is_under_way_and_drops_the_rest(sides: tuple[
     landed(receiver, Imm(0), 1)
 
 
-# Peers that are not there, or not what they say
-
-def change(descriptor: MemoryDescriptor, **fields: Any) -> MemoryDescriptor:
-    return msgspec.structs.replace(descriptor, **fields)
-
-
-def test_a_dead_peer_is_gone(sides: tuple[Side, Side]) -> None:
-    writer, receiver = sides
-    receiver.transport.close()
-    with pytest.raises(PeerGone, match=r"decode-0-1: No such file"):
-        writer.transport.connect(receiver.descriptor)
-
-
-def test_writes_to_a_peer_that_dies_later_do_no_harm(sides: tuple[Side, Side], cluster: str) -> None:
-    """Its memory lives on until we let go of it; its successor's is another."""
+def test_a_copying_thread_that_fails_ends_the_process_instead_of_its_handoffs(sides: tuple[Side, Side]) -> None:
     writer, receiver = sides
     peer = writer.transport.connect(receiver.descriptor)
-    receiver.transport.close()
-    successor = Side(cluster, "decode-0", epoch=2)
-    writer.transport.write_pages(peer, [0], [0], IMM)
-    assert wait_for(lambda: writer.transport.stats.num_pages == 1) is None
-    assert successor.transport.num_landed(IMM) == 0
-    assert not successor.pages.any()
-    successor.transport.close()
-
-
-@pytest.mark.parametrize(
-    "location",
-    [
-        b"", b".", b"..", b"diptych-", b"/etc/passwd", b"../etc/passwd", b"diptych-x/../../etc/passwd", b"diptych-x/..",
-        b"/dev/shm/diptych-x", b"/tmp/diptych-x", b"other", b"diptych-\0", b"diptych-\xff\xfe", b"diptych-a\n", b"diptych-" + b"x" * 300,
-    ],
-)  # fmt: skip
-def test_locations_that_lead_elsewhere_are_refused(sides: tuple[Side, Side], location: bytes) -> None:
-    writer, receiver = sides
-    with pytest.raises(PeerGone):
-        writer.transport.connect(change(receiver.descriptor, location=location))
-
-
-def test_a_link_is_not_followed(sides: tuple[Side, Side], cluster: str) -> None:
-    writer, receiver = sides
-    link = SHM / f"diptych-{cluster}-link"
-    link.symlink_to(receiver.path)
-    try:
-        with pytest.raises(PeerGone, match="link"):
-            writer.transport.connect(change(receiver.descriptor, location=link.name.encode()))
-    finally:
-        link.unlink()
-
-
-def test_another_hosts_memory_is_out_of_reach(sides: tuple[Side, Side]) -> None:
-    """Although a segment of that very name is here: the same deployment may run on both."""
-    writer, receiver = sides
-    assert receiver.descriptor.host == host_identity()
-    with pytest.raises(PeerGone, match="elsewhere"):
-        writer.transport.connect(change(receiver.descriptor, host="elsewhere"))
-
-
-def test_other_page_sizes_are_refused(sides: tuple[Side, Side]) -> None:
-    writer, receiver = sides
-    with pytest.raises(LayoutMismatch, match=rf"pages of {LAYOUT.page_bytes * 2} bytes there, {LAYOUT.page_bytes} here"):
-        writer.transport.connect(change(receiver.descriptor, page_bytes=LAYOUT.page_bytes * 2))
-
-
-@pytest.mark.parametrize("num_pages", [0, 1, NUM_PAGES - 1, NUM_PAGES + 1, -1, 1 << 40])
-def test_a_segment_of_another_size_than_announced_is_refused(sides: tuple[Side, Side], num_pages: int) -> None:
-    writer, receiver = sides
-    with pytest.raises(LayoutMismatch, match=str(HEADER_BYTES + NUM_BLOCKS * LAYOUT.block_bytes)):
-        writer.transport.connect(change(receiver.descriptor, num_pages=num_pages))
-
-
-def test_an_empty_file_is_refused(sides: tuple[Side, Side], cluster: str) -> None:
-    writer, receiver = sides
-    path = SHM / f"diptych-{cluster}-empty"
-    path.touch()
-    try:
-        with pytest.raises(LayoutMismatch, match="0 bytes"):
-            writer.transport.connect(change(receiver.descriptor, location=path.name.encode()))
-    finally:
-        path.unlink()
-
-
-# Making and removing segments
-
-def test_no_room_names_the_sizes_and_leaves_nothing(cluster: str) -> None:
-    transport = ShmTransport(cluster, WorkerId("decode-0"), Epoch(1))
-    num_blocks = (1 << 50) // LAYOUT.block_bytes
-    with pytest.raises(ClusterError, match=rf"decode-0-1: {HEADER_BYTES + (1 << 50)} bytes of shared memory wanted, \d+ free"):
-        transport.allocate(replace(LAYOUT), num_blocks)
-    assert not list(SHM.glob(f"diptych-{cluster}*"))
-
-
-def test_a_name_that_lives_is_refused_and_left_alone(sides: tuple[Side, Side], cluster: str) -> None:
-    """Two processes with one worker id and epoch: the second fails, and its end does not remove the first one's segment."""
-    writer, receiver = sides
-    double = ShmTransport(cluster, WorkerId("decode-0"), Epoch(1))
-    with pytest.raises(ClusterError, match="File exists"):
-        double.allocate(LAYOUT, NUM_BLOCKS)
-    double.close()
-    peer = writer.transport.connect(receiver.descriptor)
-    writer.transport.write_pages(peer, [0], [0], IMM)
-    landed(receiver, IMM, 1)
-
-
-def test_close_removes_ones_own_segment_and_ends_the_thread(cluster: str) -> None:
-    before = set(threading.enumerate())
-    side = Side(cluster, "decode-0")
-    assert side.path.stat().st_mode & 0o777 == 0o600
-    assert sweep_orphans(cluster) == []
-    side.transport.close()
-    side.transport.close()
-    assert not side.path.exists()
-    assert set(threading.enumerate()) == before
-
-
-def test_close_leaves_a_successor_of_the_same_name_alone(cluster: str) -> None:
-    first = Side(cluster, "decode-0")
-    first.transport.close()
-    second = Side(cluster, "decode-0")
-    first.transport.close()
-    assert second.path.exists()
-    second.transport.close()
-
-
-def test_live_segments_of_clusters_with_alike_names_are_left_alone(cluster: str) -> None:
-    long, short = Side(f"{cluster}-b", "decode-0"), Side(cluster, "b-decode-0", epoch=2)
-    try:
-        assert sweep_orphans(cluster) == sweep_orphans(f"{cluster}-b") == []
-        other = Side(cluster, "decode-0")
-        assert long.path.exists()
-        assert short.path.exists()
-        other.transport.close()
-    finally:
-        long.transport.close()
-        short.transport.close()
-
-
-def before_first(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, act: Callable[[], object], after: bool = False) -> None:
-    """`act` happens right before (or after) the first call of a system function, as if another process had done it."""
-    real, calls = getattr(module, name), []
-
-    def called(*args: Any) -> Any:
-        calls.append(args)
-        first = len(calls) == 1
-        if first and not after:
-            act()
-        result = real(*args)
-        if first and after:
-            act()
-        return result
-
-    monkeypatch.setattr(module, name, called)
-
-
-def test_a_sweep_between_making_and_lock_does_no_harm(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For that moment a new segment looks like an orphan; two workers of one host do start at the same time."""
-    swept: list[str] = []
-    before_first(monkeypatch, os, "open", lambda: swept.extend(sweep_orphans(cluster)), after=True)
-    side = Side(cluster, "decode-0")
-    assert swept == [side.path.name]
-    assert side.path.exists()
-    assert sweep_orphans(cluster) == []
-    side.transport.close()
-
-
-def test_two_sweeps_of_one_orphan_leave_its_successor_alone(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slower one has opened the orphan; when it gets the lock the name is a new life's."""
-    (SHM / f"diptych-{cluster}-decode-0-1").touch()
-    successors: list[Side] = []
-    before_first(monkeypatch, fcntl, "flock", lambda: successors.append(Side(cluster, "decode-0")))
-    assert sweep_orphans(cluster) == []
-    assert successors[0].path.exists()
-    successors[0].transport.close()
-
-
-def test_a_segment_that_cannot_be_opened_does_not_stop_a_start(cluster: str) -> None:
-    """A directory stands for anything that is not ours to open: another user's segment, say."""
-    odd = SHM / f"diptych-{cluster}-odd"
-    odd.mkdir()
-    try:
-        Side(cluster, "decode-0").transport.close()
-    finally:
-        odd.rmdir()
+    source = hold(writer, peer)
+    source.append(1)                          # one page more than there are places
+    source.let_go.set()
+    writer.transport._thread.join(TIMEOUT_S)
+    calls: list[Callable[[], object]] = [
+        lambda: writer.transport.stop(peer, IMM, TIMEOUT_S),
+        lambda: writer.transport.write_pages(peer, [0], [0], IMM),
+        lambda: writer.transport.disconnect(peer),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="copies pages has ended"):
+            call()
+    assert receiver.transport.num_landed(IMM) == 0
 
 
 # With a second process
-
-def test_a_write_that_is_stopped_halfway_counts_for_nothing(sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sources may be computed over from then on."""
-    writer, receiver = sides
-    reached, go_on = threading.Event(), threading.Event()
-
-    class Slow:
-        def __getitem__(self, page: int) -> Any:
-            reached.set()
-            assert go_on.wait(TIMEOUT_S)
-            return pages[page]
-
-        def __len__(self) -> int:
-            return len(pages)
-
-    pages = writer.transport._own.pages
-    monkeypatch.setattr(writer.transport._own, "pages", Slow())
-    peer = writer.transport.connect(receiver.descriptor)
-    writer.transport.write_pages(peer, [0, 1, 2], [3, 4, 5], Imm(7))
-    assert reached.wait(TIMEOUT_S)
-    assert not writer.transport.stop(peer, Imm(7), 0.0)
-    go_on.set()
-    assert writer.transport.stop(peer, Imm(7), TIMEOUT_S)
-    assert (receiver.transport.num_landed(Imm(7)), writer.transport.stats.num_pages) == (0, 1)
-    writer.transport.write_pages(peer, [0], [3], Imm(7))
-    wait_for(lambda: receiver.transport.num_landed(Imm(7)) == 1)
-
 
 @pytest.fixture
 def other(cluster: str) -> Iterator[subprocess.Popen[str]]:
@@ -515,11 +274,3 @@ def test_counts_from_another_process_are_exact_never_early_and_its_death_is_swep
     assert sweep_orphans(cluster) == [location]
     assert not (SHM / location).exists()
     receiver.transport.close()
-
-
-def test_a_lock_is_what_keeps_a_segment(cluster: str) -> None:
-    path = SHM / f"diptych-{cluster}-decode-9-1"
-    with path.open("wb") as owner:
-        fcntl.flock(owner, fcntl.LOCK_EX)
-        assert sweep_orphans(cluster) == []
-    assert sweep_orphans(cluster) == [path.name]
