@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("harness")             # what its asserts compare is shown, as in tests
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

@@ -19,7 +19,6 @@ from msgspec import Struct
 from ...messages.requests import Route, WorkerRef
 from ...messages.steps import StepModel
 
-
 LEAST_OBJECTIVE_MS = 1e-3                     # policies divide by objectives
 
 
