@@ -98,7 +98,7 @@ class DecodeGraphs:
 
     def _stage(self, rows: Sequence[DecodeRow], size: int) -> None:
         host = self._staging.next().view(torch.int32)
-        share = share_tokens([row.context for row in rows], self._pool.layout.rank_heads, self._num_sms)
+        share = share_tokens([row.context for row in rows], self._pool.layout.rank_heads, self._num_sms, size)
         end = pack_decodes(rows, size, share, host.numpy())
         self._upload[:end].copy_(host[:end], non_blocking=True)
 

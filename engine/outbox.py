@@ -13,6 +13,10 @@ class TokenOutbox:
         self._post = post
         self._deltas: dict[Address, list[TokenDelta]] = defaultdict(list)
 
+    @property
+    def has_tokens(self) -> bool:
+        return bool(self._deltas)
+
     def add(self, gateway: Address, delta: TokenDelta) -> None:
         self._deltas[gateway].append(delta)
 

@@ -131,7 +131,7 @@ class Pacer:
         self._busy_s = busy_s
         self._padded = padded
         self.lead_s = 0.0                     # how far ahead the tightest decode will be when the steps under way have ended
-        self._owed_s = 0.0                    # what padding has taken from prompts' least share, or given them beyond it
+        self._owed_s = 0.0                    # of prompts' least share, what the last step lacked; negative: what it had more
         self._lengths = deque[int](maxlen=MEMORY)
         self._are_short = False
 
@@ -152,7 +152,8 @@ class Pacer:
         if math.isinf(slack_s):
             return StepRoom(max_tokens, rows=len(decodes), padded=self._padded, enough=enough)
         left_s = slack_s - decode_s
-        room_s = max(left_s, decode_s / MIN_SHARE + self._owed_s, 0.0)
+        least_s = decode_s / MIN_SHARE
+        room_s = max(left_s, least_s + max(self._owed_s, -least_s / 2))
         spare_s, beyond_s = room_s / SPARE_SHARE, room_s - left_s
         return StepRoom(max_tokens, room_s, 1, model, len(decodes), self._padded, spare_s=spare_s, enough=enough, beyond_s=beyond_s)
 

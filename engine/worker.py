@@ -1,6 +1,7 @@
 """What both roles share: the loop of a worker's one thread, its books of members, and what it tells gateways.
 
-    turn:  receive ─► commands from other threads ─► expire ─► tick (the role's own) ─► launch ─► collect ─► tokens out ─► heartbeat
+    turn:  receive ─► commands from other threads ─► expire ─► tick (the role's own) ─► launch ─► collect ─► after_step (the role's own)
+           ─► tokens out ─► heartbeat
 
 A step is launched when one may be planned, and collected when its results are there; in between the loop goes on, so that a handoff is
 answered while a GPU computes. On a CPU both happen in one turn.
@@ -154,7 +155,7 @@ class Worker(RoleSide):
         self._expire(now)
         self.tick(now)
         progressed = self._launch()
-        self._steps.learn()                            # of the last turn's step: until now somebody waited
+        self._steps.learn()                            # of what has been collected: until now somebody waited
         if self.engine.is_ready:
             self._collect()
             progressed = True
@@ -167,6 +168,9 @@ class Worker(RoleSide):
         return progressed
 
     def fail(self, request: GenerateRequest, kind: FailureKind, message: str, retryable: bool) -> None:
+        """After the tokens that have been computed, which would come too late otherwise."""
+        if self._outbox.has_tokens:
+            self._outbox.flush(self.load())
         self.post.send(request.gateway, RequestFailed(request.request_id, kind, message, retryable, self.ref))
 
     def load(self) -> LoadReport:
@@ -218,10 +222,10 @@ class Worker(RoleSide):
         steps = self.engine.collect()
         self._steps.collected(self.clock())
         self._num_steps += 1
-        self.after_step(steps)
         for step in steps:
             if step.delta is not None:
                 self._outbox.add(step.sequence.request.gateway, step.delta)
+        self.after_step(steps)
         self._outbox.flush(self.load())
         for step in [step for step in steps if step.broke_down]:
             self.abort(step.sequence.id)

@@ -39,11 +39,11 @@ class ChunkCut:
     fewest_keys: int = FEWEST_KEYS      # of a share
 
 
-def share_tokens(contexts: Sequence[int], kv_heads: int, num_sms: int) -> int:
-    """About how many tokens a share is to have, for sequences with these contexts."""
+def share_tokens(contexts: Sequence[int], kv_heads: int, num_sms: int, num_sequences: int = 0) -> int:
+    """About how many tokens a share is to have, for sequences with these contexts, in a launch that has room for `num_sequences`."""
     if not contexts:
         return 1
-    total, pairs = sum(contexts), len(contexts) * kv_heads
+    total, pairs = sum(contexts), max(num_sequences, len(contexts)) * kv_heads
     part, mean = SLACK * total * kv_heads / num_sms, total / len(contexts)
     if pairs <= MOST_LISTED * num_sms:
         return max(1, math.ceil(min(part, UNEVEN * mean)))

@@ -177,7 +177,7 @@ def _merge_kernel(
     out, partial, log_sums, query_starts, context_lens, share_tokens, share_list, num_sequences, out_row_stride, out_head_stride, splits,
     WINDOW: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequence, head), for sequences of several shares; with a list, as many of those at once as there mostly are."""
+    """Grid (sequence, head), for sequences of several shares; with a list, some of those at once."""
     after_predecessor(PDL)
     end = num_sequences
     if share_list is not None:

@@ -121,7 +121,8 @@ class KVWriter:
             if handoff is not None and leave_after(layer, self._layout.num_layers, self._layer_group, self._gathers(handoff)):
                 num_ready = self._num_ready_after(chunk)
                 if not self._may_wait(handoff, num_ready):
-                    self._write(handoff, range(self._layout.num_layers), chunk.start // self._layout.block_size)     # of earlier steps
+                    # What earlier steps computed is complete in all layers: the fewer pages are left for after this one's last.
+                    self._write(handoff, range(self._layout.num_layers), chunk.start // self._layout.block_size)
                     self._write(handoff, range(layer + 1), num_ready)
 
     def chunk_finished(self, chunk: Chunk, delta: TokenDelta | None, now: float) -> None:
@@ -144,7 +145,7 @@ class KVWriter:
                 self._give_up(handoff, failure, now)
             elif handoff.accept is not None and handoff.plan is None:
                 self._connect(handoff, now)
-            elif handoff.is_short or now >= handoff.silent_until:
+            elif handoff.is_short or (now >= handoff.silent_until and handoff.num_pushed < handoff.num_ready):
                 self._push(handoff, now)
 
     def abort(self, request_id: RequestId, now: float) -> None:
@@ -282,13 +283,16 @@ class KVWriter:
         the host starts the writes, and whether they have arrived is counted."""
         if handoff.plan is None or not handoff.session.live:
             return
-        if now < handoff.silent_until and self._may_wait(handoff, handoff.num_ready):
+        is_all_launched = handoff.sequence.num_computed >= len(handoff.sequence.request.token_ids)      # no step will take them along
+        if now < handoff.silent_until and not is_all_launched and self._may_wait(handoff, handoff.num_ready):
             return
-        handoff.silent_until = self._silent_until(now)
         if handoff.first is not None and handoff.broken is None and not handoff.announced:
             self._announce(handoff, handoff.first, handoff.plan.num_pages, now)
         if self._write(handoff, range(self._layout.num_layers), handoff.num_ready) and handoff.announced:
             handoff.session.deadline = now + self._timeout_s
+        handoff.num_pushed = handoff.num_ready
+        if handoff.has_written:
+            handoff.has_written, handoff.silent_until = False, self._silent_until(now)
         if handoff.broken is not None:
             self._give_up(handoff, Failure(FailureKind.PEER_LOST, handoff.broken), now)
 
@@ -318,6 +322,7 @@ class KVWriter:
             return False
         if handoff.session.state is HandoffState.RESERVED:
             handoff.session.move(HandoffState.MOVING)
+        handoff.has_written = True
         try:
             self._transport.write_pages(handoff.peer, writes.src, writes.dst, handoff.accept.imm)
         except TransferError as error:

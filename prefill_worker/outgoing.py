@@ -28,10 +28,12 @@ class Outgoing:
     accept: KVAccept | None = None          # kept until the peer is connected
     accepted_at: float = 0.0
     silent_until: float = 0.0               # from then on nothing that is ready waits for more
+    has_written: bool = False               # since `silent_until` was set
     plan: PagePlan | StagedPages | None = None
     peer: Peer | None = None
     busy_before_s: float = 0.0              # the counter's, of an earlier use whose books the transport had not closed
     num_ready: int = 0                      # leading blocks that are complete in all layers
+    num_pushed: int = 0                     # of these, as of the last push
     first: TokenDelta | None = None
     announced: bool = False                 # KVLanded is out
     broken: str | None = None               # a write failed in the middle of a step; dealt with after it
