@@ -49,7 +49,7 @@ FULL_S: Final = 0.1                           # so long no connection is taken o
 PROOF_S: Final = 2.0                          # a listener that has said nothing by then is taken for none
 
 
-@dataclass
+@dataclass(eq=False)
 class _Outgoing:
     peer: Address
     socket: socket.socket
@@ -147,7 +147,7 @@ class HostWires:
 
     def flush(self) -> None:
         due, self._due = self._due, []
-        for wire in due:
+        for wire in dict.fromkeys(due):
             if wire.queued and self._outgoing.get(wire.peer) is wire:
                 self._flush(wire)
 
@@ -176,6 +176,7 @@ class HostWires:
         return frames
 
     def forget(self, peer: Address) -> None:
+        self.flush()
         self._far.discard(peer)
         if peer in self._outgoing:
             self._close(self._outgoing.pop(peer))

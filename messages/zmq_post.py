@@ -129,6 +129,7 @@ class ZmqPost:
 
     def _take(self, timeout_s: float) -> list[Message]:
         self._wires.expire()
+        self._wires.flush()
         received: list[Message] = []
         for source, _ in self._sources.poll(round(timeout_s, 3)):                   # or a fraction of a millisecond would be a whole one
             for frame in self._wires.receive() if source == self._wires.fileno() else self._arrived():

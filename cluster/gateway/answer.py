@@ -85,6 +85,11 @@ class Answer:
     def first(self) -> Generation:
         return self._generations[0]
 
+    @property
+    def has_begun(self) -> bool:
+        """Some token has come, be it told or not."""
+        return any(generation.outputs for generation in self._generations)
+
     def usage(self) -> Usage:
         prompt_tokens = self._job.num_prompt_tokens
         completion_tokens = sum(choice.num_tokens for choice in self._choices)

@@ -165,8 +165,7 @@ class App:
 
         def fail(error: Exception) -> None:
             """Who was refused before a token came has used up nothing, and may ask again."""
-            used_nothing = isinstance(error, Refused) and not answer.usage().completion_tokens
-            told = self._limiter.give_back(key, 1, job.max_tokens) if used_nothing else limits
+            told = limits if answer.has_begun or not isinstance(error, Refused) else self._limiter.give_back(key, 1, job.max_tokens)
             self._fail(call._replace(headers=call.headers + told), error)
 
         reply = Reply(call.exchange, answer, dialect, headers, fail)

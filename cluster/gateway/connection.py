@@ -183,7 +183,7 @@ class Connection(asyncio.Protocol):
             self._current, self._turn_at = self._queue.popleft(), self._clock()
             start(self._handle(self._current))
         self._advancing = False
-        if self._reader.refusal is not None and self._current is None and not self._queue:
+        if self._reader.refusal is not None and self._current is None and not self._queue and not self._leaving:
             self._refuse(self._reader.refusal)
         if not self._queue:
             self._ahead_bytes = 0

@@ -7,8 +7,11 @@ turn. Who does anything else to a transport than to write to it flushes before.
 """
 
 import asyncio
+import logging
 
 MAX_HELD = 8
+
+logger = logging.getLogger(__name__)
 
 
 class Outbox:
@@ -30,8 +33,13 @@ class Outbox:
     def flush(self) -> None:
         held, self._held = self._held, []
         for transport, raw in held:
-            if not transport.is_closing():    # it has been cut, but does not know yet: a write would raise
+            if transport.is_closing():        # it has been cut, but does not know yet: a write would raise
+                continue
+            try:
                 transport.write(raw)
+            except Exception:                 # others' writes are none of its business
+                logger.exception("a write of %d bytes has failed; the connection is cut", len(raw))
+                transport.abort()
 
     def release(self) -> None:
         self._holding = False

@@ -78,7 +78,6 @@ class RateLimiter:
             bucket.level -= wanted[name]
         return _headers(buckets)
 
-
     def give_back(self, key: bytes, num_requests: int, num_tokens: int) -> Headers:
         """What was admitted and then refused for other reasons → for the answer."""
         buckets = self._buckets.get(key, {})

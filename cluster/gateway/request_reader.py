@@ -35,7 +35,7 @@ class _KnownHead(NamedTuple):
     after: bytes                              # and on to its end
     method: str
     path: str
-    headers: dict[bytes, bytes]
+    headers: dict[bytes, bytes]               # exchanges share it, and only read it
 
 
 class RequestReader:
@@ -139,10 +139,11 @@ class RequestReader:
         first = len(known.before)
         end = data.find(b"\r", first, first + MAX_LENGTH_DIGITS + 1)
         length, start = data[first:end], end + len(known.after)
+        # Without a `\r` there `end` is -1, and what follows a length is longer than the one byte from there on.
         is_alike = data.startswith(known.before) and data.startswith(known.after, end) and length.isdigit()
         if not is_alike or int(length) != len(data) - start:
             return False
-        self.since, self._untold_bytes = self.heard_at, 0
+        self.since, self._untold_bytes, self._head_bytes = self.heard_at, 0, 0
         headers = known.headers if known.headers[b"content-length"] == length else known.headers | {b"content-length": length}
         exchange = Exchange(self._channel, known.method, known.path, headers)
         exchange.feed(data[start:])

@@ -59,11 +59,11 @@ class Turn:
             self._write()
         finally:
             self._outbox.release()
-        self._left = self._clock()
-        if self._first or self._others:
-            asyncio.get_running_loop().call_soon(self._run)
-        else:
-            self._began = None
+            self._left = self._clock()
+            if self._first or self._others:
+                asyncio.get_running_loop().call_soon(self._run)
+            else:
+                self._began = None
 
     def _write(self) -> None:
         assert self._began is not None, "nobody has news"

@@ -44,7 +44,7 @@ class TextModel:
         self.vocabulary = Vocabulary(self._tokenizer, file.decoder, file.added_tokens)
         self.template: ChatTemplate | None = load_template(folder, _read(settings, dict[str, Any]) if settings.is_file() else {})
         self.vocab_size = config.vocab_size
-        self.num_tokens = 1 + max(self._tokenizer.get_vocab().values(), default=-1)      # that the tokenizer knows: maybe more
+        self.num_tokens = 1 + max([*self._tokenizer.get_vocab().values(), *_added_ids(self._tokenizer)], default=-1)     # maybe more
         self.max_position_embeddings = config.max_position_embeddings
         self.eos_token_ids = _eos_token_ids(folder / "generation_config.json", config)
 
@@ -69,6 +69,11 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _added_ids(tokenizer: Tokenizer) -> list[int]:
+    """What is put around a text, by ids that need not be in the vocabulary."""
+    return list(tokenizer.encode("", add_special_tokens=True).ids)
 
 
 def _eos_token_ids(generation_config: Path, config: _ModelFile) -> tuple[int, ...]:

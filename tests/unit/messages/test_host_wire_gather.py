@@ -64,6 +64,14 @@ class TestGathering:
         assert a.wires.receive() == []
         assert b.wires.receive() == [b"one"]
 
+    def test_last_words_to_one_that_is_forgotten_leave_first(self, ends: tuple[End, End]) -> None:
+        a, b = ends
+        meet(a, b)
+        a.wires.gather(lambda call: None)
+        say(a, b, b"abort")
+        a.wires.forget(b.address)
+        assert b.wires.receive() == [b"abort"]
+
     def test_the_end_of_it_and_of_all(self, ends: tuple[End, End]) -> None:
         a, b = ends
         meet(a, b)
@@ -91,7 +99,8 @@ class TestGathering:
         gone.close()
         a.wires.forget(b.address)
         loop.turn()
-        assert a.wires.receive() == b.wires.receive() == []
+        assert a.wires.receive() == []
+        assert b.wires.receive() == [b"forgotten"]
         assert GIVEN_BACK[gone.address] == [b"lost"]
         assert not a.wires.reaches(gone.address)
         meet(a, b)

@@ -1,5 +1,7 @@
 """Held writes keep their order, also with what is done to a connection beside writing."""
 
+import asyncio
+
 from harness.gateway import in_loop
 from harness.http_bytes import Socket
 
@@ -37,6 +39,23 @@ async def test_no_more_than_some_are_held():
     outbox.write(sockets[1], b"last")
     assert sum(len(socket.written) for socket in sockets) == MAX_HELD
     assert sockets[1].written[-1] == b"last"
+
+
+@in_loop
+async def test_a_write_that_fails_cuts_its_own_connection_alone():
+    sockets, outbox = [Socket() for _ in range(3)], Outbox()
+    sockets[1].write = fail
+    sockets[1].connect(asyncio.Protocol())
+    outbox.hold()
+    for socket in sockets * 2:
+        outbox.write(socket, b"a")
+    outbox.release()
+    assert [socket.written for socket in sockets] == [[b"a", b"a"], [], [b"a", b"a"]]
+    assert [socket.is_closing() for socket in sockets] == [False, True, False]
+
+
+def fail(raw: bytes) -> None:
+    raise RuntimeError("Cannot call write() after write_eof()")
 
 
 class Line:

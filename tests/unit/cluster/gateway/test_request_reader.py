@@ -134,6 +134,9 @@ class TestKnownHeads:
         for _ in range(MAX_HEAD_BYTES // 1000):
             await line.feed(POST, b"\r\n" * 1000)
         assert set(line.statuses) == {200}
+        long = b"POST / HTTP/1.1\r\nHost: h\r\nX: " + b"x" * (MAX_HEAD_BYTES - 1000) + b"\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        await line.feed(long, POST, b"\r\n" * 1000, POST)
+        assert set(line.statuses) == {200}
 
     @in_loop
     async def test_a_request_whose_body_is_yet_to_come_is_parsed(self):

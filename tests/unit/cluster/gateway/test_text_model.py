@@ -5,7 +5,8 @@ import json
 import threading
 
 import pytest
-from harness.gateway import ASSISTANT, BOS, EOS, USER, make_model, tokens_of
+from harness.gateway import ASSISTANT, BOS, EOS, USER, VOCAB_SIZE, make_model, tokens_of
+from tokenizers import Tokenizer, processors
 
 from diptych.cluster.gateway.chat_template import ChatTemplate
 from diptych.cluster.gateway.errors import BadRequest
@@ -45,6 +46,17 @@ def test_many_short_texts_are_tokenized_elsewhere_as_one_batch(tmp_path, monkeyp
     for num_texts in (limit, limit + 1):
         assert asyncio.run(model.encode([letter] * num_texts, add_special_tokens=False)) == [tuple(tokens_of(letter))] * num_texts
     assert elsewhere == [limit + 1]
+
+
+def test_what_is_put_around_a_text_is_known_though_the_vocabulary_lacks_it(tmp_path):
+    """Or it would not be noticed that the model has no such token."""
+    folder = make_model(tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 300)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = TextModel(folder)
+    assert encode(model, "hi", add_special_tokens=True) == (300, *tokens_of("hi"))
+    assert (model.num_tokens, model.vocab_size) == (301, VOCAB_SIZE)
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path):

@@ -114,3 +114,18 @@ def test_everybody_is_called_once_and_in_order(kinds: list[bool], stirring: list
     for wanted in (True, False):
         mine = [i for i, is_first in enumerate(kinds) if is_first is wanted]
         assert [name for name in names if name in map(str, mine)] == list(map(str, mine))
+
+
+def test_one_whose_news_cannot_be_told_harms_nobody_else() -> None:
+    async def run() -> list[list[str]]:
+        def fail() -> None:
+            raise RuntimeError("no")
+
+        house = House()
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        house.news("first")
+        house.news("broken", then=fail)
+        house.news("last")
+        return await house.until_quiet()
+
+    assert asyncio.run(run()) == [["first", "broken"], ["last"]]
