@@ -274,8 +274,7 @@ def _room_in_s(request: RoutingRequest, work: Work, best_s: float) -> float:
     """Until so many sequences have ended that steps are short enough: they end evenly over the life of an answer."""
     if request.objectives.tpot_s is None:
         return FULL_RETRY_AFTER_S
-    excess = 1 - AIM * request.objectives.tpot_s / best_s
-    return max(MIN_RETRY_AFTER_S, excess * work.num_outputs * best_s)
+    return max(MIN_RETRY_AFTER_S, work.num_outputs * (best_s - AIM * request.objectives.tpot_s))
 
 
 def _patience_s(request: RoutingRequest, work: Work, soonest: Prediction) -> float:
