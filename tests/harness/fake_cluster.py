@@ -302,6 +302,16 @@ class FakeCluster:
         self.turn()
         self.now += WAIT_S if self.is_quiet else STEP_S
 
+    def one_thing_at_a_time(self, steps: int) -> None:
+        """A turn, a message, a write, and so on: stopped anywhere, something is half done."""
+        for step in range(steps):
+            if step % 3 == 0:
+                self.turn()
+            elif step % 3 == 1 and self.network.in_flight:
+                self.network.deliver()
+            elif self.fabric.in_flight:
+                self.fabric.land()
+
     @property
     def is_quiet(self) -> bool:
         """Nothing is on its way and nothing is computed."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from harness.ports import shared_by_a_stranger
 
 from diptych.cluster import ray_session, records
 from diptych.cluster.controller import Phase
@@ -165,10 +166,7 @@ def test_a_taken_port_is_said_at_once(cluster: StartCluster) -> None:
 
 
 def test_a_port_that_a_stranger_would_share_is_said_at_once(cluster: StartCluster) -> None:
-    with socket.socket() as stranger:
-        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        stranger.bind(("127.0.0.1", 0))
-        stranger.listen()
+    with shared_by_a_stranger() as stranger:
         port = stranger.getsockname()[1]
         with pytest.raises(ClusterError, match=f"the gateways cannot listen on 127.0.0.1:{port}"):
             cluster(pools={"decode": SMALL}, router={"port": port, "processes": 2})

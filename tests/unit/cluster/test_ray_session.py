@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness.ports import shared_by_a_stranger
 
 from diptych.cluster import ray_head, ray_join, ray_session, records
 from diptych.cluster.controller import Phase
@@ -178,10 +179,7 @@ def test_down_stops_the_head_of_an_up_that_was_killed(starting: tuple["subproces
 
 
 def test_a_port_is_shared_with_no_stranger(spec: Spec) -> None:
-    with socket.socket() as stranger:
-        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        stranger.bind(("127.0.0.1", 0))
-        stranger.listen()
+    with shared_by_a_stranger() as stranger:
         port = stranger.getsockname()[1]
         shared = spec.model_copy(update={"router": RouterSpec(port=port, processes=2)})
         with pytest.raises(ClusterError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):

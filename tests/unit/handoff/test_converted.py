@@ -47,7 +47,7 @@ def test_an_end_at_any_step_leaks_no_staging_page(victim: WorkerId, end: str) ->
     for steps in range(0, 60, 2):
         cluster = FakeCluster(prefill_block_size=6, staging_blocks=1)
         answers = [cluster.submit([*PROMPT, i], max_tokens=3) for i in range(2)]
-        one_thing_at_a_time(cluster, steps)
+        cluster.one_thing_at_a_time(steps)
         match end:
             case "death":
                 cluster.kill(victim)
@@ -61,16 +61,6 @@ def test_an_end_at_any_step_leaks_no_staging_page(victim: WorkerId, end: str) ->
         cluster.give_up_unanswered()
         cluster.settle(3 * TIMEOUT_S)
         cluster.assert_nothing_leaked()
-
-
-def one_thing_at_a_time(cluster: FakeCluster, steps: int) -> None:
-    for step in range(steps):
-        if step % 3 == 0:
-            cluster.turn()
-        elif step % 3 == 1 and cluster.network.in_flight:
-            cluster.network.deliver()
-        elif cluster.fabric.in_flight:
-            cluster.fabric.land()
 
 
 def test_links_are_measured_with_pages_of_the_receivers_size() -> None:

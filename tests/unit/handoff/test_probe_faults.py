@@ -5,7 +5,7 @@ import random
 import msgspec
 import pytest
 from harness.fake_cluster import TIMEOUT_S, FakeCluster
-from harness.probes import DECODE, NO_FLOOR, PREFILL, PROMPT, run
+from harness.probes import DECODE, NO_FLOOR, PREFILL, PROMPT, end_of_faults, happen, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,22 +126,12 @@ def test_a_living_writer_that_is_silent_keeps_what_it_was_lent() -> None:
     assert len(cluster.workers[PREFILL].links()) == 1
 
 
-def one_thing_at_a_time(cluster: FakeCluster, steps: int) -> None:
-    for step in range(steps):
-        if step % 3 == 0:
-            cluster.turn()
-        elif step % 3 == 1 and cluster.network.in_flight:
-            cluster.network.deliver()
-        elif cluster.fabric.in_flight:
-            cluster.fabric.land()
-
-
 @pytest.mark.parametrize("victim", [PREFILL, DECODE])
 @pytest.mark.parametrize("with_successor", [False, True])
 def test_a_death_at_any_step_of_a_probe_leaks_nothing(victim: WorkerId, with_successor: bool) -> None:
     for steps in range(60):
         cluster = FakeCluster(floor=NO_FLOOR)
-        one_thing_at_a_time(cluster, steps)
+        cluster.one_thing_at_a_time(steps)
         cluster.kill(victim)
         if with_successor:
             cluster.restart(victim)
@@ -161,31 +151,7 @@ def test_nothing_leaks_in_any_history(seed: int) -> None:
     choose = random.Random(seed)
     cluster = FakeCluster(num_prefill=2, num_decode=2, floor=NO_FLOOR)
     for _ in range(choose.randrange(250)):
-        letters, writes = len(cluster.network.in_flight), len(cluster.fabric.in_flight)
-        match choose.choices(["turn", "deliver", "drop", "double", "land", "time", "kill", "submit"], [40, 40, 2, 2, 15, 1, 1, 2])[0]:
-            case "turn":
-                cluster.turn()
-            case "deliver" if letters:
-                cluster.network.deliver(choose.randrange(letters))
-            case "drop" if letters:
-                cluster.network.drop(choose.randrange(letters))
-            case "double" if letters:
-                cluster.network.double(choose.randrange(letters))
-            case "land" if writes:
-                cluster.fabric.land(choose.randrange(writes))
-            case "time":
-                cluster.now += choose.choice([0.1, TIMEOUT_S + 0.1])
-            case "kill":
-                victim = choose.choice(list(cluster.workers))
-                cluster.kill(victim)
-                cluster.restart(victim)
-            case "submit":
-                cluster.submit(PROMPT[: choose.randint(1, 20)], max_tokens=3)
+        happen(cluster, choose, {"turn": 40, "deliver": 40, "drop": 2, "double": 2, "land": 15, "time": 1, "kill": 1, "submit": 2})
     run(cluster, 2)
-    for pause in (TIMEOUT_S + 1, TIMEOUT_S + 1, 200.0):
-        cluster.now += pause
-        run(cluster, 2)
-        cluster.give_up_unanswered()
-        run(cluster, 2)
-    cluster.assert_nothing_leaked()
+    end_of_faults(cluster)
     assert all(len(worker.links()) == 2 for name, worker in cluster.workers.items() if name.startswith("prefill"))

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from harness.fake_cluster import PAGE_S, TIMEOUT_S, FakeCluster
-from harness.probes import NO_FLOOR, PREFILL, PROMPT, gbps, run
+from harness.probes import NO_FLOOR, PREFILL, PROMPT, end_of_faults, gbps, happen, run
 from harness.process_cluster import process_cluster
 from harness.ucx import needs_ucx
 from hypothesis import given, settings
@@ -114,35 +114,13 @@ def test_nothing_leaks_over_two_transports(seed: int) -> None:
     choose = random.Random(seed)
     cluster = FakeCluster(floor=NO_FLOOR, others=("other",))
     for _ in range(choose.randrange(200)):
-        letters, writes = len(cluster.network.in_flight), len(cluster.fabric.in_flight)
-        match choose.choices(["turn", "deliver", "drop", "land", "time", "kill", "cut", "submit"], [40, 40, 2, 15, 1, 1, 2, 2])[0]:
-            case "turn":
-                cluster.turn()
-            case "deliver" if letters:
-                cluster.network.deliver(choose.randrange(letters))
-            case "drop" if letters:
-                cluster.network.drop(choose.randrange(letters))
-            case "land" if writes:
-                cluster.fabric.land(choose.randrange(writes))
-            case "time":
-                cluster.now += choose.choice([0.1, LINK_WAIT_S, TIMEOUT_S + 0.1])
-            case "kill":
-                victim = choose.choice(list(cluster.workers))
-                cluster.kill(victim)
-                cluster.restart(victim)
-            case "cut":
-                other = cluster.others[PREFILL][0]
-                other.connect = choose.choice([lambda descriptor: None, partial(FakeTransport.connect, other)])
-            case "submit":
-                cluster.submit(PROMPT[: choose.randint(1, 20)], max_tokens=3)
+        weights = {"turn": 40, "deliver": 40, "drop": 2, "land": 15, "time": 1, "kill": 1, "cut": 2, "submit": 2}
+        if happen(cluster, choose, weights, pauses=(0.1, LINK_WAIT_S, TIMEOUT_S + 0.1)) == "cut":
+            other = cluster.others[PREFILL][0]
+            other.connect = choose.choice([lambda descriptor: None, partial(FakeTransport.connect, other)])
     other = cluster.others[PREFILL][0]
     other.connect = partial(FakeTransport.connect, other)
-    for pause in (TIMEOUT_S + 1, TIMEOUT_S + 1, 200.0):
-        cluster.now += pause
-        run(cluster, 2)
-        cluster.give_up_unanswered()
-        run(cluster, 2)
-    cluster.assert_nothing_leaked()
+    end_of_faults(cluster)
     assert chosen(cluster) == ("fake", ["other"])
 
 
