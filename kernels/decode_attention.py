@@ -10,8 +10,9 @@ Dao et al. 2023); the merge is o = Σ 2^(l_i - m) o_i / Σ 2^(l_i - m), m = max 
 so a launch needs no synchronisation and can be captured in a CUDA graph; into how many shares each context is cut, `share_tokens` says,
 which the host decides for the step (`context_shares.py`). Of few sequences every share that there can be is an item, and a program takes
 several in turn: with a program for each, those that find nothing crowd the others onto a few multiprocessors (b8, context 8192: 14 % of a
-step). Of many that would be too many to look at: then those that there are have been listed, once for all layers of the step. Sequences
-with any other number of query rows are passed over, with context 0 answered with zeros.
+step). Of many that would be too many to look at: then those that there are have been listed, once for all layers of the step, the longest
+first; programs take them in laps that run forward and back, so that each multiprocessor gets about as many keys. Sequences with any
+other number of query rows are passed over, with context 0 answered with zeros.
 
     share_list int32: [shares, sequences that are cut, … which those are (B places), … sequence · splits + share of each share]
 
@@ -35,6 +36,7 @@ from .overlap import after_predecessor, overlapping
 LOG2_E = 1.4426950408889634
 
 _SEQUENCES = tl.constexpr(128)              # that are listed in one go
+_OTHERS = tl.constexpr(32)                  # with which each of them is compared in one go
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def decode_attention(
     _decode_kernel[(num_programs(num_sequences * kv_heads, splits, num_sms, is_listed),)](
         out, partial, log_sums, q, kv_pool, None if kv_scales is None else kv_scales[layer],
         paging.query_starts, paging.context_lens, paging.block_tables, paging.share_tokens, paging.share_list, scale * LOG2_E,
-        num_sequences, kv_heads, splits,
+        num_sequences, kv_heads, splits, num_sms,
         out.stride(0), out.stride(1), q.stride(0), q.stride(1), paging.block_tables.stride(0), kv_pool.stride(0), layer * kv_pool.stride(1),
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), SPLIT=splits > 1, WINDOW=window,
         TILE=tile.keys, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, WIDTH=width,
@@ -99,10 +101,10 @@ def decode_attention(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_sequences", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "num_sequences", "splits", "num_sms"])
 def _decode_kernel(
     out, partial, log_sums, q, kv_pool, kv_scales, query_starts, context_lens, block_tables, share_tokens, share_list, scale,
-    num_sequences, kv_heads, splits,
+    num_sequences, kv_heads, splits, num_sms,
     out_row_stride, out_head_stride, q_row_stride, q_head_stride, table_stride, block_stride, layer_offset,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -111,11 +113,16 @@ def _decode_kernel(
     after_predecessor(PDL)
     pairs = num_sequences * kv_heads
     num_items = pairs * splits
+    num_turns = num_items
     if share_list is not None:
         num_items = tl.load(share_list) * kv_heads
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        num_turns = tl.cdiv(num_items, num_sms) * num_sms
+    for turn in range(tl.program_id(0), num_turns, tl.num_programs(0)):
+        item = turn
         if share_list is not None:
-            listed = tl.load(share_list + 2 + num_sequences + item // kv_heads)
+            lap = turn // num_sms
+            item = tl.where(lap % 2 == 0, turn, (2 * lap + 1) * num_sms - 1 - turn)
+            listed = tl.load(share_list + 2 + num_sequences + tl.minimum(item, num_items - 1) // kv_heads)
             split, kv_head, sequence = listed % splits, item % kv_heads, (listed // splits).to(tl.int64)
         else:
             split, kv_head, sequence = item // pairs, item % pairs // num_sequences, (item % num_sequences).to(tl.int64)
@@ -123,7 +130,7 @@ def _decode_kernel(
         num_rows = tl.load(query_starts + sequence + 1) - row
         context = tl.load(context_lens + sequence)
         first, share, shares = _shares(context, splits, share_tokens, WINDOW, TILE)
-        if (num_rows == 1) & (split < shares):
+        if (item < num_items) & (num_rows == 1) & (split < shares):
             start = first + split * share
             end = tl.minimum(start + share, context)
             table = block_tables + sequence * table_stride
@@ -229,22 +236,22 @@ def with_share_list(paging: Paging, kv_heads: int, splits: int, num_sms: int) ->
 def _list_kernel(
     share_list, query_starts, context_lens, share_tokens, num_sequences, splits, SPLITS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """In the order of sequences. A share that `_shares` finds too short to be one is listed, and passed over where it is looked up."""
+    """A share that `_shares` finds too short to be one is listed, and passed over where it is looked up."""
     after_predecessor(PDL)
     num_shares = 0
     num_cut = 0
     for first in range(0, num_sequences, _SEQUENCES):
         at = first + tl.arange(0, _SEQUENCES)
-        there = at < num_sequences
-        rows = tl.load(query_starts + at + 1, mask=there, other=0) - tl.load(query_starts + at, mask=there, other=0)
-        shares = tl.full([_SEQUENCES], 0, tl.int32) + splits
-        if share_tokens is not None:
-            contexts = tl.load(context_lens + at, mask=there, other=0)
-            shares = tl.minimum(splits, tl.maximum(tl.cdiv(contexts, tl.load(share_tokens)), 1))
-        shares = tl.where(rows == 1, shares, 0)
+        shares, length = _as_listed(query_starts, context_lens, share_tokens, at, num_sequences, splits)
         is_cut = (shares > 1).to(tl.int32)
         tl.store(share_list + 1 + num_cut + tl.cumsum(is_cut, 0), at, mask=is_cut > 0)          # its place counts from 1
-        begins = num_shares + tl.cumsum(shares, 0) - shares
+        begins = tl.zeros_like(shares)
+        for others in range(0, num_sequences, _OTHERS):
+            other = others + tl.arange(0, _OTHERS)
+            their_shares, their_length = _as_listed(query_starts, context_lens, share_tokens, other, num_sequences, splits)
+            is_alike, is_earlier = their_length[None, :] == length[:, None], other[None, :] < at[:, None]
+            is_before = (their_length[None, :] > length[:, None]) | (is_alike & is_earlier)
+            begins += tl.sum(tl.where(is_before, their_shares[None, :], 0), 1)
         split = tl.arange(0, SPLITS)[None, :]
         places = share_list + 2 + num_sequences + begins[:, None] + split
         tl.store(places, at[:, None] * splits + split, mask=split < shares[:, None])
@@ -252,3 +259,15 @@ def _list_kernel(
         num_cut += tl.sum(is_cut)
     tl.store(share_list, num_shares)
     tl.store(share_list + 1, num_cut)
+
+
+@triton.jit
+def _as_listed(query_starts, context_lens, share_tokens, at, num_sequences, splits):
+    """Into how many shares sequences `at` are cut, those of other than one query row into none; and how long their shares are."""
+    there = at < num_sequences
+    rows = tl.load(query_starts + at + 1, mask=there, other=0) - tl.load(query_starts + at, mask=there, other=0)
+    contexts = tl.load(context_lens + at, mask=there, other=0)
+    shares = tl.zeros_like(rows) + splits
+    if share_tokens is not None:
+        shares = tl.minimum(splits, tl.maximum(tl.cdiv(contexts, tl.load(share_tokens)), 1))
+    return tl.where(rows == 1, shares, 0), contexts // shares

@@ -166,7 +166,9 @@ def check_attention(
     decoded, prefilled = Guarded(inputs.q.shape, case.dtype, device), Guarded(inputs.q.shape, case.dtype, device)
     arguments = (inputs.q, inputs.kv_pool, inputs.layer, inputs.paging, case.scale, case.window, inputs.kv_scales)
     listed = with_share_list(inputs.paging, inputs.kv_pool.shape[3], splits, num_sms)
-    decode_attention(decoded.tensor, *arguments[:3], listed, *arguments[4:], splits, num_sms=num_sms)
+    for _ in range(2):                # layer after layer with one list, which is left as it was
+        decoded.tensor.fill_(torch.nan)
+        decode_attention(decoded.tensor, *arguments[:3], listed, *arguments[4:], splits, num_sms=num_sms)
     prefill_attention(prefilled.tensor, *arguments, prefill_tile, cut)
     lengths = inputs.paging.query_starts.diff().long()
     is_decode = (lengths == 1).repeat_interleave(lengths)
