@@ -6,20 +6,21 @@ run, and one number per layer says how many have been handed out already. A page
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 
 from ..messages.ids import BlockId
-from .transport import IdArray
+from .transport import FEW_PAGES, IdArray, PageIds
 
 
 @dataclass(frozen=True)
 class PageWrites:
     """Page `src[i]` here goes to page `dst[i]` there."""
 
-    src: IdArray
-    dst: IdArray
+    src: PageIds
+    dst: PageIds
 
     def __len__(self) -> int:
         return len(self.src)
@@ -32,15 +33,11 @@ class PagePlan:
     dst_blocks: Sequence[BlockId]              # the receiver's, for blocks from num_skipped on
     num_skipped: int                           # leading blocks that the receiver has
     _num_out: list[int] = field(init=False)    # per layer: leading blocks that are done with
-    _src_pages: IdArray = field(init=False)    # [blocks to write], in layer 0
-    _dst_pages: IdArray = field(init=False)
 
     def __post_init__(self) -> None:
         if self.num_skipped + len(self.dst_blocks) != len(self.src_blocks):
             raise ValueError(f"{self.num_skipped} skipped + {len(self.dst_blocks)} to write are not {len(self.src_blocks)} blocks")
         self._num_out = [self.num_skipped] * self.num_layers
-        self._src_pages = np.array(self.src_blocks[self.num_skipped :], dtype=np.int64) * self.num_layers
-        self._dst_pages = np.array(self.dst_blocks, dtype=np.int64) * self.num_layers
 
     @property
     def num_pages(self) -> int:
@@ -54,7 +51,22 @@ class PagePlan:
     def take(self, layers: range, num_ready: int) -> PageWrites:
         """The pages of `layers` that are due now that the first `num_ready` blocks are complete in them."""
         runs = list(self._due(layers, num_ready))
-        return PageWrites(*(_pages(blocks, runs) for blocks in (self._src_pages, self._dst_pages)))
+        if sum((index.stop - index.start) * len(layers) for index, layers in runs) <= FEW_PAGES:
+            return PageWrites(*(self._listed(blocks, runs) for blocks in (self._written_from, self.dst_blocks)))
+        return PageWrites(*(_pages(pages, runs) for pages in self._first_pages))
+
+    @property
+    def _written_from(self) -> Sequence[BlockId]:
+        return self.src_blocks[self.num_skipped :]
+
+    @cached_property
+    def _first_pages(self) -> tuple[IdArray, IdArray]:
+        """In layer 0, [blocks to write]: here, there."""
+        here, there = (np.array(blocks, dtype=np.int64) * self.num_layers for blocks in (self._written_from, self.dst_blocks))
+        return here, there
+
+    def _listed(self, blocks: Sequence[BlockId], runs: list[tuple[slice, range]]) -> list[int]:
+        return [block * self.num_layers + layer for index, layers in runs for block in blocks[index] for layer in layers]
 
     def _due(self, layers: range, num_ready: int) -> Iterator[tuple[slice, range]]:
         """Blocks to write (by index) of neighbouring layers that stand alike, which are done with from now on."""
@@ -81,7 +93,7 @@ def may_wait(num_ready: int, num_blocks: int) -> bool:
     return 4 * (num_blocks - num_ready) >= num_blocks
 
 
-def _pages(blocks: IdArray, runs: list[tuple[slice, range]]) -> IdArray:
+def _pages(first_pages: IdArray, runs: list[tuple[slice, range]]) -> IdArray:
     """Block by block: layers of one block are neighbours in memory, here and there."""
-    pages = [np.add.outer(blocks[index], np.arange(layers.start, layers.stop)).ravel() for index, layers in runs]
-    return pages[0] if len(pages) == 1 else np.concatenate(pages or [blocks[:0]])
+    pages = [np.add.outer(first_pages[index], np.arange(layers.start, layers.stop)).ravel() for index, layers in runs]
+    return pages[0] if len(pages) == 1 else np.concatenate(pages)

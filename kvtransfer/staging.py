@@ -19,7 +19,7 @@ from ..messages.ids import BlockId, Imm
 from .conversion import Converter, require_convertible
 from .layout import KVLayout
 from .plan import PagePlan, PageWrites
-from .transport import Bundle, IdArray, KVMemory, Peer
+from .transport import Bundle, IdArray, KVMemory, Peer, as_array
 
 
 class Staging:
@@ -105,7 +105,7 @@ class StagedPages:
     def take(self, layers: range, num_ready: int) -> PageWrites:
         """Of what is due as much as there are free pages for; they must be written before anything else is taken."""
         new, due = self._plan.take(layers, num_ready), self._due
-        src, dst = np.concatenate((due.src, new.src)), np.concatenate((due.dst, new.dst))
+        src, dst = (np.concatenate([as_array(each) for each in ids]) for ids in ((due.src, new.src), (due.dst, new.dst)))
         pages = self._staging.take(len(src))
         self._held += pages
         made = np.array(pages, dtype=np.int64)

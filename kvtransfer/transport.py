@@ -34,6 +34,9 @@ IdArray = npt.NDArray[np.int64]
 PageIds = Sequence[int] | IdArray
 """Of one pool. Arrays cost the host no object per page."""
 
+FEW_PAGES = 64
+"""Told best as a list: on a core that has rested, NumPy's calls take longer to begin than a list of so many pages takes to be made."""
+
 Target = Sequence[MemoryDescriptor]
 """A peer's memory: one for each of its ranks and transports."""
 

@@ -2,8 +2,8 @@
 
     this process: the gateway and the controller ──request──► prefill worker ═══ one page of 64 KiB ═══► decode worker ──token 1──► here
 
-KVWriter, KVReceiver, their sessions and the post are a deployment's; only the model computes nothing. A handoff lasts from the moment
-when the writer sends KVOffer until the receiver, with the blocks committed, sends KVCommitted: three messages and a page lie between.
+KVWriter, KVReceiver, their sessions and the post are a deployment's; only the model does no more than store KV. A handoff lasts from the
+moment when the writer sends KVOffer until the receiver, with the blocks committed, sends KVCommitted: between lie three messages, one page.
 """
 
 import time

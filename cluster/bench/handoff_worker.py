@@ -1,4 +1,4 @@
-"""One end of the handoffs that `diptych bench transfer` times: a production worker whose model computes nothing, in a process of its own.
+"""One end of the handoffs that `diptych bench transfer` times: a production worker whose model only stores KV, in a process of its own.
 
     pipe: start ─► tell ─► … requests come by post, as from a gateway … ─► stamps
 
@@ -24,6 +24,7 @@ from ...engine.scheduler import StepPlan
 from ...engine.worker import Worker
 from ...kvtransfer.layout import KVLayout
 from ...kvtransfer.selection import Owner, make_transports
+from ...kvtransfer.transport import KVMemory
 from ...messages.codec import Message
 from ...messages.handoff import KVAccept, KVCommitted, KVLanded, KVOffer
 from ...messages.ids import Address, Epoch, RequestId, WorkerId
@@ -88,9 +89,15 @@ class StampedPost:
 
 
 class IdleModel(SyncRunner):
-    """Whatever lies in the pool is the KV, and every token is 0."""
+    """All KV is 0, and every token. It is stored where a model stores it, by a kernel on a GPU: what pages wait for, and what a step has
+    begun with when its handoff is accepted."""
+
+    def __init__(self, pool: KVMemory) -> None:
+        (self._pool,) = (each.tensor for each in pool.ranks)
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> list[ChunkOutput]:
+        for chunk in plan.chunks:
+            self._pool[chunk.sequence.blocks[-1]].zero_()
         for layer in range(LAYOUT.num_layers):
             if on_layer is not None:
                 on_layer(layer)
@@ -107,7 +114,7 @@ class WorkerEnd:
         transport = make_transports(config.transports, Owner(self._cluster, self._name, config.epoch, self._path.device))
         pool = transport.allocate(LAYOUT, NUM_BLOCKS)
         limits = EngineLimits(BLOCK_TOKENS, NUM_BLOCKS * BLOCK_TOKENS, max_step_tokens=BLOCK_TOKENS, max_sequences=8, prefix_cache=False)
-        replica = Replica(Engine(IdleModel(), NUM_BLOCKS, limits), pool, transport, layer_group=1)
+        replica = Replica(Engine(IdleModel(pool), NUM_BLOCKS, limits), pool, transport, layer_group=1)
         self._post = StampedPost(ZmqPost(keyring))
         self._worker: Worker = ROLES[role](config, self._post, replica)
         self._thread = threading.Thread(target=self._worker.run, name="member", daemon=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...messages.errors import TransferError
-from ..transport import IdArray, PageIds, as_array
+from ..transport import FEW_PAGES, IdArray, PageIds, as_array
 
 SMALLEST = 1024                # pages
 NUM_READY = 32                 # slots of that size made in advance: pinning takes long
@@ -27,6 +27,7 @@ class Slot:
         self._values: IdArray = self._pinned.numpy()
         self.ids = self._values[: 2 * capacity]            # of the last write: all here, then all there
         self._times = self._values[2 * capacity :]
+        self._cells = self._values.data                    # for one by one
         self.ids_address, self.scratch_address = self._pinned.data_ptr(), self._on_device.data_ptr()
         self.times_address = self.ids_address + 2 * capacity * self._values.itemsize
 
@@ -46,19 +47,28 @@ class Slot:
         began, ended, copies_began, _ = self._times.tolist()
         return copies_began or began, ended
 
-    def fill(self, src_pages: PageIds, dst_pages: PageIds) -> tuple[IdArray, IdArray]:
-        """Ids here, then ids there; views of both."""
-        count = len(src_pages)
-        here, there = self.ids[:count], self.ids[count : 2 * count]
-        here[:], there[:] = as_array(src_pages), as_array(dst_pages)
-        self._times[:] = 0
-        return here, there
+    def fill(self, here: list[int] | IdArray, there: list[int] | IdArray) -> None:
+        """Ids here, then ids there."""
+        for start, pages in ((0, here), (len(here), there)):
+            if isinstance(pages, list):
+                for at, page in enumerate(pages, start):
+                    self._cells[at] = page
+            else:
+                self.ids[start : start + len(pages)] = pages
+        for at in range(2 * self.capacity, len(self._cells)):
+            self._cells[at] = 0
 
 
-def check_pages(pages: IdArray, num_pages: int, where: str) -> None:
-    """Raises TransferError."""
-    if len(pages) and np.maximum.reduce(pages.view(np.uint64)) >= num_pages:         # what is negative is huge so
-        raise TransferError(f"pages {pages.min()} to {pages.max()}: there are {num_pages} {where}")
+def as_told(pages: PageIds, num_pages: int, where: str) -> list[int] | IdArray:
+    """A short list as it is, else an array. Raises TransferError if there are no such pages."""
+    if not isinstance(pages, list) or len(pages) > FEW_PAGES:
+        pages = as_array(pages)
+        is_wrong = len(pages) and np.maximum.reduce(pages.view(np.uint64)) >= num_pages         # what is negative is huge so
+    else:
+        is_wrong = len(pages) and (min(pages) < 0 or max(pages) >= num_pages)
+    if is_wrong:
+        raise TransferError(f"pages {min(pages)} to {max(pages)}: there are {num_pages} {where}")
+    return pages
 
 
 class Runs(NamedTuple):

@@ -35,7 +35,7 @@ from . import cudart
 from .busy import BusyTime
 from .counters import OwnCounters
 from .memory import THIS_PROCESS, VERSION, DeviceMemory, Location, PeerMemory, check_page_bytes, location_here
-from .pages import FIRST_TIMES, Runs, Slot, Slots, are_scattered, check_pages, runs_of
+from .pages import FIRST_TIMES, Runs, Slot, Slots, are_scattered, as_told, runs_of
 
 POLL_S = 2e-5
 UNMAP_TIMEOUT_S = 30.0
@@ -196,17 +196,12 @@ class NvlinkTransport:
             raise TransferError(f"{len(src_pages)} pages to {len(dst_pages)} places, counter {imm} of {NUM_IMMS}")
         if not len(src_pages):
             return
+        here, there = as_told(src_pages, self._num_pages, "here"), as_told(dst_pages, target.num_pages, "there")
         slot = self._slots.take_free(len(src_pages))
         if slot is None:                                # otherwise what has ended is looked for when somebody asks
             self._settle()
             slot = self._slots.take(len(src_pages))
-        try:
-            here, there = slot.fill(src_pages, dst_pages)
-            check_pages(here, self._num_pages, "here")
-            check_pages(there, target.num_pages, "there")
-        except BaseException:
-            self._slots.give_back(slot)
-            raise
+        slot.fill(here, there)
         self._start(target, slot, len(src_pages), (peer.descriptor.location, imm))
 
     def stop(self, peer: Peer, imm: Imm, timeout_s: float) -> bool:

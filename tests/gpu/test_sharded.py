@@ -1,7 +1,8 @@
-"""Workers of one and of two ranks, each on a GPU of its own, exchange pages over NVLink; every process sees both GPUs."""
+"""Workers of one and of two ranks, each on a GPU of its own, exchange pages over NVLink and UCX; every process sees both GPUs."""
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 
 from harness.shard_process import TIMEOUT_S, ShardProcess, assert_works, shard_process, shuffled
 from harness.shards import fill, layout_of, whole
+from harness.ucx import needs_ucx
 
 from diptych.kvtransfer.bundle import TransportBundle
 from diptych.kvtransfer.local import LocalTransport
@@ -20,7 +22,7 @@ from diptych.kvtransfer.sharded import KVShards, ShardedBundle
 from diptych.kvtransfer.shm import SHM, sweep_orphans
 from diptych.kvtransfer.staging import Staging
 from diptych.kvtransfer.transport import KVPool
-from diptych.messages.errors import PeerGone
+from diptych.messages.errors import ClusterError, PeerGone
 
 pytestmark = [pytest.mark.gpu2, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
 
@@ -118,6 +120,38 @@ def test_the_dead_write_no_more_and_come_back(pair: Pair) -> None:
         assert_works(pair.writer, again, shuffled(53, NUM_PAGES, 1000), 53)
         pair.writer.call("disconnect", again.target)
     assert_works(pair.writer, pair.receiver, shuffled(54, NUM_PAGES, 1000), 54)
+
+
+@needs_ucx
+@pytest.mark.parametrize(("here", "there"), [(BOTH, FIRST), (SECOND, BOTH), (BOTH, BOTH), (BOTH, SWAPPED)])
+def test_over_ucx_pages_arrive_whole_and_the_dead_write_no_more(here: tuple[str, ...], there: tuple[str, ...]) -> None:
+    cluster = f"test{uuid4().hex[:8]}"
+    with ExitStack() as stack:
+        try:
+            receiver = stack.enter_context(shard_process("ucx", cluster, "decode-0", there, BLOCKS))
+        except ClusterError as error:
+            if "does not move GPU memory" not in str(error):
+                raise
+            pytest.skip(str(error))
+        writer, victim = (stack.enter_context(shard_process("ucx", cluster, f"prefill-{i}", here, BLOCKS)) for i in range(2))
+        for process in (writer, victim):
+            process.call("connect", receiver.target)
+        for current in (0, 1):
+            for process in (writer, receiver):
+                process.call("set_device", current)
+            assert_works(writer, receiver, shuffled(current, NUM_PAGES, 1000), current)
+        receiver.call("reset", 50)
+        victim.tell("write_for_ever", receiver.target, shuffled(50, NUM_PAGES), 50)
+        give_up_at = time.monotonic() + TIMEOUT_S
+        while receiver.call("num_landed", 50) < NUM_PAGES * 8:
+            assert time.monotonic() < give_up_at
+        victim.kill()
+        assert receiver.call("fence", victim.target, TIMEOUT_S)
+        counted, fresh = receiver.call("num_landed", 50), receiver.call("fill", 51)
+        time.sleep(0.3)
+        assert (receiver.call("read") == fresh).all()
+        assert receiver.call("num_landed", 50) == counted
+        assert_works(writer, receiver, shuffled(54, NUM_PAGES, 1000), 54)
 
 
 def test_each_rank_converts_on_its_own_gpu() -> None:

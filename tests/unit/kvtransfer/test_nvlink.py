@@ -21,9 +21,9 @@ from diptych.kvtransfer.nvlink import cudart, memory
 from diptych.kvtransfer.nvlink.busy import MAX_GAPS, BusyTime
 from diptych.kvtransfer.nvlink.counters import OwnCounters, PeerCounters
 from diptych.kvtransfer.nvlink.memory import THIS_PROCESS, VERSION, Location, PeerMemory, check_page_bytes, location_here
-from diptych.kvtransfer.nvlink.pages import SMALLEST, Slot, Slots, are_scattered, check_pages, runs_of
+from diptych.kvtransfer.nvlink.pages import SMALLEST, Slot, Slots, are_scattered, as_told, runs_of
 from diptych.kvtransfer.shm import SHM, host_identity, sweep_orphans
-from diptych.kvtransfer.transport import NUM_IMMS, Peer
+from diptych.kvtransfer.transport import FEW_PAGES, NUM_IMMS, Peer
 from diptych.messages.errors import ClusterError, LayoutMismatch, PeerGone, TransferError
 from diptych.messages.ids import Epoch, Imm, WorkerId
 from diptych.messages.membership import MemoryDescriptor
@@ -191,9 +191,21 @@ def test_a_name_that_is_none_of_ours_is_refused(name: str) -> None:
 @pytest.mark.parametrize("pages", [[3, 1, 2], range(5, 8), range(8, 5, -1), (9, 9, 9), array("q", [1, 2, 3])])
 def test_page_ids_of_any_sequence(pages: Sequence[int]) -> None:
     slot = Slots(torch.device("cpu")).take(3)
-    here, there = slot.fill(pages, [7, 8, 9])
+    slot._times[:] = 5
+    slot.fill(as_told(pages, 10, "here"), as_told([7, 8, 9], 10, "there"))
     assert slot.ids[:6].tolist() == [*pages, 7, 8, 9]
-    assert (here.tolist(), there.tolist()) == (list(pages), [7, 8, 9])
+    assert not slot.has_ended
+
+
+@pytest.mark.parametrize("count", [1, FEW_PAGES, FEW_PAGES + 1])
+def test_lists_of_pages_are_told_as_arrays_are(count: int) -> None:
+    pages, (slot, other) = list(range(count)), (Slots(torch.device("cpu")).take(count) for _ in range(2))
+    slot.fill(as_told(pages, count, "here"), as_told(pages[::-1], count, "there"))
+    other.fill(np.array(pages), np.array(pages[::-1]))
+    assert slot.ids[: 2 * count].tolist() == other.ids[: 2 * count].tolist() == [*pages, *pages[::-1]]
+    for wrong in ([*pages[1:], count], [*pages[1:], -1]):
+        with pytest.raises(TransferError, match=f"pages .* to .*: there are {count} there"):
+            as_told(wrong, count, "there")
 
 
 def test_slots_are_used_again_and_never_twice_at_once() -> None:
@@ -209,7 +221,7 @@ def test_slots_are_used_again_and_never_twice_at_once() -> None:
 @pytest.mark.parametrize("pages", [[-1], [0, 10], [3, 2**40]])
 def test_pages_outside_are_refused(pages: list[int]) -> None:
     with pytest.raises(TransferError, match="there are 10 there"):
-        check_pages(np.asarray(pages), 10, "there")
+        as_told(np.asarray(pages), 10, "there")
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1))
@@ -283,7 +295,7 @@ class Writes:
         from diptych.kvtransfer.nvlink.transport import _Write
 
         slot, key = self.transport._slots.take(num_pages), (peer.descriptor.location, Imm(imm))
-        slot.fill(range(num_pages), range(num_pages))
+        slot.fill(np.arange(num_pages), np.arange(num_pages))
         self.transport._lanes[lane].writes.append(_Write(key, num_pages, slot))
         self.transport._num_pending[key] = self.transport._num_pending.get(key, 0) + 1
         return slot
@@ -330,7 +342,7 @@ def test_long_runs_are_for_copy_engines(engine: Any, lengths: list[int], by_copi
     writes.transport._engine = engine
     pages = [5000 * i + page for i, length in enumerate(lengths) for page in range(length)]
     slot = writes.transport._slots.take(len(pages))
-    slot.fill(pages, pages)
+    slot.fill(np.array(pages), np.array(pages))
     runs = writes.transport._runs_to_copy(slot, len(pages))
     assert (None if runs is None else runs.lengths.tolist()) == (lengths if by_copies else None)
 
