@@ -28,6 +28,10 @@ class StepWatch:
     def model(self) -> StepModel:
         return self._predictor.model
 
+    @property
+    def num_unlearned(self) -> int:
+        return len(self._unlearned)
+
     def launched(self, features: StepFeatures, now: float) -> None:
         self._under_way.append((features, now))
 
@@ -38,7 +42,7 @@ class StepWatch:
         self._collected_at = now
 
     def learn(self) -> None:
-        """From what has been collected; apart, for it takes longer than all else that stands between a step's end and its tokens' way."""
+        """From what has been collected; apart, for it takes long."""
         for features, seconds, ended_at in self._unlearned:
             self._predictor.observe(features, seconds)
             prefill_s = self.model.prefill_s(features.prefill_tokens, features.prefill_pairs, features.num_decoding)

@@ -47,6 +47,10 @@ ALERT_S = 0.005
 several times as long as in a loop that goes on. On a CPU the model and others need the core."""
 
 
+MOST_UNLEARNED = 8
+"""Steps: their model is so far behind at most, where a turn never comes in which nothing else is to be done."""
+
+
 class WorkerStatus(Struct, frozen=True):
     """For people and metrics; a consistent snapshot as of the last heartbeat."""
 
@@ -155,7 +159,6 @@ class Worker(RoleSide):
         self._expire(now)
         self.tick(now)
         progressed = self._launch()
-        self._steps.learn()                            # of what has been collected: until now somebody waited
         if self.engine.is_ready:
             self._collect()
             progressed = True
@@ -164,6 +167,9 @@ class Worker(RoleSide):
         now = self.clock()
         if messages or progressed:
             self._alert_until = now + self._alert_s
+        is_awaited = messages or progressed or not (self.engine.is_computing or now >= self._alert_until)
+        if not is_awaited or self._steps.num_unlearned >= MOST_UNLEARNED:
+            self._steps.learn()                    # it takes longer than all else between a step's end or a message and its answer
         self._beat(now)
         return progressed
 

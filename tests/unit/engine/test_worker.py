@@ -13,7 +13,7 @@ from diptych.engine.fake_runner import next_token
 from diptych.engine.model_runner import ChunkOutput, StepOutputs
 from diptych.engine.scheduler import StepPlan
 from diptych.engine.step_watch import STEP_LIMIT_S
-from diptych.engine.worker import LOOK_AFTER_S, Worker
+from diptych.engine.worker import LOOK_AFTER_S, MOST_UNLEARNED, Worker
 from diptych.messages.codec import Message
 from diptych.messages.errors import StepStuck
 from diptych.messages.handoff import KVAccept, KVLanded
@@ -290,8 +290,23 @@ def test_tokens_do_not_wait_for_the_next_step_to_be_launched(cluster: FakeCluste
     (tokens,) = [message for message in seen if isinstance(message, StepTokens)]
     assert [delta.request_id for delta in tokens.deltas] == ["a"]
     assert (tokens.load.busy_s, tokens.load.work.prefill_tokens) == (0.0, 8), "the step of b, which is being launched, counts once"
+    turn(cluster, worker)                                       # with nothing to do but to learn how long a's step took
     assert worker.load().busy_s > 0
     assert worker.load().work.prefill_tokens == 0
+
+
+def test_steps_are_learned_from_when_nothing_is_awaited_or_when_they_pile_up(cluster: FakeCluster) -> None:
+    worker, unlearned = cluster.workers[ROLES[0]], list[int]()
+    for number in range(MOST_UNLEARNED):
+        ask(cluster, route_to(cluster, worker), f"a{number}", prompt=PROMPT[:8])
+        turn(cluster, worker)
+        unlearned.append(worker._steps.num_unlearned)
+    assert unlearned == [*range(1, MOST_UNLEARNED), 0]
+    ask(cluster, route_to(cluster, worker), "b", prompt=PROMPT[:8])
+    turn(cluster, worker)
+    assert worker._steps.num_unlearned == 1, "what follows on a step comes first"
+    turn(cluster, worker)
+    assert worker._steps.num_unlearned == 0
 
 
 def test_every_turn_and_every_layer_moves_the_loop_on(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
