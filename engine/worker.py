@@ -88,7 +88,7 @@ class Worker(RoleSide):
         self._backlog: list[Message] = []                        # came while a step was being launched
         self._next_beat = self._next_expiry = clock()
         self._alert_s = ALERT_S if self.replica.pool.ranks[0].tensor.is_cuda else 0.0
-        self._alert_until = -math.inf
+        self._active_at = -math.inf                             # when something last came or was computed
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._steps = StepWatch(self.replica.step_model)
         self._descriptors = self.replica.transport.register(self.replica.pool)
@@ -166,12 +166,17 @@ class Worker(RoleSide):
             self._steps.require_progress(now)      # as of before the next was launched: that may have compiled something
         now = self.clock()
         if messages or progressed:
-            self._alert_until = now + self._alert_s
-        is_awaited = messages or progressed or not (self.engine.is_computing or now >= self._alert_until)
-        if not is_awaited or self._steps.num_unlearned >= MOST_UNLEARNED:
+            self._active_at = now
+        elif self._has_time(now):
             self._steps.learn()                    # it takes longer than all else between a step's end or a message and its answer
+        if self._steps.num_unlearned >= MOST_UNLEARNED:
+            self._steps.learn()
         self._beat(now)
         return progressed
+
+    def _has_time(self, now: float) -> bool:
+        """For what nobody waits for, in a turn with nothing to do: a device computes, or what was last said would have been answered."""
+        return self.engine.is_computing or now >= self._active_at + min(ATTENTION_S, self._alert_s)
 
     def fail(self, request: GenerateRequest, kind: FailureKind, message: str, retryable: bool) -> None:
         """After the tokens that have been computed, which would come too late otherwise."""
@@ -318,6 +323,6 @@ class Worker(RoleSide):
 
     def idle_wait_s(self) -> float:
         """How long the loop may sleep when nothing was computed: short while somebody else's memory is waited for."""
-        if self.engine.is_computing or self.clock() < self._alert_until:
+        if self.engine.is_computing or self.clock() < self._active_at + self._alert_s:
             return 0.0
         return 0.001 if self.engine.has_work else max(0.0, self._next_beat - self.clock())
