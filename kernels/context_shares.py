@@ -22,6 +22,7 @@ SLACK = 1.1                 # over a multiprocessor's part: batches as long as e
 CUT_COST = 0.15             # of a step's attention, for each share
 UNEVEN = 1.25               # times the mean context: nothing that is longer stays whole
 MOST_ITEMS = 4              # for each multiprocessor: with more, those that there are are listed
+FEWEST_SORTED = 2           # more (sequence, KV head) pairs for each multiprocessor than that: the longest shares are listed first
 MOST_LISTED = 8             # (sequence, KV head) pairs for each multiprocessor: of more, nothing is listed
 MOST_PARTS = 64             # for each multiprocessor: of partial answers there is room for that many
 EVEN_SHARES = 8             # of a context: with fewer, a long one among short ones holds up a step
@@ -67,6 +68,11 @@ def most_shares(num_sequences: int, kv_heads: int, max_context: int, num_sms: in
 def are_listed(pairs: int, splits: int, num_sms: int) -> bool:
     """Whether the shares that there are are listed, for there can be too many to look at them all."""
     return splits > 1 and pairs <= MOST_LISTED * num_sms and pairs * splits > MOST_ITEMS * num_sms
+
+
+def are_sorted(pairs: int, num_sms: int) -> bool:
+    """Whether the longest of listed shares come first. Of few sequences nearly all are cut, into shares about as long as each other."""
+    return pairs > FEWEST_SORTED * num_sms
 
 
 def chunk_cut(fewest_tiles: int, kv_heads: int, max_context: int, num_programs: int) -> ChunkCut:

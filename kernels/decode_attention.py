@@ -10,9 +10,9 @@ Dao et al. 2023); the merge is o = Σ 2^(l_i - m) o_i / Σ 2^(l_i - m), m = max 
 so a launch needs no synchronisation and can be captured in a CUDA graph; into how many shares each context is cut, `share_tokens` says,
 which the host decides for the step (`context_shares.py`). Of few sequences every share that there can be is an item, and a program takes
 several in turn: with a program for each, those that find nothing crowd the others onto a few multiprocessors (b8, context 8192: 14 % of a
-step). Of many that would be too many to look at: then those that there are have been listed, once for all layers of the step, the longest
-first; programs take them in laps that run forward and back, so that each multiprocessor gets about as many keys. Sequences with any
-other number of query rows are passed over, with context 0 answered with zeros.
+step). Of many that would be too many to look at: then those that there are have been listed, once for all layers of the step, of more
+than some 32 sequences the longest first; programs take them in laps that run forward and back, so that each multiprocessor gets about as
+many keys. Sequences with any other number of query rows are passed over, with context 0 answered with zeros.
 
     share_list int32: [shares, sequences that are cut, … which those are (B places), … sequence · splits + share of each share]
 
@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile import attend_tile
-from .context_shares import RESIDENT, are_listed, num_programs, resident
+from .context_shares import RESIDENT, are_listed, are_sorted, num_programs, resident
 from .ops import Paging
 from .overlap import after_predecessor, overlapping
 
@@ -227,14 +227,15 @@ def with_share_list(paging: Paging, kv_heads: int, splits: int, num_sms: int) ->
     share_list = torch.empty(2 + num_sequences * (1 + splits), dtype=torch.int32, device=paging.context_lens.device)
     _list_kernel[(1,)](
         share_list, paging.query_starts, paging.context_lens, paging.share_tokens, num_sequences, splits,
-        SPLITS=triton.next_power_of_2(splits), num_warps=4, **overlapping(),
+        SPLITS=triton.next_power_of_2(splits), SORTED=are_sorted(num_sequences * kv_heads, num_sms), num_warps=4, **overlapping(),
     )  # fmt: skip
     return replace(paging, share_list=share_list)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "splits"])
 def _list_kernel(
-    share_list, query_starts, context_lens, share_tokens, num_sequences, splits, SPLITS: tl.constexpr, PDL: tl.constexpr
+    share_list, query_starts, context_lens, share_tokens, num_sequences, splits,
+    SPLITS: tl.constexpr, SORTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A share that `_shares` finds too short to be one is listed, and passed over where it is looked up."""
     after_predecessor(PDL)
@@ -245,13 +246,15 @@ def _list_kernel(
         shares, length = _as_listed(query_starts, context_lens, share_tokens, at, num_sequences, splits)
         is_cut = (shares > 1).to(tl.int32)
         tl.store(share_list + 1 + num_cut + tl.cumsum(is_cut, 0), at, mask=is_cut > 0)          # its place counts from 1
-        begins = tl.zeros_like(shares)
-        for others in range(0, num_sequences, _OTHERS):
-            other = others + tl.arange(0, _OTHERS)
-            their_shares, their_length = _as_listed(query_starts, context_lens, share_tokens, other, num_sequences, splits)
-            is_alike, is_earlier = their_length[None, :] == length[:, None], other[None, :] < at[:, None]
-            is_before = (their_length[None, :] > length[:, None]) | (is_alike & is_earlier)
-            begins += tl.sum(tl.where(is_before, their_shares[None, :], 0), 1)
+        begins = num_shares + tl.cumsum(shares, 0) - shares
+        if SORTED:
+            begins = tl.zeros_like(shares)
+            for others in range(0, num_sequences, _OTHERS):
+                other = others + tl.arange(0, _OTHERS)
+                their_shares, their_length = _as_listed(query_starts, context_lens, share_tokens, other, num_sequences, splits)
+                is_alike, is_earlier = their_length[None, :] == length[:, None], other[None, :] < at[:, None]
+                is_before = (their_length[None, :] > length[:, None]) | (is_alike & is_earlier)
+                begins += tl.sum(tl.where(is_before, their_shares[None, :], 0), 1)
         split = tl.arange(0, SPLITS)[None, :]
         places = share_list + 2 + num_sequences + begins[:, None] + split
         tl.store(places, at[:, None] * splits + split, mask=split < shares[:, None])

@@ -34,7 +34,9 @@ from harness.sampling_checks import FILTERS, check_refusal, check_sampling
 from harness.share_checks import check_items
 
 from diptych.kernels.context_shares import ChunkCut
+from diptych.kernels.decode_attention import with_share_list
 from diptych.kernels.exchange import Exchange
+from diptych.kernels.ops import Paging
 from diptych.kernels.page_push import PushShape
 from diptych.kernels.prefill_attention import PrefillTile
 from diptych.kernels.skinny_linear import LinearTile
@@ -75,8 +77,27 @@ def test_decode_attention(case: AttentionCase, splits: int, device: Device) -> N
 def test_shares_that_are_listed(share_tokens: int | None, device: Device) -> None:
     """As of a batch of many sequences on a GPU: there is none to look at that is not there. Prompts' chunks beside have none."""
     lengths = ((1, 0), (3, 9), (1, 63), (1, 5), (2, 0), (1, 40))
-    check_attention(AttentionCase(lengths), device, splits=4, share_tokens=share_tokens, num_sms=3)
+    for num_sms in (3, 6):               # the longest first, and as they come
+        check_attention(AttentionCase(lengths), device, splits=4, share_tokens=share_tokens, num_sms=num_sms)
     check_attention(AttentionCase(lengths, heads=(4, 1), block_size=64, window=9), device, 3, share_tokens=share_tokens, num_sms=2)
+
+
+@pytest.mark.parametrize("num_sms", [33, 66])
+def test_each_share_is_listed_once_and_of_many_the_longest_first(num_sms: int, device: Device) -> None:
+    contexts = [1 + 7 * i % 61 for i in range(131)]
+    contexts[5], contexts[130] = 0, 200
+    starts = torch.arange(132, dtype=torch.int32)
+    starts[100:] += 1                                       # sequence 99 has two rows: it is not a decode
+    paging = Paging(starts, torch.tensor(contexts, dtype=torch.int32), torch.zeros(131, 16, dtype=torch.int32))
+    listed = with_share_list(replace(paging, share_tokens=torch.tensor([25], dtype=torch.int32)), 1, 3, num_sms).share_list
+    assert listed is not None
+    num_shares, num_cut, *rest = listed.tolist()
+    shares = {i: min(3, max(1, -(-context // 25))) for i, context in enumerate(contexts) if i != 99}
+    assert rest[:num_cut] == [i for i, count in shares.items() if count > 1]
+    found = [divmod(each, 3) for each in rest[131 : 131 + num_shares]]
+    assert sorted(found) == [(i, split) for i, count in shares.items() for split in range(count)]
+    lengths = [contexts[i] // shares[i] for i, _ in found]
+    assert lengths == sorted(lengths, reverse=True) if num_sms == 33 else found == sorted(found)
 
 
 def test_shares_of_more_sequences_than_are_listed_in_one_go(device: Device) -> None:
