@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ..engine.block_pool import chain_hashes
 from ..engine.engine import Engine
+from ..engine.sequence import tokens_of
 from ..engine.urgency import due_in_s
 from ..engine.worker import ATTENTION_S
 from ..kvtransfer.session import HandoffState, Session
@@ -49,6 +50,7 @@ class Incoming:
     session: Session
     offer: KVOffer
     offered_at: float
+    token_ids: list[int]                                     # to be the sequence's
     hashes: list[BlockHash]                                  # of the prompt's full blocks
     blocks: list[BlockId] = field(default_factory=list)      # all of the prompt's, cached prefix first; held
     num_cached: int = 0
@@ -154,7 +156,7 @@ class KVReceiver:
             self._refuse(offer.writer, offer.ticket, *refusal)
             return
         hashes = chain_hashes(offer.request.token_ids, self._layout.block_size)
-        handoff = Incoming(Session(offer.ticket, now + offer.request.timeout_s), offer, now, hashes)
+        handoff = Incoming(Session(offer.ticket, now + offer.request.timeout_s), offer, now, tokens_of(offer.request), hashes)
         self._handoffs[offer.ticket.request_id] = handoff
         if not self._reserve_next(now, handoff):
             self._post.send(offer.writer.address, KVWait(offer.ticket))
@@ -322,7 +324,7 @@ class KVReceiver:
     def _commit(self, handoff: Incoming, first: TokenDelta, now: float) -> None:
         blocks, handoff.blocks = handoff.blocks, []          # the sequence holds them from here on
         self._end(handoff, HandoffState.LANDED)
-        self._engine.adopt(handoff.request, first, blocks, now, handoff.hashes)
+        self._engine.adopt(handoff.request, first, blocks, now, handoff.hashes, handoff.token_ids)
         self._post.send(handoff.offer.writer.address, KVCommitted(handoff.ticket))
 
     def _cancel(self, handoff: Incoming, reason: RefuseReason, kind: FailureKind | None, text: str) -> None:

@@ -70,6 +70,7 @@ class Engine:
         self._num_arrived = 0
         self._last_added: dict[Address, tuple[RequestId, float]] = {}      # of each gateway, and when; the latest comes last
         self._under_way: deque[_Launched] = deque()           # two at most; the oldest first
+        self._computed: list[Chunk] = []                      # collected since, and not told to the scheduler
         needed = self.scheduler.blocks_for(limits.max_model_len)
         if needed > num_blocks:
             raise PoolTooSmall(
@@ -103,11 +104,12 @@ class Engine:
         return sequence
 
     def adopt(
-        self, request: GenerateRequest, first: TokenDelta, blocks: list[BlockId], now: float, hashes: Seq[BlockHash] = ()
-    ) -> Sequence:
-        """To be decoded after `first`, with the KV of request.token_ids in `blocks` (held by the caller until now); `hashes` are those
-        of its full blocks that are known already. The prefix cache learns of them after its first step, for which a client waits."""
-        sequence = self._admit_to_books(request, now, hands_off=False)
+        self, request: GenerateRequest, first: TokenDelta, blocks: list[BlockId], now: float, hashes: Seq[BlockHash] = (),
+        own_tokens: list[int] | None = None,
+    ) -> Sequence:  # fmt: skip
+        """To be decoded after `first`, with the KV of request.token_ids in `blocks` (held by the caller until now). What is known already:
+        `hashes` of its full blocks, `tokens_of` the request."""
+        sequence = self._admit_to_books(request, now, hands_off=False, own_tokens=own_tokens)
         sequence.blocks = blocks
         sequence.hashes = list(hashes)
         sequence.was_admitted = True
@@ -119,6 +121,7 @@ class Engine:
 
     def finish(self, sequence: Sequence) -> None:
         """Ends it wherever it stands. Its blocks come back once no step under way can write to them."""
+        self._publish()
         del self._sequences[sequence.id]
         self.scheduler.retire(sequence)
         if self._under_way:
@@ -146,6 +149,7 @@ class Engine:
         return bool(self._under_way)
 
     def plan(self) -> StepPlan:
+        self._publish()
         return self.scheduler.schedule()
 
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> None:
@@ -183,6 +187,13 @@ class Engine:
         self.launch(plan, on_layer)
         return self.collect()
 
+    def _publish(self) -> None:
+        """What has been computed becomes matchable before anything is planned or given back: not sooner, for clients wait for its tokens,
+        and the blocks of a long prompt that was handed over take 50 µs."""
+        for chunk in self._computed:
+            self.scheduler.computed(chunk)
+        self._computed.clear()
+
     def _look_ahead(self, chunk: Chunk, samples: bool) -> None:
         """What the next plan may count on, whichever token comes."""
         sequence = chunk.sequence
@@ -201,7 +212,7 @@ class Engine:
         delta = None
         if output.sampled is not None and sequence.request.sampling.max_tokens > 0:
             sequence.token_ids[chunk.end] = output.sampled.token_id
-        self.scheduler.computed(chunk)
+        self._computed.append(chunk)
         if output.prompt:
             sequence.add_prompt_logprobs(chunk.start, [_logprobs(s) for s in output.prompt])
         if output.sampled is not None:
@@ -235,14 +246,14 @@ class Engine:
             return FinishReason.STOP
         return FinishReason.LENGTH if end + 1 >= sequence.max_len else None
 
-    def _admit_to_books(self, request: GenerateRequest, now: float, hands_off: bool) -> Sequence:
+    def _admit_to_books(self, request: GenerateRequest, now: float, hands_off: bool, own_tokens: list[int] | None = None) -> Sequence:
         num_tokens, limit = len(request.token_ids), self.limits.max_model_len
         if not 0 < num_tokens <= limit:
             raise ContextOverflow(f"{num_tokens} tokens; this worker takes 1 to {limit}")
         self._num_arrived += 1
         ttft = request.ttft_slo_s if request.ttft_slo_s is not None else float("inf")
         max_len = min(request.num_prompt_tokens + request.sampling.max_tokens, limit)
-        sequence = Sequence(request, self._num_arrived, now + request.timeout_s, now + ttft, hands_off, max_len)
+        sequence = Sequence(request, self._num_arrived, now + request.timeout_s, now + ttft, hands_off, max_len, own_tokens=own_tokens)
         self._sequences[sequence.id] = sequence
         return sequence
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.engine.block_pool import chain_hashes
 from diptych.engine.engine import Engine, EngineLimits, SequenceStep
 from diptych.engine.fake_runner import FakeRunner, fake_layout, kv_of, next_token
 from diptych.engine.sequence import Sequence, SequenceState
@@ -266,6 +267,32 @@ def test_adopted_blocks_are_matched_by_others() -> None:
     assert deltas["ours"][0].num_cached_tokens == 8
     assert first.delta is not None
     assert [*first.delta.token_ids, *tokens_of(deltas["theirs"])] == tokens_of(deltas["ours"])[1:]
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_what_was_computed_is_matched_once_its_tokens_are_out(adopted: bool) -> None:
+    """A client waits for a step's tokens; the prefix cache is asked when the next step is planned."""
+    engine, pool = make_engine()
+    asked = request("r", [1] * 9, max_tokens=2 + adopted)
+    adopt(engine, pool, asked) if adopted else engine.add(asked, now=0.0)
+    hashes = chain_hashes(asked.token_ids, BLOCK_SIZE)
+    step(engine)
+    if not adopted:
+        assert engine.pool.match(hashes) == []
+        step(engine)                                  # 8 tokens a step, and the last one
+    assert len(engine.pool.match(hashes)) == (0 if adopted else 2)
+    engine.plan()
+    assert len(engine.pool.match(hashes)) == 2
+    engine.finish(engine.sequences[0])
+    assert engine.pool.num_cached == 2
+
+
+def test_who_ends_leaves_what_it_computed_to_others() -> None:
+    engine, pool = make_engine()
+    adopt(engine, pool, request("r", [1] * 9, max_tokens=2))
+    step(engine)
+    assert engine.sequences == []
+    assert engine.pool.num_cached == 2
 
 
 def test_what_is_adopted_is_checked_like_what_is_added() -> None:
