@@ -70,7 +70,7 @@ class Engine:
         self._num_arrived = 0
         self._last_added: dict[Address, tuple[RequestId, float]] = {}      # of each gateway, and when; the latest comes last
         self._under_way: deque[_Launched] = deque()           # two at most; the oldest first
-        self._computed: list[Chunk] = []                      # collected since, and not told to the scheduler
+        self._computed: list[Chunk] = []                      # collected, and not published yet
         needed = self.scheduler.blocks_for(limits.max_model_len)
         if needed > num_blocks:
             raise PoolTooSmall(
@@ -121,7 +121,7 @@ class Engine:
 
     def finish(self, sequence: Sequence) -> None:
         """Ends it wherever it stands. Its blocks come back once no step under way can write to them."""
-        self._publish()
+        self.publish()
         del self._sequences[sequence.id]
         self.scheduler.retire(sequence)
         if self._under_way:
@@ -149,7 +149,7 @@ class Engine:
         return bool(self._under_way)
 
     def plan(self) -> StepPlan:
-        self._publish()
+        self.publish()
         return self.scheduler.schedule()
 
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> None:
@@ -181,18 +181,18 @@ class Engine:
             self.scheduler.give_back(sequence)
         return steps
 
+    def publish(self) -> None:
+        """What has been collected becomes matchable, before anything is planned or given back at the latest. Apart, for clients wait for
+        the tokens that came with it, and the blocks of a long prompt that was handed over take 50 µs."""
+        for chunk in self._computed:
+            self.scheduler.computed(chunk)
+        self._computed.clear()
+
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> list[SequenceStep]:
         """A step from its launch to its end, with nothing else under way."""
         assert not self._under_way, f"{len(self._under_way)} steps are under way"
         self.launch(plan, on_layer)
         return self.collect()
-
-    def _publish(self) -> None:
-        """What has been computed becomes matchable before anything is planned or given back: not sooner, for clients wait for its tokens,
-        and the blocks of a long prompt that was handed over take 50 µs."""
-        for chunk in self._computed:
-            self.scheduler.computed(chunk)
-        self._computed.clear()
 
     def _look_ahead(self, chunk: Chunk, samples: bool) -> None:
         """What the next plan may count on, whichever token comes."""

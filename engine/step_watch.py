@@ -22,7 +22,7 @@ class StepWatch:
         self._predictor = StepPredictor(model)
         self._under_way: deque[tuple[StepFeatures, float]] = deque()      # and when it was launched
         self._collected_at = 0.0
-        self._unlearned: list[tuple[StepFeatures, float, float]] = []     # the seconds that it took, and when it ended
+        self._unlearned: deque[tuple[StepFeatures, float, float]] = deque()     # the seconds that it took, and when it ended
 
     @property
     def model(self) -> StepModel:
@@ -42,12 +42,13 @@ class StepWatch:
         self._collected_at = now
 
     def learn(self) -> None:
-        """From what has been collected; apart, for it takes long."""
-        for features, seconds, ended_at in self._unlearned:
-            self._predictor.observe(features, seconds)
-            prefill_s = self.model.prefill_s(features.prefill_tokens, features.prefill_pairs, features.num_decoding)
-            self.prefill_share.add(prefill_s, ended_at)
-        self._unlearned.clear()
+        """From the oldest that has been collected, if there is one; apart, for it takes long."""
+        if not self._unlearned:
+            return
+        features, seconds, ended_at = self._unlearned.popleft()
+        self._predictor.observe(features, seconds)
+        prefill_s = self.model.prefill_s(features.prefill_tokens, features.prefill_pairs, features.num_decoding)
+        self.prefill_share.add(prefill_s, ended_at)
 
     def busy_s(self, now: float) -> float:
         """Until all that are under way have ended, as far as can be foretold."""

@@ -165,18 +165,20 @@ class Worker(RoleSide):
         elif self.engine.is_computing:
             self._steps.require_progress(now)      # as of before the next was launched: that may have compiled something
         now = self.clock()
-        if messages or progressed:
+        is_active = progressed or bool(messages)
+        if is_active:
             self._active_at = now
-        elif self._has_time(now):
+        if self._has_time(now, is_active) or self._steps.num_unlearned > MOST_UNLEARNED:
             self._steps.learn()                    # it takes longer than all else between a step's end or a message and its answer
-        if self._steps.num_unlearned >= MOST_UNLEARNED:
-            self._steps.learn()
         self._beat(now)
         return progressed
 
-    def _has_time(self, now: float) -> bool:
-        """For what nobody waits for, in a turn with nothing to do: a device computes, or what was last said would have been answered."""
-        return self.engine.is_computing or now >= self._active_at + min(ATTENTION_S, self._alert_s)
+    def _has_time(self, now: float, is_active: bool) -> bool:
+        """For what nobody waits for: a device computes and nothing came, or what was last said would have been answered by now. On a CPU
+        always: what comes while it computes waits far longer than for this."""
+        if self._alert_s == 0.0:
+            return True
+        return not is_active and (self.engine.is_computing or now >= self._active_at + ATTENTION_S)
 
     def fail(self, request: GenerateRequest, kind: FailureKind, message: str, retryable: bool) -> None:
         """After the tokens that have been computed, which would come too late otherwise."""
@@ -238,6 +240,7 @@ class Worker(RoleSide):
                 self._outbox.add(step.sequence.request.gateway, step.delta)
         self.after_step(steps)
         self._outbox.flush(self.load())
+        self.engine.publish()
         for step in [step for step in steps if step.broke_down]:
             self.abort(step.sequence.id)
             self.fail(step.sequence.request, FailureKind.INTERNAL, "the model's logits are not finite", retryable=False)

@@ -130,6 +130,7 @@ def _decode_kernel(
         num_rows = tl.load(query_starts + sequence + 1) - row
         context = tl.load(context_lens + sequence)
         first, share, shares = _shares(context, splits, share_tokens, WINDOW, TILE)
+        # The last lap may have places for more items than there are.
         if (item < num_items) & (num_rows == 1) & (split < shares):
             start = first + split * share
             end = tl.minimum(start + share, context)

@@ -184,5 +184,6 @@ class SimWorker:
         self._steps.collected(self._timeline.now)
         self._steps.learn()
         self.on_steps(steps)
+        self.engine.publish()
         self._reserve()
         self._go_on()

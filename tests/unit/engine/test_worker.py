@@ -9,11 +9,12 @@ import pytest
 from harness.fake_cluster import TIMEOUT_S, FakeCluster
 from harness.worker_turns import PROMPT, ROLES, answers, ask, in_flight, route_to, turn
 
+from diptych.engine.block_pool import chain_hashes
 from diptych.engine.fake_runner import next_token
 from diptych.engine.model_runner import ChunkOutput, StepOutputs
 from diptych.engine.scheduler import StepPlan
 from diptych.engine.step_watch import STEP_LIMIT_S
-from diptych.engine.worker import LOOK_AFTER_S, MOST_UNLEARNED, Worker
+from diptych.engine.worker import ALERT_S, ATTENTION_S, LOOK_AFTER_S, MOST_UNLEARNED, Worker
 from diptych.messages.codec import Message
 from diptych.messages.errors import StepStuck
 from diptych.messages.handoff import KVAccept, KVLanded
@@ -290,23 +291,60 @@ def test_tokens_do_not_wait_for_the_next_step_to_be_launched(cluster: FakeCluste
     (tokens,) = [message for message in seen if isinstance(message, StepTokens)]
     assert [delta.request_id for delta in tokens.deltas] == ["a"]
     assert (tokens.load.busy_s, tokens.load.work.prefill_tokens) == (0.0, 8), "the step of b, which is being launched, counts once"
-    turn(cluster, worker)                                       # with nothing to do but to learn how long a's step took
     assert worker.load().busy_s > 0
     assert worker.load().work.prefill_tokens == 0
 
 
-def test_steps_are_learned_from_when_nothing_is_awaited_or_when_they_pile_up(cluster: FakeCluster) -> None:
+def test_a_worker_on_a_cpu_learns_in_each_turn(cluster: FakeCluster) -> None:
+    """For it never rests under load."""
+    worker = cluster.workers[ROLES[0]]
+    for number in range(3):
+        ask(cluster, route_to(cluster, worker), f"a{number}", prompt=PROMPT[:8])
+        turn(cluster, worker)
+        assert worker._steps.num_unlearned == 0
+
+
+def test_a_worker_on_a_gpu_learns_while_nothing_is_awaited_of_it(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, steps = cluster.workers[ROLES[0]], list[Deferred]()
+    worker._alert_s = ALERT_S
+    ask(cluster, route_to(cluster, worker), "a", prompt=PROMPT[:8])
+    turn(cluster, worker)
+    turn(cluster, worker)
+    assert worker._steps.num_unlearned == 1, "an answer may come"
+    cluster.now += ATTENTION_S
+    turn(cluster, worker)
+    assert worker._steps.num_unlearned == 0
+
+    launch = worker.engine.runner.launch
+    monkeypatch.setattr(type(worker.engine.runner), "runs_ahead", True)
+    monkeypatch.setattr(worker.engine.runner, "launch", lambda *step: steps.append(Deferred(launch(*step))) or steps[-1])
+    for name in ("b", "c"):
+        ask(cluster, route_to(cluster, worker), name, prompt=PROMPT[:8])
+        turn(cluster, worker)
+    steps[0].has_ended = True
+    turn(cluster, worker)
+    assert worker._steps.num_unlearned == 1
+    turn(cluster, worker)
+    assert worker._steps.num_unlearned == 0, "while c is computed nothing else is to be done"
+
+
+def test_steps_do_not_pile_up_without_being_learned_from(cluster: FakeCluster) -> None:
     worker, unlearned = cluster.workers[ROLES[0]], list[int]()
-    for number in range(MOST_UNLEARNED):
+    worker._alert_s = ALERT_S
+    for number in range(MOST_UNLEARNED + 3):
         ask(cluster, route_to(cluster, worker), f"a{number}", prompt=PROMPT[:8])
         turn(cluster, worker)
         unlearned.append(worker._steps.num_unlearned)
-    assert unlearned == [*range(1, MOST_UNLEARNED), 0]
-    ask(cluster, route_to(cluster, worker), "b", prompt=PROMPT[:8])
+    assert unlearned == [*range(1, MOST_UNLEARNED + 1), *[MOST_UNLEARNED] * 3]
+
+
+def test_an_offer_matches_what_the_last_step_computed(cluster: FakeCluster) -> None:
+    """It comes before the next step is planned."""
+    worker = cluster.workers[ROLES[1]]
+    ask(cluster, Route(worker.ref), "a", prompt=PROMPT)
     turn(cluster, worker)
-    assert worker._steps.num_unlearned == 1, "what follows on a step comes first"
-    turn(cluster, worker)
-    assert worker._steps.num_unlearned == 0
+    found = worker.engine.pool.match(chain_hashes(PROMPT, worker.engine.limits.block_size))
+    assert len(found) == min(len(PROMPT), worker.engine.limits.max_step_tokens) // worker.engine.limits.block_size > 0
 
 
 def test_every_turn_and_every_layer_moves_the_loop_on(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
