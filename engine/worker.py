@@ -1,7 +1,7 @@
 """What both roles share: the loop of a worker's one thread, its books of members, and what it tells gateways.
 
     turn:  receive ─► commands from other threads ─► expire ─► tick (the role's own) ─► launch ─► collect ─► after_step (the role's own)
-           ─► tokens out ─► heartbeat
+           ─► tokens out ─► what was computed becomes matchable ─► step times are learned from, if there is time ─► heartbeat
 
 A step is launched when one may be planned, and collected when its results are there; in between the loop goes on, so that a handoff is
 answered while a GPU computes. On a CPU both happen in one turn.
