@@ -8,6 +8,7 @@ layer finds its keys and values cold.
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -43,26 +44,30 @@ def error_of(tile: DecodeTile) -> float:
 
 
 class Batch:
-    """Sequences of one length, their blocks shuffled through a pool of as many layers as it takes to leave the cache."""
+    """One decode for each context, their blocks shuffled through a pool of so many layers, or as many as it takes to leave the cache."""
 
-    def __init__(self, batch: int, context: int) -> None:
-        blocks = -(-context // BLOCK_SIZE)
-        self.layer_bytes = 2 * 2 * batch * context * KV_HEADS * HEAD_DIM
-        self.layers = max(2, -(-COLD_BYTES // self.layer_bytes))
-        shape = (batch * blocks, self.layers, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    def __init__(self, contexts: Sequence[int], layers: int | None = None, share: int | None = None) -> None:
+        """`share`: tokens of one, as the host says for a step; None: every context is cut into all splits."""
+        batch, blocks = len(contexts), [-(-context // BLOCK_SIZE) for context in contexts]
+        self.layer_bytes = 2 * 2 * sum(contexts) * KV_HEADS * HEAD_DIM
+        self.layers = layers or max(2, -(-COLD_BYTES // self.layer_bytes))
+        shape = (sum(blocks), self.layers, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
         self.pool = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
         tables = torch.zeros(batch, MAX_CONTEXT // BLOCK_SIZE, dtype=torch.int32, device="cuda")
-        tables[:, :blocks] = torch.randperm(batch * blocks, device="cuda").view(batch, blocks)
+        for table, ids in zip(tables, torch.randperm(sum(blocks), device="cuda").split(blocks), strict=True):
+            table[: len(ids)] = ids
         starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-        self.paging = Paging(starts, torch.full((batch,), context, dtype=torch.int32, device="cuda"), tables)
+        share_tokens = None if share is None else torch.tensor([share], dtype=torch.int32, device="cuda")
+        self.paging = Paging(starts, torch.tensor(contexts, dtype=torch.int32, device="cuda"), tables, share_tokens=share_tokens)
         self.q = torch.randn(batch, HEADS + 2 * KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)[:, :HEADS]
         self.out = torch.empty(batch, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
-    def time_us(self, splits: int, tile: DecodeTile) -> float:
+    def time_us(self, splits: int, tile: DecodeTile | None = None) -> float:
+        """Of a layer; the list of shares, which a step makes once, is a part of it."""
         num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-        paging = with_share_list(self.paging, KV_HEADS, splits, num_sms)
 
         def round_trip() -> None:
+            paging = with_share_list(self.paging, KV_HEADS, splits, num_sms)
             for layer in range(self.layers):
                 decode_attention(self.out, self.q, self.pool, layer, paging, SCALE, None, None, splits, tile, num_sms)
 
@@ -78,7 +83,7 @@ def sensible_splits(batch: int, context: int, served: int) -> list[int]:
 
 def measure(batch: int, context: int, tiles: list[DecodeTile], num_sms: int) -> None:
     shares = math.ceil(context / share_tokens([context] * batch, KV_HEADS, num_sms))
-    inputs, served = Batch(batch, context), min(shares, most_shares(batch, KV_HEADS, MAX_CONTEXT, num_sms))
+    inputs, served = Batch([context] * batch), min(shares, most_shares(batch, KV_HEADS, MAX_CONTEXT, num_sms))
     columns = sensible_splits(batch, context, served)
     print(f"\nb {batch}, context {context}, now {served} splits")
     print(f"{'tile':>12}" + "".join(f"{splits:>7}" for splits in columns))
