@@ -46,7 +46,6 @@ ALERT_S = 0.005
 """So long after a message or a step the loop of a GPU's worker does not sleep: to be woken takes some 60 µs, and all that it then does
 several times as long as in a loop that goes on. On a CPU the model and others need the core."""
 
-
 MOST_UNLEARNED = 8
 """Steps: their model is so far behind at most, where a turn never comes in which nothing else is to be done."""
 

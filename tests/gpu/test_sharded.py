@@ -1,6 +1,5 @@
 """Workers of one and of two ranks, each on a GPU of its own, exchange pages over NVLink and UCX; every process sees both GPUs."""
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from harness.shard_process import TIMEOUT_S, ShardProcess, assert_works, shard_process, shuffled
+from harness.shard_process import TIMEOUT_S, ShardProcess, assert_silent_once_killed, assert_works, shard_process, shuffled
 from harness.shards import fill, layout_of, whole
 from harness.ucx import needs_ucx
 
@@ -97,17 +96,7 @@ def test_unmapping_leaves_nothing_and_can_be_repeated(pair: Pair, current: int) 
 def test_the_dead_write_no_more_and_come_back(pair: Pair) -> None:
     with shard_process("nvlink", pair.cluster, "prefill-1", pair.devices[0], BLOCKS) as victim:
         victim.call("connect", pair.receiver.target)
-        pair.receiver.call("reset", 50)
-        victim.tell("write_for_ever", pair.receiver.target, shuffled(50, NUM_PAGES), 50)
-        give_up_at = time.monotonic() + TIMEOUT_S
-        while pair.receiver.call("num_landed", 50) < NUM_PAGES * 8:
-            assert time.monotonic() < give_up_at
-        victim.kill()
-        assert pair.receiver.call("fence", victim.target, 1.0)
-        counted, fresh = pair.receiver.call("num_landed", 50), pair.receiver.call("fill", 51)
-        time.sleep(0.3)
-        assert (pair.receiver.call("read") == fresh).all()
-        assert pair.receiver.call("num_landed", 50) == counted
+        assert_silent_once_killed(victim, pair.receiver, NUM_PAGES, 50, 1.0)
     assert len(sweep_orphans(pair.cluster)) == len(pair.devices[0])
     with shard_process("nvlink", pair.cluster, "decode-1", pair.devices[1], BLOCKS) as victim:
         old = victim.target
@@ -140,17 +129,7 @@ def test_over_ucx_pages_arrive_whole_and_the_dead_write_no_more(here: tuple[str,
             for process in (writer, receiver):
                 process.call("set_device", current)
             assert_works(writer, receiver, shuffled(current, NUM_PAGES, 1000), current)
-        receiver.call("reset", 50)
-        victim.tell("write_for_ever", receiver.target, shuffled(50, NUM_PAGES), 50)
-        give_up_at = time.monotonic() + TIMEOUT_S
-        while receiver.call("num_landed", 50) < NUM_PAGES * 8:
-            assert time.monotonic() < give_up_at
-        victim.kill()
-        assert receiver.call("fence", victim.target, TIMEOUT_S)
-        counted, fresh = receiver.call("num_landed", 50), receiver.call("fill", 51)
-        time.sleep(0.3)
-        assert (receiver.call("read") == fresh).all()
-        assert receiver.call("num_landed", 50) == counted
+        assert_silent_once_killed(victim, receiver, NUM_PAGES, 50, TIMEOUT_S)
         assert_works(writer, receiver, shuffled(54, NUM_PAGES, 1000), 54)
 
 

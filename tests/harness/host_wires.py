@@ -5,9 +5,7 @@ import time
 from collections.abc import Callable
 from uuid import uuid4
 
-from diptych.messages.host_wire import (
-    HostWires,
-)
+from diptych.messages.host_wire import HostWires
 from diptych.messages.ids import Address
 
 PUBLIC, SECRET = "p" * 40, "s" * 40

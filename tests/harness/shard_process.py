@@ -27,6 +27,7 @@ Target = tuple[MemoryDescriptor, ...]
 Numbers = npt.NDArray[Any]
 
 TIMEOUT_S = 20.0
+LATE_S = 0.3                    # in which a late write would land
 
 
 class Served:
@@ -162,6 +163,21 @@ def shuffled(seed: int, num_pages: int, count: int | None = None) -> dict[int, i
     draw = np.random.default_rng(seed)
     here, there = (draw.permutation(num_pages)[:count].tolist() for _ in range(2))
     return dict(zip(here, there, strict=True))
+
+
+def assert_silent_once_killed(writer: ShardProcess, receiver: ShardProcess, num_pages: int, imm: int, fence_s: float) -> None:
+    """The writer dies in the middle of its writes, and is fenced at the first call: nothing of it comes after that."""
+    receiver.call("reset", imm)
+    writer.tell("write_for_ever", receiver.target, shuffled(imm, num_pages), imm)
+    give_up_at = time.monotonic() + TIMEOUT_S
+    while receiver.call("num_landed", imm) <= num_pages * 2 * HEADS:
+        assert time.monotonic() < give_up_at
+    writer.kill()
+    assert receiver.call("fence", writer.target, fence_s)
+    counted, fresh = receiver.call("num_landed", imm), receiver.call("fill", imm + 1)
+    time.sleep(LATE_S)
+    assert (receiver.call("read") == fresh).all()
+    assert receiver.call("num_landed", imm) == counted
 
 
 def assert_works(writer: ShardProcess, receiver: ShardProcess, pages: dict[int, int], seed: int) -> None:

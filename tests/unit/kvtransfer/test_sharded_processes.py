@@ -1,12 +1,12 @@
 """Workers of several ranks in processes of their own, over real transports of host memory: what arrives, and what is left of the dead."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from uuid import uuid4
 
 import pytest
-from harness.shard_process import TIMEOUT_S, ShardProcess, assert_works, shard_process, shuffled
+from harness.shard_process import TIMEOUT_S, ShardProcess, assert_silent_once_killed, assert_works, shard_process, shuffled
 from harness.ucx import needs_ucx
 
 from diptych.kvtransfer.shm import SHM, sweep_orphans
@@ -42,13 +42,6 @@ def pair(request: pytest.FixtureRequest, transport: str) -> Iterator[Pair]:
     assert not list(SHM.glob(f"diptych-{cluster}*")), "segments left behind"
 
 
-def until(condition: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < give_up_at, f"not within {TIMEOUT_S} s"
-        time.sleep(0.005)
-
-
 def test_pages_arrive_whole(pair: Pair) -> None:
     before = pair.writer.call("stats")
     assert_works(pair.writer, pair.receiver, shuffled(1, NUM_PAGES, 100), 1)
@@ -78,15 +71,7 @@ def test_a_killed_writer_is_fenced_with_all_its_ranks(pair: Pair, transport: str
     with shard_process(transport, pair.cluster, "prefill-1", ["cpu"] * pair.tps[0], BLOCKS) as victim:
         victim.call("connect", pair.receiver.target)
         victim.call("fill", 7)
-        pair.receiver.call("reset", 5)
-        victim.tell("write_for_ever", pair.receiver.target, shuffled(5, NUM_PAGES), 5)
-        until(lambda: pair.receiver.call("num_landed", 5) > NUM_PAGES * 8)
-        victim.kill()
-        until(lambda: pair.receiver.call("fence", victim.target, 1.0))
-        counted, fresh = pair.receiver.call("num_landed", 5), pair.receiver.call("fill", 8)
-        time.sleep(0.2)
-        assert (pair.receiver.call("read") == fresh).all()
-        assert pair.receiver.call("num_landed", 5) == counted
+        assert_silent_once_killed(victim, pair.receiver, NUM_PAGES, 5, TIMEOUT_S)
     left = sorted(path.name for path in SHM.glob(f"diptych-{pair.cluster}-prefill-1*"))
     ranks = ["", *(f".{rank}" for rank in range(1, pair.tps[0]))] if transport == "shm" else []
     assert left == sorted(f"diptych-{pair.cluster}-prefill-1{rank}-1" for rank in ranks)
