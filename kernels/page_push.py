@@ -11,8 +11,10 @@ memory beside it, so that no copy of them has to come before the kernel.
 
 The count never runs ahead: the arrivals are acquire-release at system scope, and a barrier before each makes it stand for all of its
 program's stores. Programs of one launch share `arrived`: launches that share it must follow each other. Those that do not may run at the
-same time, and one moves pages while the other begins or ends; since a count is a load and a store (not every host lets a GPU add in its
-memory), `lock` is held for the two.
+same time; since a count is a load and a store (not every host lets a GPU add in its memory), `lock` is held for the two.
+
+Launches that run at the same time take turns (`Turns`): each moves pages while the next one fetches its ids and the last one's stores
+land. Without turns they would share the link, and so begin and end together.
 
 A launch through Triton looks its kernel up by the arguments: most of the host's time for one page. `PagePush` has done that once.
 """
@@ -31,7 +33,9 @@ from triton.language.extra.cuda import globaltimer
 WORD_BYTES = 8
 VECTOR_BYTES = 16              # of a thread's load or store
 ALIGNMENT = 16                 # of addresses; Triton's name for it is "D"
+WARPS_OF_AN_SM = 16            # of this kernel at least: 65,536 registers, of which a thread has at most 128
 IDS_AT_ONCE = 512              # of each side
+MOST_UNFINISHED = 1 << 30      # programs of all launches under way: below half of what an int32 tells apart
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class PushShape:
     num_programs: int = 132
     num_warps: int = 4
     tile_bytes: int = 8 << 10          # in registers twice: 2 × 64 bytes of a thread
+
+    def fit(self, num_launches: int, num_sms: int) -> bool:
+        """Whether the programs of so many launches can all be on the GPU at once, when nothing else is."""
+        return num_launches * self.num_programs * self.num_warps <= num_sms * WARPS_OF_AN_SM
 
     def rows_and_words(self, page_words: int) -> tuple[int, int]:
         """Pages of a tile, and words of each: powers of 2."""
@@ -60,6 +68,29 @@ class IdBuffers:
     scratch: Tensor                    # of the device: where programs put them
 
 
+class Turns:
+    """Of launches of one device, in the order of this object's calls: none may wait for one that starts after it. A launch of all programs
+    that a shape allows moves its first page when at most half as many programs of those before it have pages left. A shorter one waits for
+    nobody: it would take little of the link, and be late by far more.
+
+    A program that waits keeps its place on the GPU, so those that may be under way must all fit, or it could keep out what it waits for:
+    `has_room`. Where they do not, nobody waits."""
+
+    def __init__(self, finished: Tensor, num_launched: int = 0, has_room: bool = True) -> None:
+        """finished: [1] int32 of the device, the programs that have no page left to move, modulo 2^32; here `num_launched`."""
+        self.finished = finished
+        self.num_launched = num_launched
+        self._has_room = has_room
+
+    def after(self, num_programs: int, shape: PushShape) -> int:
+        """How many programs of all have finished, modulo 2^32, when one of the next launch may move pages: int32."""
+        waits = self._has_room and num_programs == shape.num_programs
+        return (self.num_launched - (shape.num_programs // 2 if waits else MOST_UNFINISHED) + 2**31) % 2**32 - 2**31
+
+    def launched(self, num_programs: int) -> None:
+        self.num_launched += num_programs
+
+
 @dataclass(frozen=True)
 class Counting:
     counters: Tensor                   # int64, the receiver's, reachable from the device
@@ -67,6 +98,7 @@ class Counting:
     count: int                         # to add: of pages
     arrived: Tensor                    # [1] int32, 0 between launches
     lock: Tensor                       # [1] int32, 0 when nobody counts
+    turns: Turns
     times: Tensor                      # [2] int64, reachable from the device: its nanoseconds when the launch began and when all was over
 
 
@@ -75,11 +107,15 @@ def push_pages(
 ) -> Any:
     """source, target: pools as int64 words. On the current stream. → the compiled kernel."""
     rows, words = shape.rows_and_words(page_words)
-    return _push_kernel[(_num_programs(shape, num_pages, page_words, rows, words),)](
+    num_programs, turns = _num_programs(shape, num_pages, page_words, rows, words), counting.turns
+    compiled = _push_kernel[(num_programs,)](
         source, target, page_ids.ids, page_ids.scratch, num_pages,
         counting.counters, counting.index, counting.count, counting.arrived, counting.lock, counting.times,
+        turns.finished, turns.after(num_programs, shape),
         PAGE_WORDS=page_words, ROWS=rows, WORDS=words, IDS=IDS_AT_ONCE, HAS_CLOCK=_has_clock(), num_warps=shape.num_warps,
     )  # fmt: skip
+    turns.launched(num_programs)               # not before: nobody may wait for programs that were never started
+    return compiled
 
 
 def _has_clock() -> bool:
@@ -95,29 +131,34 @@ def _num_programs(shape: PushShape, num_pages: int, page_words: int, rows: int, 
 class PagePush:
     """Launches what `push_pages` has compiled, for one pool, page size and device. Addresses instead of tensors, all multiples of 16."""
 
-    def __init__(self, compiled: Any, source: Tensor, page_words: int, arrived: Tensor, lock: Tensor, shape: PushShape) -> None:
+    def __init__(
+        self, compiled: Any, source: Tensor, page_words: int, arrived: Tensor, lock: Tensor, turns: Turns, shape: PushShape
+    ) -> None:
         self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
         self._source, self._arrived, self._lock = source.data_ptr(), arrived.data_ptr(), lock.data_ptr()
+        self._turns, self._finished = turns, turns.finished.data_ptr()
         self._shape, self._page_words, self._has_clock = shape, page_words, _has_clock()
         self._rows, self._words = shape.rows_and_words(page_words)
-        assert (self._source | self._arrived | self._lock) % ALIGNMENT == 0
+        assert (self._source | self._arrived | self._lock | self._finished) % ALIGNMENT == 0
 
     def __call__(
         self, target: int, ids: int, scratch: int, num_pages: int, counters: int, index: int, count: int, times: int, stream: int
     ) -> None:
         """On `stream`, a cudaStream_t, with its device current."""
         assert (target | ids | scratch | counters | times) % ALIGNMENT == 0, "the kernel was compiled for aligned addresses"
+        num_programs = _num_programs(self._shape, num_pages, self._page_words, self._rows, self._words)
         self._run(
-            _num_programs(self._shape, num_pages, self._page_words, self._rows, self._words), 1, 1, stream,
-            self._function, self._metadata, None, None, None,
+            num_programs, 1, 1, stream, self._function, self._metadata, None, None, None,
             self._source, target, ids, scratch, num_pages, counters, index, count, self._arrived, self._lock, times,
+            self._finished, self._turns.after(num_programs, self._shape),
             self._page_words, self._rows, self._words, IDS_AT_ONCE, self._has_clock,
         )  # fmt: skip
+        self._turns.launched(num_programs)
 
 
-@triton.jit(do_not_specialize=["num_pages", "index", "count"])
+@triton.jit(do_not_specialize=["num_pages", "index", "count", "after"])
 def _push_kernel(
-    source, target, ids, scratch, num_pages, counters, index, count, arrived, lock, times,
+    source, target, ids, scratch, num_pages, counters, index, count, arrived, lock, times, finished, after,
     PAGE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, IDS: tl.constexpr, HAS_CLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
@@ -132,6 +173,8 @@ def _push_kernel(
     src, dst = _ids(scratch, num_pages, last, first, parts, ROWS)
     words = _load(source, src, last, first, parts, PAGE_WORDS, ROWS, WORDS)
     next_src, next_dst = _ids(scratch, num_pages, last, first + 1, parts, ROWS)
+    while tl.load(finished, volatile=True) - after < 0:                # not `<`: they are modulo 2^32
+        pass
     for tile in range(first, end):
         next_words = _load(source, next_src, last, tile + 1, parts, PAGE_WORDS, ROWS, WORDS)
         later_src, later_dst = _ids(scratch, num_pages, last, tile + 2, parts, ROWS)
@@ -140,6 +183,7 @@ def _push_kernel(
         words, dst = next_words, next_dst
         next_src, next_dst = later_src, later_dst
     tl.debug_barrier()
+    tl.atomic_add(finished, 1, sem="relaxed", scope="gpu")
     if tl.atomic_add(arrived, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
         tl.store(arrived, 0)
         while tl.atomic_cas(lock, 0, 1, sem="acq_rel", scope="gpu") != 0:

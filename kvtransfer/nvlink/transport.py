@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ...kernels.page_push import DEFAULT_SHAPE, VECTOR_BYTES, WORD_BYTES, Counting, IdBuffers, PagePush, PushShape, push_pages
+from ...kernels.page_push import DEFAULT_SHAPE, VECTOR_BYTES, WORD_BYTES, Counting, IdBuffers, PagePush, PushShape, Turns, push_pages
 from ...messages.errors import ClusterError, PeerGone, TransferError
 from ...messages.ids import Epoch, Imm, WorkerId
 from ...messages.membership import MemoryDescriptor
@@ -114,17 +114,19 @@ class NvlinkTransport:
         """All that takes long the first time: streams, pinned memory, the kernel's compilation."""
         page_words = self._page_bytes // WORD_BYTES
         self._slots = Slots(self._device)
-        self._lock = torch.zeros(1, dtype=torch.int32, device=self._device)
-        all_arrived = [torch.zeros(1, dtype=torch.int32, device=self._device) for _ in range(NUM_LANES)]
+        lock, finished, *all_arrived = (torch.zeros(1, dtype=torch.int32, device=self._device) for _ in range(2 + NUM_LANES))
+        num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+        self._lock, turns = lock, Turns(finished, has_room=self._shape.fit(NUM_LANES, num_sms))
         nowhere, slot = torch.zeros(1, dtype=torch.int64, device=self._device), self._slots.take(0)
         ids, scratch, times = slot.buffers
-        counting = Counting(nowhere, 0, 0, all_arrived[0], self._lock, times)
+        counting = Counting(nowhere, 0, 0, all_arrived[0], lock, turns, times)
         compiled = push_pages(self._words, self._words, IdBuffers(ids, scratch), 0, page_words, counting, self._shape)
         torch.cuda.synchronize(self._device)            # what lanes use is there
         self._slots.give_back(slot)
         for arrived in all_arrived:
             stream = torch.cuda.Stream(self._device, priority=HIGH_PRIORITY)  # type: ignore[no-untyped-call]
-            self._lanes.append(_Lane(stream, PagePush(compiled, self._words, page_words, arrived, self._lock, self._shape), arrived))
+            push = PagePush(compiled, self._words, page_words, arrived, lock, turns, self._shape)
+            self._lanes.append(_Lane(stream, push, arrived))
         self._next_lane = cycle(self._lanes)
         self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._current = torch.cuda.device(self._device)

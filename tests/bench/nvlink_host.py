@@ -84,6 +84,7 @@ def transport() -> Iterator[nvlink.NvlinkTransport]:
             fakes.enter_context(patch.object(torch.cuda, name, Nothing))
         for name in ("synchronize", "empty_cache"):
             fakes.enter_context(patch.object(torch.cuda, name, Nothing()))
+        fakes.enter_context(patch.object(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)))
         fakes.enter_context(patch.object(nvlink, "DeviceMemory", Memory))
         fakes.enter_context(patch.object(Slot, "has_ended", True))
         made = nvlink.NvlinkTransport(f"bench{uuid4().hex[:8]}", WorkerId("writer"), Epoch(1), torch.device("cuda", 0))

@@ -29,7 +29,7 @@ from harness.kernel_checks import (
 )
 from harness.kernel_model import logits_of_steps, random_weights
 from harness.logit_checks import check_logit_changes, check_logprobs, check_logprobs_of_no_numbers, check_settling
-from harness.push_checks import check_push
+from harness.push_checks import check_push, check_turn
 from harness.sampling_checks import FILTERS, check_refusal, check_sampling
 from harness.share_checks import check_items
 
@@ -282,6 +282,10 @@ def test_a_gpus_sampler(device: Device, monkeypatch: pytest.MonkeyPatch) -> None
 def test_page_push(page_words: int, num_pages: int) -> None:
     """Several pages to a tile, several tiles to a page, pages that are no power of two, none, more ids than are fetched at once."""
     check_push(page_words, num_pages, PushShape(num_programs=3, num_warps=4, tile_bytes=4096), torch.device("cpu"))
+
+
+def test_a_push_waits_for_its_turn() -> None:
+    check_turn()
 
 
 @pytest.mark.parametrize("has_scales", [False, True])

@@ -263,18 +263,18 @@ def test_changed_logits_and_logprobs(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("page_bytes", [2048, 4096, 65_536, 98_304, 262_144])
-@pytest.mark.parametrize("num_warps", [8, 16, 32])
+@pytest.mark.parametrize("num_warps", [4, 8, 16, 32])
 def test_page_push(page_bytes: int, num_warps: int) -> None:
     int64 = torch.int64
-    flags = (meta(1, dtype=torch.int32), meta(1, dtype=torch.int32), meta(2, dtype=int64))
-    counting = page_push.Counting(meta(4096, dtype=int64), 7, 99, *flags)
+    arrived, lock, finished = (meta(1, dtype=torch.int32) for _ in range(3))
+    counting = page_push.Counting(meta(4096, dtype=int64), 7, 99, arrived, lock, page_push.Turns(finished), meta(2, dtype=int64))
     shape = page_push.PushShape(num_programs=24, num_warps=num_warps, tile_bytes=min(num_warps, 16) << 11)
     with captured(page_push, "_push_kernel") as launches:
         pool = meta(1 << 20, dtype=int64)
         ids = page_push.IdBuffers(meta(198, dtype=int64), meta(198, dtype=int64))
         page_push.push_pages(pool, pool, ids, 99, page_bytes // 8, counting, shape)
     found = compiled(launches[0])
-    assert found.registers <= REGISTERS_OF_AN_SM // (32 * num_warps)
+    assert found.registers <= REGISTERS_OF_AN_SM // (32 * max(num_warps, page_push.WARPS_OF_AN_SM))
     assert "ld.global.v2.b64" in found.ptx
     assert "st.global.v2.b64" in found.ptx
     assert "acq_rel.sys" in found.ptx or "sys.acq_rel" in found.ptx, "the count could run ahead of its pages"
@@ -295,13 +295,13 @@ def test_page_conversion(dtypes: tuple[torch.dtype, torch.dtype], head_dim: int)
 def test_a_direct_launch_passes_what_a_launch_through_triton_passes() -> None:
     int64 = torch.int64
     source, target, ids, scratch, counters, times = (torch.zeros(64, dtype=int64) for _ in range(6))
-    arrived, lock = (torch.zeros(64, dtype=torch.int32) for _ in range(2))
+    arrived, lock, finished = (torch.zeros(64, dtype=torch.int32) for _ in range(3))
     shape, launched = page_push.PushShape(num_programs=5), []
     with captured(page_push, "_push_kernel") as launches:
-        counting = page_push.Counting(counters, 3, 40, arrived, lock, times)
+        counting = page_push.Counting(counters, 3, 40, arrived, lock, page_push.Turns(finished, 7), times)
         page_push.push_pages(source, target, page_push.IdBuffers(ids, scratch), 32, 8192, counting, shape)
     compiled = SimpleNamespace(run=lambda *arguments: launched.append(arguments), function="function", packed_metadata="metadata")
-    push = page_push.PagePush(compiled, source, 8192, arrived, lock, shape)
+    push = page_push.PagePush(compiled, source, 8192, arrived, lock, page_push.Turns(finished, 7), shape)
     push(*(tensor.data_ptr() for tensor in (target, ids, scratch)), 32, counters.data_ptr(), 3, 40, times.data_ptr(), 77)
     expected = [at.data_ptr() if isinstance(at, torch.Tensor) else at for at in launches[0].arguments.values()]
     assert launched == [(5, 1, 1, 77, "function", "metadata", None, None, None, *expected)]
