@@ -8,7 +8,7 @@ from ..messages.codec import Message
 from ..messages.handoff import KVDrained, KVLanded, KVOffer, KVProbe, KVProbeSent
 from ..messages.ids import RequestId
 from ..messages.membership import Role
-from ..messages.requests import FailureKind, GenerateRequest, WorkerRef
+from ..messages.requests import FailureKind, GenerateRequest, ServiceClass, WorkerRef
 from .kv_receiver import KVReceiver
 from .probe_receiver import ProbeReceiver
 
@@ -51,6 +51,9 @@ class DecodeWorker(Worker):
 
     def num_handoffs(self) -> int:
         return len(self._receiver)
+
+    def num_filling_handoffs(self) -> int:
+        return sum(request.service_class is ServiceClass.BATCH for request in self._receiver.requests)
 
     def receive_handoff(self, message: Message) -> None:
         if isinstance(message, KVOffer | KVLanded | KVDrained):

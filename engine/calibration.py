@@ -1,8 +1,9 @@
 """What a worker measures before it serves: a small grid of steps, on blocks that nobody holds yet.
 
-    grid: prompts of several lengths, decodes of several counts and contexts ──► each step twice, the second counts ──► StepModel
+    grid: prompts of several lengths, decodes of several counts and contexts ──► each step a few times, the shortest counts ──► StepModel
 
 All sequences of a step share the same blocks: their KV is nonsense, only the time matters. A grid point is begun only within `budget_s`.
+The first run of a step compiles, allocates and fills caches; others may be held up, for all workers of a host start at once.
 """
 
 import math
@@ -25,11 +26,18 @@ GREEDY = SamplingParams(max_tokens=2, seed=0, temperature=0.0)
 SCORED = replace(GREEDY, prompt_logprobs=0)
 ALL_EXTRAS = replace(GREEDY, logprobs=1, frequency_penalty=1.0, logit_bias={0: 1.0})
 NOBODY = WorkerRef(WorkerId("calibration"), Epoch(0), Address(""))
+RUNS, MOST_RUNS = 2, 4
+"""Of a grid point: further ones while they have taken no more than a POINT_SHARE of the budget together."""
+
+POINT_SHARE = 0.1
+
 ROUNDS = 40
 """How often the fit is told the grid: by then the prior no longer counts."""
 
 ROWS_APART = 256               # of the steps that no graph takes
 SCORED_ROWS = (17, 48, 100, 1000)    # of logits: with each the product of the head is another kernel
+
+SMALL_CONTEXT, SMALL_PROMPT, SMALL_BATCH = 16, 64, 8      # tokens, tokens, sequences
 
 CUT_CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -39,12 +47,29 @@ def calibrate(runner: ModelRunner, limits: EngineLimits, clock: Callable[[], flo
     for plan in _grid(limits):
         if clock() >= end:
             break
-        features = features_of(plan)
-        runner.launch(plan, None).wait()      # compiles, allocates, fills caches
+        measured.append((features_of(plan), shortest_s(runner, plan, clock, RUNS, MOST_RUNS, budget_s * POINT_SHARE)))
+    return _fit(measured) if measured else PRIOR
+
+
+def shortest_s(runner: ModelRunner, plan: StepPlan, clock: Callable[[], float], least: int, most: int, enough_s: float) -> float:
+    """Of at least so many runs, and further ones until they have taken `enough_s` together."""
+    runs_s: list[float] = []
+    while len(runs_s) < least or (len(runs_s) < most and sum(runs_s) < enough_s):
         started = clock()
         runner.launch(plan, None).wait()
-        measured.append((features, clock() - started))
-    return _fit(measured) if measured else PRIOR
+        runs_s.append(clock() - started)
+    return min(runs_s)
+
+
+def small_steps(limits: EngineLimits) -> list[StepPlan]:
+    """One decode, a short prompt, some decodes: with each more of what a step costs can be told apart."""
+    longest = limits.max_model_len - 1
+    batch = min(SMALL_BATCH, limits.max_sequences, limits.max_step_tokens)
+    return [
+        _plan([_decode(min(SMALL_CONTEXT, longest), limits)]),
+        _plan([_prompt(min(SMALL_PROMPT, longest, limits.max_step_tokens), limits)]),
+        _plan([_decode(min(SMALL_PROMPT, longest), limits) for _ in range(batch)]),
+    ]
 
 
 def warm_up(runner: ModelRunner, limits: EngineLimits) -> None:
@@ -100,7 +125,7 @@ def _grid(limits: EngineLimits) -> Iterator[StepPlan]:
     """The cheapest first."""
     longest = limits.max_model_len - 1
     batch, budget = min(limits.max_sequences, limits.max_step_tokens), min(limits.max_step_tokens, longest)
-    for count, context in ((1, 16), (batch, 16), (1, longest // 4), (math.isqrt(batch), longest // 4)):
+    for count, context in ((1, SMALL_CONTEXT), (batch, SMALL_CONTEXT), (1, longest // 4), (math.isqrt(batch), longest // 4)):
         yield _plan([_decode(min(context, longest), limits) for _ in range(max(1, count))])
     for tokens in (budget // 16, budget // 8, budget // 4, budget // 2, budget):
         yield _plan([_prompt(max(1, tokens), limits)])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
-from ..messages.requests import LoadReport, WorkerRef
+from ..messages.requests import FillingLoad, LoadReport, WorkerRef
 from ..messages.steps import StepFeatures, attended_pairs
 from .sequence import Sequence
 
@@ -37,13 +37,16 @@ class PrefillShare:
 
 
 def load_report(
-    worker: WorkerRef, engine: "Engine", num_reserved: int, steps: "StepWatch", now: float, num_leaving: int = 0
+    worker: WorkerRef, engine: "Engine", num_reserved: int, steps: "StepWatch", now: float, num_leaving: int = 0, num_filling: int = 0
 ) -> LoadReport:
-    """`num_leaving`: of the handoffs `num_reserved`, those to another worker."""
+    """Of the handoffs `num_reserved`: `num_leaving` go to another worker, `num_filling` are batch work that comes here."""
     scheduler, pool, limits = engine.scheduler, engine.pool, engine.limits
-    decoding, unfinished = list[Sequence](), scheduler.waiting[:]
+    decoding, filling, unfinished = list[Sequence](), list[Sequence](), scheduler.waiting[:]
     for sequence in scheduler.running:
-        (decoding if sequence.is_decoding else unfinished).append(sequence)
+        if sequence.is_decoding:
+            (filling if sequence.fills_in else decoding).append(sequence)
+        else:
+            unfinished.append(sequence)
     work = StepFeatures(
         prefill_tokens=sum(s.num_to_compute for s in unfinished),
         prefill_pairs=sum(attended_pairs(s.num_computed, s.num_to_compute) for s in unfinished),
@@ -69,6 +72,17 @@ def load_report(
         lead_s=0.0 if scheduler.pacer is None else scheduler.pacer.lead_s,
         num_passing=num_leaving + sum(s.hands_off for s in scheduler.waiting) + sum(s.hands_off for s in scheduler.running),
         last_read=tuple((request_id, now - added_at) for request_id, added_at in engine.last_added),
+        filling=_filling_load(filling, [s for s in unfinished if s.fills_in and not s.hands_off], num_filling, pool.num_held, now),
+    )
+
+
+def _filling_load(decoding: list[Sequence], others: list[Sequence], num_coming: int, num_held: int, now: float) -> FillingLoad:
+    """A block that is shared counts for each: all of them would have to be looked at, for every report."""
+    return FillingLoad(
+        num_requests=len(decoding) + len(others) + num_coming,
+        num_decoding=len(decoding),
+        decode_context=sum(len(s.token_ids) for s in decoding),
+        num_blocks=min(num_held, sum(len(s.blocks) for s in (*decoding, *others) if s.due_at > now)),
     )
 
 

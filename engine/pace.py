@@ -157,6 +157,22 @@ class Pacer:
         spare_s, beyond_s = room_s / SPARE_SHARE, room_s - left_s
         return StepRoom(max_tokens, room_s, 1, model, len(decodes), self._padded, spare_s=spare_s, enough=enough, beyond_s=beyond_s)
 
+    def num_beside(self, decodes: Seq[Sequence], filling: Seq[Sequence]) -> int:
+        """How many of `filling`, the first ones, a step takes that does not break the pace of `decodes`: one at least. What decodes have
+        gained is lent to prompts alone."""
+        now, model = self._clock(), self._model()
+        begins_at = now + self._busy_s(now)
+        slack_s = min((self._slack_s(sequence, begins_at) for sequence in decodes), default=math.inf)
+        if math.isinf(slack_s):
+            return len(filling)
+        most_s = min(slack_s, AIM * min(s.request.tpot_slo_s for s in decodes if s.request.tpot_slo_s is not None))
+        context = sum(len(sequence.token_ids) for sequence in decodes)
+        for index, sequence in enumerate(filling):
+            context += len(sequence.token_ids)
+            if model.decode_s(len(decodes) + index + 1, context) > most_s:
+                return max(1, index)
+        return len(filling)
+
     def planned(self, room: StepRoom) -> None:
         """What a step's prompts left of its room is the lead of the next one's decodes. What padding left of the time that decodes did not
         have is the next prompts'."""

@@ -33,7 +33,7 @@ SAMPLE_BYTES = 64 << 10
 DEFAULT_KV_BYTES = 256 << 20      # on the CPU
 STAGING_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}      # where pages for pools of another layout are made
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CALIBRATION_S = 0.25              # to measure steps before anything is served
+CALIBRATION_S = 0.35              # to measure steps before anything is served
 GPU_LAYER_GROUPS = 8               # a push takes the host as long as it takes the GPU to compute a layer or two
 GPU_CALIBRATION_S = 3.0           # whose longest steps take a fifth of a second
 

@@ -32,6 +32,15 @@ class RoleSide(ABC):
         """Of the handoffs, those to another worker."""
         return 0
 
+    def num_filling_handoffs(self) -> int:
+        """Of the handoffs to this one, those of batch work."""
+        return 0
+
+    @property
+    def is_quiet(self) -> bool:
+        """No request is here, no KV on its way, and no link is being measured: who lends blocks for that holds them."""
+        return not self.engine.sequences and not self.engine.pool.num_held and not self.num_handoffs()
+
     @abstractmethod
     def receive_handoff(self, message: Message) -> None: ...
 

@@ -5,9 +5,11 @@ urgency, all under a token budget (SARATHI, OSDI'24, section 4) and, with a Pace
 takes the blocks of the whole prompt at once, so that a prompt under way is never stuck halfway.
 
 Preempted, to compute again later, is who has most slack: the least urgent, when a decode finds no block; batch work, when somebody more
-urgent finds no room. What is handed off is never preempted, for somebody may be writing or reading its pages.
+urgent finds no room. What is handed off is never preempted, for somebody may be writing or reading its pages. Batch work gives steps away,
+too: its decodes take what time the pace of others leaves, all but one none while a prompt is under way whose first token was promised.
 """
 
+import math
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -103,7 +105,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         self._postpone_lost()
         claim, self._claim = self._claim, None
-        decodes = [s for s in self.running if s.is_decoding][: self._max_sequences]
+        decodes = self._decodes()
         preempted = self._secure_blocks(decodes)
         # What was just preempted would only take the blocks back that a decode needs next.
         welcome = [] if preempted else [s for s in self.waiting if claim is None or s.was_admitted or s.due_at < claim.due_at]
@@ -161,6 +163,21 @@ class Scheduler:
     def owes_memory(self, due_at: float) -> bool:
         """A preempted sequence waits to come back that is more urgent than what is due then."""
         return any(sequence.was_admitted and sequence.due_at <= due_at for sequence in self.waiting)
+
+    def _decodes(self) -> list[Sequence]:
+        """Of a step. One of batch work is always among them, that which has waited longest: so all come to an end."""
+        decodes = [s for s in self.running if s.is_decoding][: self._max_sequences]
+        filling = sorted((s for s in decodes if s.fills_in), key=lambda s: s.urgency)
+        if self.pacer is None or len(filling) < 2:
+            return decodes
+        most = 1 if self._has_promised_prompts else self.pacer.num_beside([s for s in decodes if not s.fills_in], filling)
+        left_out = set(filling[most:])
+        return [s for s in decodes if s not in left_out]
+
+    @property
+    def _has_promised_prompts(self) -> bool:
+        under_way = (s for s in self.running if not s.is_decoding)
+        return any(_was_promised(s) for s in (*under_way, *self.waiting[: self._num_places]))
 
     def _postpone_lost(self) -> None:
         lost = [s for s in self.waiting if self.pacer is not None and self.pacer.is_lost(s)]
@@ -290,6 +307,11 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.RUNNING
         insort(self.running, sequence, key=lambda s: s.arrival)
+
+
+def _was_promised(sequence: Sequence) -> bool:
+    """A time for its first token, which can still be kept."""
+    return not (sequence.fills_in or sequence.is_postponed or math.isinf(sequence.ttft_deadline))
 
 
 def _may_yield(sequence: Sequence, due_at: float) -> bool:

@@ -50,6 +50,10 @@ class StepWatch:
         prefill_s = self.model.prefill_s(features.prefill_tokens, features.prefill_pairs, features.num_decoding)
         self.prefill_share.add(prefill_s, ended_at)
 
+    def observe(self, features: StepFeatures, seconds: float) -> None:
+        """A step of nobody's, which was never under way."""
+        self._predictor.observe(features, seconds)
+
     def busy_s(self, now: float) -> float:
         """Until all that are under way have ended, as far as can be foretold."""
         return self._left_s(len(self._under_way), now)

@@ -2,6 +2,7 @@
 
     turn:  receive ─► commands from other threads ─► expire ─► tick (the role's own) ─► launch ─► collect ─► after_step (the role's own)
            ─► tokens out ─► what was computed becomes matchable ─► step times are learned from, if there is time ─► heartbeat
+           ─► if nothing happens for long: a small step to learn from (`idle_refresh.py`)
 
 A step is launched when one may be planned, and collected when its results are there; in between the loop goes on, so that a handoff is
 answered while a GPU computes. On a CPU both happen in one turn.
@@ -27,6 +28,7 @@ from ..messages.membership import Member, Membership
 from ..messages.post import Post
 from ..messages.requests import Abort, FailureKind, GenerateRequest, LinkMeasured, LoadReport, LoadUpdate, RequestFailed, WorkerRef
 from .config import WorkerConfig
+from .idle_refresh import IdleRefresh
 from .load import load_report
 from .outbox import TokenOutbox
 from .pace import Pacer
@@ -90,6 +92,7 @@ class Worker(RoleSide):
         self._active_at = -math.inf                             # when something last came or was computed
         self._num_steps = self.num_preempted = self._num_tokens = 0
         self._steps = StepWatch(self.replica.step_model)
+        self._idle_refresh = IdleRefresh(self.engine, self._steps, clock)
         self._descriptors = self.replica.transport.register(self.replica.pool)
         self.engine.scheduler.pacer = Pacer(
             clock, lambda: self._steps.model, self._steps.busy_s, self.engine.runner.padded_rows
@@ -167,9 +170,12 @@ class Worker(RoleSide):
         is_active = progressed or bool(messages)
         if is_active:
             self._active_at = now
+            self._idle_refresh.put_off(now)
         if self._has_time(now, is_active) or self._steps.num_unlearned > MOST_UNLEARNED:
             self._steps.learn()                    # it takes longer than all else between a step's end or a message and its answer
         self._beat(now)
+        if not is_active and self.is_quiet:
+            self._idle_refresh.look(now)
         return progressed
 
     def _has_time(self, now: float, is_active: bool) -> bool:
@@ -186,7 +192,8 @@ class Worker(RoleSide):
         self.post.send(request.gateway, RequestFailed(request.request_id, kind, message, retryable, self.ref))
 
     def load(self) -> LoadReport:
-        return load_report(self.ref, self.engine, self.num_handoffs(), self._steps, self.clock(), self.num_leaving())
+        handoffs, filling = self.num_handoffs(), self.num_filling_handoffs()
+        return load_report(self.ref, self.engine, handoffs, self._steps, self.clock(), self.num_leaving(), filling)
 
     def _receive(self, message: Message) -> None:
         match message:

@@ -132,6 +132,18 @@ class TokenDelta(Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()   # with the first delta, if asked for: prompt tokens 1, 2, …
 
 
+class FillingLoad(Struct, frozen=True):
+    """Of batch work that gives way to who is more urgent."""
+
+    num_requests: int                         # of a report's num_waiting + num_running + num_reserved - num_passing
+    num_decoding: int
+    decode_context: int                       # tokens that those attend to
+    num_blocks: int                           # that preemption would free
+
+
+NO_FILLING = FillingLoad(0, 0, 0, 0)
+
+
 class LoadReport(Struct, frozen=True):
     """What a router may know of a worker, as of the moment it was sent."""
 
@@ -143,7 +155,7 @@ class LoadReport(Struct, frozen=True):
     num_blocks: int
     num_free_blocks: int                      # free or cached: what could be given to a new request
     block_size: int
-    work: StepFeatures | None = None          # all unfinished prompts and all running decodes, as though one step; None: not told
+    work: StepFeatures | None = None          # all unfinished prompts and all decodes but batch work's, as though one step; None: not told
     queue: tuple[tuple[float, int], ...] = () # (seconds until it is due, prompt tokens) of waiting requests, soonest first
     max_step_tokens: int = 0                  # budget of a step; 0: not told
     prefill_share: float = 0.0                # of the last seconds, what prompts took of this worker's time
@@ -153,6 +165,7 @@ class LoadReport(Struct, frozen=True):
     last_read: tuple[tuple[RequestId, float], ...] = ()        # each gateway's newest that the worker had read, and how long ago, s
     num_passing: int = 0                      # of num_waiting + num_running + num_reserved, what is decoded elsewhere
     lead_s: float = 0.0                       # how far ahead of its pace the tightest decode is once the steps under way have ended
+    filling: FillingLoad = NO_FILLING
 
 
 class StepTokens(Struct, frozen=True, tag=True):

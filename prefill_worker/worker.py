@@ -65,6 +65,10 @@ class PrefillWorker(Worker):
     def num_leaving(self) -> int:
         return len(self._writer)
 
+    @property
+    def is_quiet(self) -> bool:
+        return super().is_quiet and not self._prober.is_probing
+
     def receive_handoff(self, message: Message) -> None:
         if isinstance(message, KVProbeAccept | KVProbeCounted | KVRefuse | KVCancel) and self._prober.receive(message, self.clock()):
             return

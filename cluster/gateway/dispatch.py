@@ -20,7 +20,7 @@ from typing import Protocol
 from ...messages.codec import Message
 from ...messages.errors import DiptychError, Malformed, TooLarge
 from ...messages.ids import RequestId
-from ...messages.membership import Membership
+from ...messages.membership import Membership, Role
 from ...messages.post import Post
 from ...messages.requests import (
     Abort,
@@ -80,6 +80,7 @@ class Dispatcher:
         self._log = DecisionLog() if log is None else log
         self._running: dict[RequestId, Generation] = {}
         self._line: Line[Generation] = Line()
+        self._prefill: frozenset[WorkerRef] = frozenset()      # workers whose role that is
         self.wake_at: Callable[[float], None] = lambda at: None        # on `clock`; a later call may name a sooner moment
 
     @property
@@ -124,6 +125,7 @@ class Dispatcher:
         """What ran on a life that is gone is routed anew at once."""
         if not self._loads.set_membership(membership, self._clock()):
             return
+        self._prefill = frozenset(member.ref for member in membership.workers if member.role is Role.PREFILL)
         self._post.update_members({member.ref.address for member in membership.workers})
         self._line.news()
         self.watch()
@@ -225,9 +227,9 @@ class Dispatcher:
 
     def _send(self, generation: Generation, route: Route, now: float) -> None:
         self._line.remove(generation)
-        request = generation.start_attempt(route, self._post.address, now)
+        request = generation.start_attempt(route, self._post.address, now, is_alone=route.decode in self._prefill)
         self._running[request.request_id] = generation
-        self._loads.sent(request.request_id, route, len(request.token_ids), now)
+        self._loads.sent(request.request_id, route, len(request.token_ids), now, request.service_class)
         try:
             self._post.send(route.first.address, request)
         except TooLarge as error:

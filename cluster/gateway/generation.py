@@ -163,16 +163,14 @@ class Generation:
             arrived_at=self.arrived_at,
             may_be_late=self.num_attempts > 0 or self.prompt.service_class is ServiceClass.BATCH,
             path=self.prompt.path,
+            service_class=self.prompt.service_class,
         )
 
-    def start_attempt(self, route: Route, gateway: Address, now: float) -> GenerateRequest:
-        """The next attempt continues after what has been delivered, with the same seed."""
+    def start_attempt(self, route: Route, gateway: Address, now: float, *, is_alone: bool = False) -> GenerateRequest:
+        """The next attempt continues after what has been delivered, with the same seed. `is_alone`: a prefill worker is to decode."""
         self.num_attempts += 1
         self.route = route
-        if route.prefill is not None:
-            self.path = Path.SPLIT
-        else:
-            self.path = Path.ALONE if self.prompt.path is Path.ALONE else Path.LOCAL
+        self.path = Path.SPLIT if route.prefill is not None else Path.ALONE if is_alone else Path.LOCAL
         request_id = RequestId(f"{self.prompt.name}-{self.num_attempts}")
         self.attempt = Attempt(request_id, route, InOrder(len(self.outputs)), progress_at=now)
         self.move(GenerationState.RUNNING)

@@ -37,6 +37,9 @@ class Work(Struct, frozen=True, gc=False):
     num_outputs: float                        # expected
     ttft_slack_s: float                       # until the first token is due; infinite without an objective
     tpot_s: float = math.inf                  # promised
+    waited_s: float = 0.0                     # at its gateway
+    fills_in: bool = False                    # batch work: it meets other batch work, too
+    left_free_s: float = math.inf             # a token's time that others are to find possible where this request decodes
 
 
 class Inflow(Struct, frozen=True, gc=False):
@@ -257,21 +260,33 @@ def _in_the_long_run(
 
 
 def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> DecodeSide:
-    model, count = worker.step_model or PRIOR, float(worker.num_decoding)
+    model, (count, context, most) = worker.step_model or PRIOR, _met(worker, work)
     own_context = work.num_tokens + work.num_outputs / 2
-    known = worker.num_requests - worker.num_passing - count
+    known = most - count
     return DecodeSide(
         model=model,
         num_decoding=count,
-        life_s=work.num_outputs * model.decode_s(count, worker.decode_context),
+        life_s=work.num_outputs * model.decode_s(count, context),
         num_joining=known if known > inflow.num_joining else inflow.num_joining,
-        context_each=worker.decode_context / count if count else own_context,
+        context_each=context / count if count else own_context,
         own_context=own_context,
         prefill_share=worker.prefill_share,
         waiting_tokens=worker.num_waiting_tokens,
         waiting_pairs=worker.prefill_pairs,
         tpot_s=work.tpot_s,
     )
+
+
+def _met(worker: WorkerLoad, work: Work) -> tuple[float, float, float]:
+    """Decodes that are there, what they attend to, and how many they are with all that are known to come: without batch work, which gives
+    way to them; for batch work, with it."""
+    most = float(worker.num_requests - worker.num_passing)
+    if not worker.num_filling:
+        return float(worker.num_decoding), worker.decode_context, most
+    if not work.fills_in:
+        return float(worker.num_decoding), worker.decode_context, most - worker.num_filling
+    filling = worker.filling
+    return float(worker.num_decoding + filling.num_decoding), worker.decode_context + filling.decode_context, most
 
 
 def estimate_decode(side: DecodeSide, joins_in_s: float, local_prefill_s: float) -> DecodeEstimate:
@@ -293,10 +308,11 @@ def estimate_decode(side: DecodeSide, joins_in_s: float, local_prefill_s: float)
 def steps_of(worker: WorkerLoad, work: Work, pairs_each: float, num_tokens: float) -> Steps:
     """`pairs_each`: what a prompt token attends to. `num_tokens`: of all prompts, the most that a step can hold if no budget was told."""
     model = worker.step_model or PRIOR
-    num_decoding, count, shared_s, room_s = float(worker.num_decoding), 0.0, model.base_s, math.inf
+    num_decoding, context, most = _met(worker, work)
+    count, shared_s, room_s = 0.0, model.base_s, math.inf
     if num_decoding:
-        count = (num_decoding + (worker.num_requests - worker.num_passing)) / 2.0            # those that are known to come do so on the way
-        shared_s = model.decode_s(count, worker.decode_context * count / num_decoding)
+        count = (num_decoding + most) / 2.0                      # those that are known to come do so on the way
+        shared_s = model.decode_s(count, context * count / num_decoding)
         room_s = beside_s(shared_s, work.tpot_s)
     budget = worker.max_step_tokens - num_decoding if worker.max_step_tokens else num_tokens
     return Steps(

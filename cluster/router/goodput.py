@@ -12,6 +12,9 @@ is priced STEEPNESS**load, so a worker near its limit is dear and an idle one ne
 same load. (Exponential prices on loads are what makes online assignment competitive: Aspnes, Azar, Fiat, Plotkin, Waarts, "On-line routing
 of virtual circuits with applications to load balancing and machine scheduling", JACM 1997.)
 
+Batch work counts for itself alone: workers have it give way to all others. What priority requests are promised a token is left free by
+default ones, for as long as there are some: who is promised less would otherwise fill steps until nobody who is promised more finds room.
+
 Of a pool larger than ALL_UP_TO, two workers are drawn for each request, and one that holds the longest prefix of the prompt is added if
 neither does: gateways that share a stale view do not all run to the same worker.
 """
@@ -23,7 +26,9 @@ from collections.abc import Sequence
 from msgspec import Struct, structs
 
 from ...engine.pace import AIM, beside_s
-from ...messages.requests import Route, WorkerRef
+from ...engine.predictor import PRIOR
+from ...engine.urgency import NO_OBJECTIVE_S
+from ...messages.requests import Route, ServiceClass, WorkerRef
 from .estimate import NOTHING, DecodeSide, Inflow, PrefillEstimate, Work, blocks_at_end, decode_side, estimate_decode, estimate_prefill
 from .flow import Flow
 from .policy import (
@@ -46,6 +51,7 @@ STEEPNESS = 50.0
 PATIENCE_S = 0.04                             # so long a request waits at its gateway for room: longer ones come to the workers in a hurry
 MAX_LOAD = 4.0                                # loads beyond are equally hopeless
 FIRST_OUTPUTS_GUESS = 128.0                   # tokens, until an answer has ended
+PRIORITY_MEMORY_S = 30.0                      # for so long what a priority request was promised a token is kept free for the next one
 NO_TTFT_SCALE_S = 1.0                         # what queues are measured against without an objective
 NO_TPOT_SCALE_S = 0.05
 MIN_RETRY_AFTER_S = 0.1
@@ -66,12 +72,15 @@ class Goodput:
         self._index = index or PrefixIndex()
         self._random = random.Random(options.seed)
         self._flows = {"prefill": Flow(), "decode": Flow()}      # prompt tokens sent to be computed in each pool
+        self._priority_tpot_s, self._priority_until = math.inf, -math.inf
 
     def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision:
         return self.decide(request, view, now).decision
 
     def decide(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
         hashes = _hashes(request, view)
+        if request.service_class is ServiceClass.PRIORITY:
+            self._remember_priority(request.objectives.tpot_s, now)
         explanation, stays = self._explain(request, view, now, hashes)
         decision = explanation.decision
         if isinstance(decision, Route):
@@ -84,15 +93,21 @@ class Goodput:
         """What `choose` would say and why (on another sample of the pools); nothing is remembered."""
         return self._explain(request, view, now, _hashes(request, view))[0]
 
+    def _remember_priority(self, tpot_s: float | None, now: float) -> None:
+        if tpot_s is not None and (now >= self._priority_until or tpot_s <= self._priority_tpot_s):
+            self._priority_tpot_s, self._priority_until = tpot_s, now + PRIORITY_MEMORY_S
+
     def _explain(
         self, request: RoutingRequest, view: ClusterView, now: float, hashes: Sequence[int]
     ) -> tuple[Explanation, bool]:
         """And whether a prefill worker is to decode the answer, too."""
         work = _work(request, view, now)
+        if request.service_class is ServiceClass.DEFAULT and now < self._priority_until:
+            work = structs.replace(work, left_free_s=self._priority_tpot_s)
         if (missing := what_is_missing(request, view)) is not None:
             return Explanation(Queue(missing), (), work.num_outputs, work.ttft_slack_s), False
         predictions, stays = self._predictions(request, work, view, now, hashes)
-        decision = self._decide(request, work, predictions)
+        decision = self._decide(request, work, predictions, view)
         return Explanation(decision, tuple(predictions), work.num_outputs, work.ttft_slack_s), stays
 
     def _predictions(
@@ -162,7 +177,7 @@ class Goodput:
         one, other = int(self._random.random() * len(workers)), int(self._random.random() * (len(workers) - 1))
         return [workers[one], workers[other + (other >= one)]]
 
-    def _decide(self, request: RoutingRequest, work: Work, predictions: list[Prediction]) -> Decision:
+    def _decide(self, request: RoutingRequest, work: Work, predictions: list[Prediction], view: ClusterView) -> Decision:
         if not predictions:
             return Refuse(f"every worker has {self._options.max_requests_per_worker} requests or more", FULL_RETRY_AFTER_S)
         if predictions[0].keeps_both:
@@ -172,13 +187,14 @@ class Goodput:
         soonest = min(predictions, key=lambda each: each.ttft_s)
         if not any(each.keeps_ttft for each in predictions):
             late_s = soonest.ttft_s - work.ttft_slack_s
-            due, soonest_at = _ms(work.ttft_slack_s), _ms(soonest.ttft_s)
-            text = f"the first token is due in {due} and expected in {soonest_at} at the soonest, which leaves too little to spare"
-            return Refuse(text, max(MIN_RETRY_AFTER_S, late_s))
-        best_s = min(each.tpot_s for each in predictions)
+            return Refuse(_why_late(work, soonest), max(MIN_RETRY_AFTER_S, late_s))
+        if (least_s := _least_tpot_s(request, work, view)) > work.tpot_s:
+            text = f"a token takes {_ms(least_s)} even where nobody else is served; {_ms(work.tpot_s)} were asked for"
+            return Refuse(text, FULL_RETRY_AFTER_S)
+        in_time = [each for each in predictions if each.keeps_ttft]
+        best_s = min(each.tpot_s for each in in_time)
         retry_after_s = _room_in_s(request, work, best_s)
-        text = f"nobody has room and keeps {_ms(request.objectives.tpot_s)} a token; the best is {_ms(best_s)}"
-        useful_s = _patience_s(request, work, soonest)
+        text, useful_s = _why_no_room(work, best_s, in_time), _patience_s(request, work, soonest)
         return Queue(text, useful_s, retry_after_s) if useful_s > 0 else Refuse(text, retry_after_s)
 
 
@@ -197,6 +213,7 @@ class _Target(Struct, frozen=True):
 
     ref: WorkerRef
     side: DecodeSide
+    left_free_s: float
     memory: float
     cost: float                               # of memory
     fits: bool
@@ -216,13 +233,16 @@ def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: P
 
 def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow) -> _Target:
     promised_s, needed, error = request.objectives.tpot_s, blocks_at_end(worker, work), _error(worker)
-    memory = (worker.num_blocks - worker.num_free_blocks + needed) / worker.num_blocks
+    freeable = 0 if work.fills_in else worker.filling.num_blocks
+    free = worker.num_free_blocks + freeable
+    memory = (worker.num_blocks - free + needed) / worker.num_blocks
     return _Target(
         ref=worker.ref,
         side=decode_side(worker, work, inflow),
+        left_free_s=_left_free_s(worker, work, error),
         memory=memory,
-        cost=worker.tp * _rise(worker.used_share, memory),
-        fits=needed + worker.num_decoding <= worker.num_free_blocks,
+        cost=worker.tp * _rise(1 - free / worker.num_blocks, memory),
+        fits=needed + worker.num_decoding <= free,
         scale_s=promised_s or NO_TPOT_SCALE_S,
         most_s=math.inf if promised_s is None or work.num_outputs <= 1 else promised_s / (1 + error),
         num_steps=work.num_outputs - 1 if work.num_outputs > 2 else 1.0,
@@ -231,12 +251,21 @@ def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inf
     )
 
 
+def _left_free_s(worker: WorkerLoad, work: Work, error: float) -> float:
+    """Nothing, where those for whom it is could not be served if they were alone."""
+    if work.left_free_s == math.inf:
+        return math.inf
+    alone_s = (worker.step_model or PRIOR).decode_s(1.0, work.num_tokens) * (1 + error)
+    return work.left_free_s if alone_s + beside_s(alone_s, work.left_free_s) <= work.left_free_s else math.inf
+
+
 def _predict(target: _Target, source: _Source, kv_arrival_s: float) -> Prediction:
     is_local, ttft_s = source.ref is target.ref, source.ttft_s
     estimate = estimate_decode(target.side, kv_arrival_s, source.own_s if is_local else 0.0)
     joining_s = (kv_arrival_s - ttft_s) / target.num_steps
     step_cost = target.tp * _rise(estimate.before_s / target.scale_s, (estimate.after_s + joining_s) / target.scale_s)
     tpot_s = estimate.tpot_s + joining_s
+    keeps_tpot = target.fits and (tpot_s <= target.most_s or _keeps_pace(target, estimate.alone_s, joining_s, target.side.tpot_s))
     return Prediction(
         route=Route(decode=target.ref, prefill=None if is_local else source.ref),
         ttft_s=ttft_s,
@@ -245,14 +274,14 @@ def _predict(target: _Target, source: _Source, kv_arrival_s: float) -> Predictio
         memory=target.memory,
         cost=source.cost + step_cost + target.cost,
         keeps_ttft=source.keeps_ttft,
-        keeps_tpot=target.fits and (tpot_s <= target.most_s or _keeps_pace(target, estimate.alone_s, joining_s)),
+        keeps_tpot=keeps_tpot and (target.left_free_s == math.inf or _keeps_pace(target, estimate.alone_s, 0.0, target.left_free_s)),
     )
 
 
-def _keeps_pace(target: _Target, alone_s: float, joining_s: float) -> bool:
+def _keeps_pace(target: _Target, alone_s: float, joining_s: float, tpot_s: float) -> bool:
     """Whatever prompts take more than predicted, the pace takes from the next ones: only decodes alone can break the promise."""
     alone_s *= 1 + target.error
-    return alone_s + beside_s(alone_s, target.side.tpot_s) + joining_s <= target.side.tpot_s
+    return alone_s + beside_s(alone_s, tpot_s) + joining_s <= tpot_s
 
 
 def _rank(prediction: Prediction) -> tuple[bool, float]:
@@ -270,6 +299,31 @@ def _beside_its_prompts(worker: WorkerLoad) -> WorkerLoad:
     return structs.replace(worker, num_free_blocks=worker.num_free_blocks - math.ceil(waiting / worker.block_size))
 
 
+def _least_tpot_s(request: RoutingRequest, work: Work, view: ClusterView) -> float:
+    """Of a worker that has nothing else to do. It is asked only of what would be refused."""
+    if request.objectives.tpot_s is None or work.num_outputs <= 1:
+        return 0.0
+    context = work.num_tokens + work.num_outputs / 2
+    return min((worker.step_model or PRIOR).decode_s(1, context) for worker in (*view.decode, *view.prefill))
+
+
+def _why_late(work: Work, soonest: Prediction) -> str:
+    soonest_at = f"expected in {_ms(soonest.ttft_s)} at the soonest"
+    if work.ttft_slack_s <= 0:
+        return f"the first token was due {_ms(-work.ttft_slack_s)} ago and is {soonest_at}"
+    spare = "" if soonest.ttft_s > work.ttft_slack_s else ", which leaves too little to spare"
+    return f"the first token is due in {_ms(work.ttft_slack_s)} and {soonest_at}{spare}"
+
+
+def _why_no_room(work: Work, best_s: float, in_time: list[Prediction]) -> str:
+    asked, best = _ms(work.tpot_s), _ms(best_s)
+    if best_s > work.tpot_s:
+        return f"nobody in time keeps {asked} a token; the best is {best}"
+    if (least := min(each.memory for each in in_time)) > 1:
+        return f"nobody in time has memory for it: {least:.0%} of the KV pool would be in use"
+    return f"nobody in time has room to be sure of {asked} a token; {best} are expected"
+
+
 def _room_in_s(request: RoutingRequest, work: Work, best_s: float) -> float:
     """Until so many sequences have ended that steps are short enough: they end evenly over the life of an answer."""
     if request.objectives.tpot_s is None:
@@ -280,8 +334,8 @@ def _room_in_s(request: RoutingRequest, work: Work, best_s: float) -> float:
 def _patience_s(request: RoutingRequest, work: Work, soonest: Prediction) -> float:
     """How much longer it may wait for room; zero or less: no longer. Who was promised no first token has time."""
     if request.objectives.ttft_s is None:
-        return math.inf
-    waited_s = request.objectives.ttft_s - work.ttft_slack_s
+        return max(0.0, NO_OBJECTIVE_S - work.waited_s)
+    waited_s = work.waited_s
     left_s = min(PATIENCE_S - waited_s, work.ttft_slack_s - soonest.ttft_s)
     return left_s if left_s > CLOCK_TICK_S else 0.0
 
@@ -312,7 +366,8 @@ def _work(request: RoutingRequest, view: ClusterView, now: float) -> Work:
     waited_s = 0.0 if request.arrived_at is None else now - request.arrived_at
     slack_s = math.inf if request.objectives.ttft_s is None else request.objectives.ttft_s - waited_s
     tpot_s = math.inf if request.objectives.tpot_s is None else request.objectives.tpot_s
-    return Work(len(request.token_ids), expected if expected > 1 else 1.0, slack_s, tpot_s)
+    is_batch = request.service_class is ServiceClass.BATCH
+    return Work(len(request.token_ids), expected if expected > 1 else 1.0, slack_s, tpot_s, waited_s, is_batch)
 
 
 def _hashes(request: RoutingRequest, view: ClusterView) -> list[int]:
@@ -330,5 +385,6 @@ def _num_cached(worker: WorkerLoad, num_known: int, work: Work) -> int:
     return num_whole if num_whole < most else most
 
 
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.0f} ms"
+def _ms(seconds: float) -> str:
+    milliseconds = seconds * 1e3
+    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.3g} ms"

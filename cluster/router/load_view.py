@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from ...messages.ids import RequestId
 from ...messages.membership import Member, Membership, Role
-from ...messages.requests import LoadReport, Route, WorkerRef
+from ...messages.requests import NO_FILLING, LoadReport, Route, ServiceClass, WorkerRef
 from ...messages.steps import StepFeatures, attended_pairs
 from .policy import ClusterView, Path, WorkerLoad
 
@@ -42,10 +42,12 @@ class _Sent(Struct, frozen=True):
     num_blocks: int
     num_pairs: int
     is_passing: bool
+    fills_in: bool                            # and is decoded there
 
 
-def _sent(now: float, num_tokens: int, block_size: int, is_passing: bool = False) -> _Sent:
-    return _Sent(now, num_tokens, -(-num_tokens // block_size), attended_pairs(0, num_tokens), is_passing)
+def _sent(now: float, num_tokens: int, block_size: int, service_class: ServiceClass, is_passing: bool = False) -> _Sent:
+    fills_in = service_class is ServiceClass.BATCH and not is_passing
+    return _Sent(now, num_tokens, -(-num_tokens // block_size), attended_pairs(0, num_tokens), is_passing, fills_in)
 
 
 class _Outstanding:
@@ -53,7 +55,7 @@ class _Outstanding:
 
     def __init__(self) -> None:
         self._each: dict[RequestId, _Sent] = {}
-        self.num_tokens = self.num_blocks = self.num_pairs = self.num_passing = 0
+        self.num_tokens = self.num_blocks = self.num_pairs = self.num_passing = self.num_filling = 0
 
     def __len__(self) -> int:
         return len(self._each)
@@ -91,6 +93,7 @@ class _Outstanding:
         self.num_blocks += sign * sent.num_blocks
         self.num_pairs += sign * sent.num_pairs
         self.num_passing += sign * sent.is_passing
+        self.num_filling += sign * sent.fills_in
 
 
 @dataclass
@@ -124,6 +127,7 @@ class _Worker:
         work = report.work if report and report.work else NO_WORK
         num_reported = report.num_waiting + report.num_running + report.num_reserved if report else 0
         free = report.num_free_blocks if report else self.member.num_blocks
+        filling = report.filling if report else NO_FILLING
         self.load = WorkerLoad(
             ref=self.member.ref,
             num_requests=num_reported + len(sent) + len(expected),
@@ -137,7 +141,7 @@ class _Worker:
             queue=report.queue if report else (),
             max_step_tokens=report.max_step_tokens if report else 0,
             num_sent_tokens=sent.num_tokens,
-            num_expected=len(expected),
+            num_expected=len(expected) - expected.num_filling,
             num_passing=(report.num_passing if report else 0) + sent.num_passing,
             prefill_share=report.prefill_share if report else 0.0,
             step_model=report.step_model if report else None,
@@ -148,6 +152,8 @@ class _Worker:
             sent_at=sent.first_at,
             message_s=self.round_trip_s / 2,
             tp=self.member.tp,
+            num_filling=filling.num_requests + sent.num_filling + expected.num_filling,
+            filling=filling,
         )
         return self.load
 
@@ -192,14 +198,16 @@ class LoadView:
             worker.read(report.last_read, now)
             worker.sent.report(now)
 
-    def sent(self, request_id: RequestId, route: Route, num_tokens: int, now: float) -> None:
+    def sent(
+        self, request_id: RequestId, route: Route, num_tokens: int, now: float, service_class: ServiceClass = ServiceClass.DEFAULT
+    ) -> None:
         """A request with `num_tokens` to prefill has left for `route`."""
         if first := self._workers.get(route.first):
-            first.sent.add(request_id, _sent(now, num_tokens, first.member.block_size, is_passing=route.prefill is not None))
+            first.sent.add(request_id, _sent(now, num_tokens, first.member.block_size, service_class, is_passing=route.prefill is not None))
             first.changed()
         decode = self._workers.get(route.decode)
         if route.prefill is not None and decode is not None:
-            decode.expected.add(request_id, _sent(now, num_tokens, decode.member.block_size))
+            decode.expected.add(request_id, _sent(now, num_tokens, decode.member.block_size, service_class))
             decode.changed()
 
     def arrived(self, request_id: RequestId, route: Route) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from ...messages.requests import Route, WorkerRef
+from ...messages.requests import NO_FILLING, FillingLoad, Route, ServiceClass, WorkerRef
 from ...messages.steps import StepModel
 
 LEAST_OBJECTIVE_MS = 1e-3                     # policies divide by objectives
@@ -46,6 +46,7 @@ class RoutingRequest(Struct, frozen=True):
     arrived_at: float | None = None           # policy's clock: what the TTFT objective counts from; None: now
     may_be_late: bool = False                 # it is not refused for an objective that cannot be met (any more)
     path: Path | None = None                  # asked for; None: the policy's to choose
+    service_class: ServiceClass = ServiceClass.DEFAULT
 
 
 class WorkerLoad(Struct, frozen=True):
@@ -58,12 +59,12 @@ class WorkerLoad(Struct, frozen=True):
     num_free_blocks: int
     block_size: int                           # tokens
     prefill_pairs: int = 0                    # of num_waiting_tokens, with what they attend to
-    num_decoding: int = 0                     # of num_requests, as of the report
+    num_decoding: int = 0                     # of num_requests, as of the report; without batch work
     decode_context: int = 0                   # tokens that those attend to
     queue: tuple[tuple[float, int], ...] = () # (seconds from the report until it is due, prompt tokens) of what waits, soonest first
     max_step_tokens: int = 0                  # 0: not told
     num_sent_tokens: int = 0                  # of num_waiting_tokens, what this gateway sent and no report shows
-    num_expected: int = 0                     # of num_requests, what this gateway sent and others prefill
+    num_expected: int = 0                     # of num_requests, what this gateway sent and others prefill; without batch work
     num_passing: int = 0                      # of num_requests, what is decoded elsewhere
     prefill_share: float = 0.0                # of this worker's time, lately
     step_model: StepModel | None = None
@@ -74,6 +75,8 @@ class WorkerLoad(Struct, frozen=True):
     sent_at: float | None = None              # policy's clock: the first of num_sent_tokens; None: there are none
     message_s: float = 0.0                    # one way, to the worker or from it
     tp: int = 1                               # GPUs that it is
+    num_filling: int = 0                      # of num_requests - num_passing: batch work, which gives way to all others
+    filling: FillingLoad = NO_FILLING         # of that, as of the report
 
     @property
     def used_share(self) -> float:

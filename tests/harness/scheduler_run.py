@@ -1,11 +1,12 @@
 """A scheduler driven through jobs: random ones, whose every plan is checked, or a few by example."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from diptych.engine import scheduler
 from diptych.engine.block_pool import BlockPool
-from diptych.engine.pace import Pacer
+from diptych.engine.pace import AIM, Pacer
 from diptych.engine.predictor import features_of
 from diptych.engine.scheduler import Scheduler, StepPlan
 from diptych.engine.sequence import Sequence, SequenceState
@@ -15,7 +16,7 @@ from diptych.messages.steps import StepModel
 
 HERE = Route(WorkerRef(WorkerId("decode-0"), Epoch(1), Address("fake://d")))
 BLOCK_SIZE = 4
-COST = StepModel(base_s=5e-3, prefill_token_s=1e-3, prefill_pair_s=1e-5, decode_sequence_s=1e-4, decode_context_s=1e-5)
+COST = StepModel(base_s=5e-3, prefill_token_s=1e-3, prefill_pair_s=1e-5, decode_sequence_s=1e-4, decode_context_s=1e-5, error=0.0)
 BATCH, PRIORITY = ServiceClass.BATCH, ServiceClass.PRIORITY
 
 
@@ -62,10 +63,11 @@ class Run:
             self.arrive_and_leave(step)
             waiting = list(self.scheduler.waiting)
             decoding = [s for s in self.scheduler.running if s.is_decoding]
+            promised = [s for s in [*waiting, *self.scheduler.running] if self.was_promised(s)]
             may_preempt = self.scheduler.may_preempt or not self.scheduler.can_grow_all
             plan = self.scheduler.schedule()
             assert may_preempt or not plan.preempted, "an engine that runs ahead would not have asked"
-            self.check(plan, waiting, decoding)
+            self.check(plan, waiting, decoding, promised)
             self.compute(plan)
             self.now += COST.step_s(features_of(plan))
             step += 1
@@ -109,14 +111,22 @@ class Run:
             return
         self.sequences[number] = sequence
 
-    def check(self, plan: StepPlan, waiting: list[Sequence], decoding: list[Sequence]) -> None:
+    def was_promised(self, sequence: Sequence) -> bool:
+        """And its first token is still to come."""
+        return not sequence.fills_in and not sequence.is_decoding and sequence.ttft_deadline < float("inf")
+
+    def check(self, plan: StepPlan, waiting: list[Sequence], decoding: list[Sequence], promised: list[Sequence]) -> None:
         machine, in_plan = self.machine, [chunk.sequence for chunk in plan.chunks]
         self.num_preempted += len(plan.preempted)
         assert len(set(map(id, in_plan))) == len(in_plan) <= machine.max_sequences
         assert len(self.scheduler.running) <= machine.max_sequences
 
-        # Decodes never starve: each is in the plan, or was preempted by an earlier one.
-        assert [s for s in decoding if s not in plan.preempted] == in_plan[: len(decoding) - sum(s in plan.preempted for s in decoding)]
+        # Decodes never starve: each is in the plan, or was preempted by an earlier one, or is batch work that gives way.
+        left_out = [s for s in decoding if s not in in_plan and s not in plan.preempted]
+        stayed = [s for s in decoding if s in in_plan]
+        assert stayed == in_plan[: len(stayed)]
+        if left_out:
+            self.check_left_out(left_out, decoding, plan, promised)
         # Prompts: within what decodes leave of the budget, but for one token that they always get.
         prompts = [chunk for chunk in plan.chunks if chunk.sequence not in decoding]
         room = max(1, machine.max_step_tokens - (len(plan.chunks) - len(prompts)))
@@ -131,6 +141,20 @@ class Run:
             assert chunk.end <= len(chunk.sequence.blocks) * BLOCK_SIZE
         self.check_order(plan, waiting)
         self.check_blocks()
+
+    def check_left_out(self, left_out: list[Sequence], decoding: list[Sequence], plan: StepPlan, promised: list[Sequence]) -> None:
+        """For a first token that was promised, or for the pace of others, which one more would break; never who has waited longest."""
+        filling = sorted((s for s in decoding if s.fills_in), key=lambda s: s.urgency)
+        first = min(left_out, key=lambda s: s.urgency)
+        assert all(s.fills_in for s in left_out)
+        assert filling[0] is not first
+        assert all(chunk.sequence.urgency < first.urgency for chunk in plan.chunks if chunk.sequence in filling)
+        if not promised:
+            pacer, others = self.scheduler.pacer, [s for s in decoding if not s.fills_in]
+            assert pacer is not None
+            taken = [*others, *filling[: filling.index(first) + 1]]
+            most_s = min(min(pacer._slack_s(s, self.now), AIM * (s.request.tpot_slo_s or math.inf)) for s in others)
+            assert COST.decode_s(len(taken), sum(len(s.token_ids) for s in taken)) > most_s
 
     def check_order(self, plan: StepPlan, waiting: list[Sequence]) -> None:
         """Whoever was let in was more urgent than all who stayed out. Whoever was put out, for a decode: has more slack than all who

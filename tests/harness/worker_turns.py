@@ -6,7 +6,7 @@ from diptych.engine.worker import Worker
 from diptych.messages.codec import Message
 from diptych.messages.ids import Address, RequestId, WorkerId
 from diptych.messages.membership import Role
-from diptych.messages.requests import GenerateRequest, LoadUpdate, Route, SamplingParams
+from diptych.messages.requests import GenerateRequest, LoadUpdate, Route, SamplingParams, ServiceClass
 
 PROMPT = list(range(10))
 ROLES = [WorkerId("prefill-0"), WorkerId("decode-0")]
@@ -18,7 +18,14 @@ def route_to(cluster: FakeCluster, worker: Worker) -> Route:
     return Route(cluster.workers[WorkerId("decode-0")].ref, worker.ref)
 
 
-def ask(cluster: FakeCluster, route: Route, name: str = "r", prompt: list[int] = PROMPT, gateway: str | None = None) -> GenerateRequest:
+def ask(
+    cluster: FakeCluster,
+    route: Route,
+    name: str = "r",
+    prompt: list[int] = PROMPT,
+    gateway: str | None = None,
+    service_class: ServiceClass = ServiceClass.DEFAULT,
+) -> GenerateRequest:
     asked = GenerateRequest(
         request_id=RequestId(name),
         gateway=Address(gateway) if gateway else cluster.gateway.address,
@@ -26,6 +33,7 @@ def ask(cluster: FakeCluster, route: Route, name: str = "r", prompt: list[int] =
         sampling=SamplingParams(max_tokens=4, seed=0, temperature=0.0),
         route=route,
         timeout_s=100.0,
+        service_class=service_class,
     )
     cluster.gateway.send(route.first.address, asked)
     return asked

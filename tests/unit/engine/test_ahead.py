@@ -18,9 +18,11 @@ from diptych.kvtransfer.fake import FakeFabric
 from diptych.kvtransfer.transport import KVPool
 from diptych.messages.ids import Address, BlockId, Epoch, RequestId, WorkerId
 from diptych.messages.requests import FinishReason, GenerateRequest, Route, SamplingParams, ServiceClass, TokenDelta, WorkerRef
+from diptych.messages.steps import StepModel
 
 BLOCK_SIZE = 4
 SENTINEL = -77
+SLOW = StepModel(0.5, 1e-3, 1e-5, 0.3, 1e-3)                # two decodes take longer than some are promised
 HERE = Route(WorkerRef(WorkerId("decode-0"), Epoch(1), Address("fake://d")))
 
 
@@ -33,6 +35,8 @@ class Visit:
     stops_after: int | None         # outputs
     batch: bool
     hands_off: bool
+    ttft: float | None = None
+    tpot: float | None = None
 
 
 visits = st.builds(
@@ -44,6 +48,8 @@ visits = st.builds(
     stops_after=st.none() | st.integers(1, 6),
     batch=st.booleans(),
     hands_off=st.booleans(),
+    ttft=st.sampled_from([None, 1e6]),
+    tpot=st.sampled_from([None, 0.3, 1.5]),
 )
 
 
@@ -68,8 +74,8 @@ def stop_tokens(visit: Visit) -> tuple[int, ...]:
 def request(index: int, visit: Visit) -> GenerateRequest:
     params = SamplingParams(max_tokens=visit.max_tokens, seed=0, stop_token_ids=stop_tokens(visit))
     kind = ServiceClass.BATCH if visit.batch else ServiceClass.DEFAULT
-    prompt = tuple(visit.prompt)
-    return GenerateRequest(RequestId(str(index)), Address("fake://g"), prompt, params, HERE, timeout_s=1e9, service_class=kind)
+    name, promised = RequestId(str(index)), {"ttft_slo_s": visit.ttft, "tpot_slo_s": visit.tpot}
+    return GenerateRequest(name, Address("fake://g"), tuple(visit.prompt), params, HERE, 1e9, service_class=kind, **promised)
 
 
 @dataclass
@@ -93,10 +99,13 @@ class Stranger:
 
 
 @settings(max_examples=120)
-@given(st.lists(visits, min_size=1, max_size=7), st.integers(7, 20), st.integers(2, 12), st.sets(st.integers(0, 40)))
-def test_any_visits(stays: list[Visit], num_blocks: int, max_step_tokens: int, looks: set[int]) -> None:
+@given(st.lists(visits, min_size=1, max_size=7), st.integers(7, 20), st.integers(2, 12), st.sets(st.integers(0, 40)), st.booleans())
+def test_any_visits(stays: list[Visit], num_blocks: int, max_step_tokens: int, looks: set[int], paced: bool) -> None:
     """`looks`: turns in which the step before is collected while one is being launched, as soon as it has been computed."""
     engine, pool, _ = make_engine(num_blocks, max_step_tokens)
+    now = 0.0
+    if paced:
+        engine.scheduler.pacer = Pacer(lambda: now, lambda: SLOW)
     stranger, tokens = Stranger(engine, pool), {str(i): [] for i in range(len(stays))}
     parked: list[Sequence] = []
 
@@ -105,6 +114,7 @@ def test_any_visits(stays: list[Visit], num_blocks: int, max_step_tokens: int, l
             parked.extend(_collect(engine, tokens))
 
     for turn in range(600):
+        now = float(turn)
         stranger.go()
         stranger.come()
         for i, visit in enumerate(stays):

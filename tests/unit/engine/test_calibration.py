@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from diptych.engine.calibration import calibrate, warm_up
+from diptych.engine.calibration import MOST_RUNS, RUNS, calibrate, warm_up
 from diptych.engine.engine import EngineLimits
 from diptych.engine.fake_runner import FakeRunner, fake_layout
 from diptych.engine.model_runner import ChunkOutput, SyncRunner
@@ -24,10 +24,13 @@ class TimedRunner(SyncRunner):
     truth: StepModel = TRUTH
     now: float = 0.0
     seen: set[StepFeatures] = field(default_factory=set)
+    held_up: int = 1               # all but each third step take so many times as long
+    num_steps: int = 0
 
     def execute(self, plan: StepPlan, on_layer: object) -> list[ChunkOutput]:
         features = features_of(plan)
-        self.now += self.truth.step_s(features) * (1 if features in self.seen else 10)
+        self.num_steps += 1
+        self.now += self.truth.step_s(features) * (1 if features in self.seen else 10) * (self.held_up if self.num_steps % 3 else 1)
         self.seen.add(features)
         return [ChunkOutput(None) for _ in plan.chunks]
 
@@ -41,6 +44,23 @@ def test_what_was_measured_is_predicted(step, truth):
     model = calibrate(runner, LIMITS, lambda: runner.now, budget_s=1000.0)
     assert model.step_s(step) == pytest.approx(truth.step_s(step), rel=0.05)
     assert model.error < 0.05
+
+
+def test_of_short_steps_the_shortest_of_several_runs_counts():
+    """For who calibrates beside others is held up now and then."""
+    runner = TimedRunner(held_up=4)
+    model = calibrate(runner, LIMITS, lambda: runner.now, budget_s=1000.0)
+    for step in (StepFeatures(0, 0, 1, 17), StepFeatures(512, 512 * 256), StepFeatures(0, 0, 32, 32 * 500)):
+        assert model.step_s(step) == pytest.approx(TRUTH.step_s(step), rel=0.05)
+
+
+def test_long_steps_are_run_twice_and_short_ones_at_most_four_times():
+    """So that a device whose steps take as long as the whole budget still comes to see several."""
+    short, long = TimedRunner(), TimedRunner()
+    calibrate(short, LIMITS, lambda: short.now, budget_s=1000.0)
+    assert short.num_steps == MOST_RUNS * len(short.seen)
+    calibrate(long, LIMITS, lambda: long.now, budget_s=0.03)
+    assert long.num_steps == RUNS * len(long.seen)
 
 
 def test_without_time_the_prior_stays():

@@ -1,6 +1,7 @@
 """From a config to a replica: what does not fit is refused with its numbers and leaves no segment, and which weights share KV."""
 
 import json
+import math
 import threading
 import time
 from pathlib import Path
@@ -14,12 +15,15 @@ from safetensors.torch import save_file
 
 from diptych.engine import replica as replica_module
 from diptych.engine.config import EngineConfig, ReceiverPool, WorkerConfig
+from diptych.engine.idle_refresh import REST_S, IdleRefresh
 from diptych.engine.replica import build_replica, fingerprint
+from diptych.engine.step_watch import StepWatch
 from diptych.kvtransfer.layout import KVLayout
 from diptych.kvtransfer.shm import SHM, ShmTransport
 from diptych.kvtransfer.transport import KVPool
 from diptych.messages.errors import ClusterError, DiptychError, ModelError, PoolTooSmall, UnsupportedModel, WeightMismatch
 from diptych.messages.ids import Epoch, WorkerId
+from diptych.messages.steps import StepFeatures, StepModel
 from diptych.models.loader import LoadFormat
 
 MODEL = {
@@ -98,6 +102,22 @@ def test_what_does_not_fit_is_refused_with_its_numbers(folder: Path, changes: di
     error = refusal(config(folder, **changes))
     assert isinstance(error, kind), repr(error)
     assert text in str(error)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_idle_replica_measures_a_step_in_all_its_ranks(folder: Path, tp: int) -> None:
+    replica = build_replica(config(folder, tp=tp, num_blocks=None, kv_memory_bytes=8 * BLOCK_BYTES))
+    steps, ahead = StepWatch(StepModel(0.09, 0.0, 0.0, 0.0, 0.0)), [0.0]
+    refresh = IdleRefresh(replica.engine, steps, lambda: time.monotonic() + ahead[0])
+    for rank in replica.pool.ranks:
+        rank.tensor.fill_(math.nan)
+    for _ in range(3):                                         # kinds of steps
+        ahead[0] += REST_S
+        refresh.look(time.monotonic() + ahead[0])
+    assert 0 < steps.model.step_s(StepFeatures(0, 0, 1, 17)) < 0.05
+    assert all((~torch.isnan(rank.tensor)).any() for rank in replica.pool.ranks), "each has computed its part"
+    assert replica.engine.pool.num_free == replica.pool.num_blocks
+    replica.close()
 
 
 def test_an_unsupported_architecture_is_refused(folder: Path) -> None:

@@ -97,6 +97,27 @@ def test_batch_gives_way_to_who_finds_no_memory_or_no_place() -> None:
         assert [s.id for s in plan.admitted] == ["r1"]
 
 
+def test_batch_decodes_take_the_time_that_the_pace_of_others_leaves() -> None:
+    """A step takes 5 ms and 0.15 for each decode of 5 tokens. A promise of 6.1 ms allows 5.49: two fit beside, those that came first."""
+    batch = [Job((number,) * 4, 9, tier=BATCH) for number in range(2, 6)]
+    for tpot, beside in ((0.0061, ["r1", "r2"]), (0.001, ["r1"]), (1.0, ["r1", "r2", "r3", "r4"]), (None, ["r1", "r2", "r3", "r4"])):
+        run = started(replace(ROOMY, paced=True, max_step_tokens=64), Job((1,) * 4, 9, tpot=tpot), *batch)
+        run.compute(run.scheduler.schedule())
+        assert [chunk.sequence.id for chunk in run.scheduler.schedule().chunks] == ["r0", *beside]
+
+
+def test_all_but_one_batch_decode_wait_for_a_first_token_that_was_promised() -> None:
+    batch = [Job((number,) * 4, 9, tier=BATCH) for number in range(2, 5)]
+    for ttft, beside in ((1.0, ["r0"]), (float("inf"), ["r0", "r1", "r2"])):
+        run = started(replace(ROOMY, paced=True, max_step_tokens=64), *batch, Job((1,) * 4, 2, ttft=ttft, arrives=1))
+        run.compute(run.scheduler.schedule())
+        run.arrive_and_leave(1)
+        plan = run.scheduler.schedule()
+        assert [chunk.sequence.id for chunk in plan.chunks] == [*beside, "r3"]
+        run.compute(plan)
+        assert [chunk.sequence.id for chunk in run.scheduler.schedule().chunks] == ["r0", "r1", "r2", "r3"]
+
+
 def test_batch_stays_where_its_memory_would_not_be_enough() -> None:
     jobs = [Job((2,) * 16, 9), Job((1,) * 4, 9, tier=BATCH), Job((3,) * 20, 2, arrives=1)]
     run = started(replace(ROOMY, num_blocks=7, max_step_tokens=64), *jobs)

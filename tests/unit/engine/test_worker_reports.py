@@ -5,10 +5,11 @@ from harness.fake_cluster import FakeCluster
 from harness.worker_turns import ROLES, ask, in_flight, route_to, turn
 
 from diptych.engine.engine import MAX_GATEWAYS
+from diptych.engine.urgency import BATCH_PATIENCE_S
 from diptych.engine.worker import Worker
 from diptych.messages.ids import Address
 from diptych.messages.membership import Membership
-from diptych.messages.requests import LoadUpdate, Route
+from diptych.messages.requests import NO_FILLING, FillingLoad, LoadUpdate, Route, ServiceClass
 from diptych.messages.steps import StepFeatures
 
 # Heartbeats
@@ -72,6 +73,24 @@ def test_load_and_status_count_what_is_there(cluster: FakeCluster) -> None:
     assert (status.num_steps, status.num_tokens_computed) == (2, 16)
     assert status.load.worker == decode.ref
     assert status.load.last_read == (("r5", 1.0),)
+
+
+def test_batch_work_is_told_apart(cluster: FakeCluster) -> None:
+    """Decoding, and on its way here; what a prefill worker hands over is nothing to it. A step holds 8 tokens: one answer is ahead."""
+    prefill, decode = (cluster.workers[role] for role in ROLES)
+    for name, kind in (("one", ServiceClass.BATCH), ("four", ServiceClass.BATCH), ("seven", ServiceClass.DEFAULT)):
+        ask(cluster, Route(decode.ref), name, prompt=[len(name)] * 4, service_class=kind)
+    turn(cluster, decode)
+    turn(cluster, decode)
+    assert decode.load().filling == FillingLoad(num_requests=2, num_decoding=2, decode_context=11, num_blocks=3)
+    assert decode.load().work == StepFeatures(num_decoding=1, decode_context=6)
+    ask(cluster, Route(decode.ref, prefill.ref), "handed over", service_class=ServiceClass.BATCH)
+    turn(cluster, prefill)
+    turn(cluster, decode)
+    assert (prefill.load().num_passing, prefill.load().filling) == (2, NO_FILLING)
+    assert (decode.load().num_reserved, decode.load().filling.num_requests) == (1, 3)
+    cluster.now += BATCH_PATIENCE_S
+    assert decode.load().filling.num_blocks == 0, "it gives memory to nobody any more"
 
 
 def test_a_prefill_worker_tells_what_it_will_hand_over_from_what_it_serves_by_itself(cluster: FakeCluster) -> None:

@@ -1,4 +1,3 @@
-import math
 import random
 from collections import Counter
 
@@ -9,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.cluster.router.estimate import Work, estimate_prefill
-from diptych.cluster.router.goodput import PATIENCE_S, Goodput, GoodputOptions
+from diptych.cluster.router.goodput import PATIENCE_S, PRIORITY_MEMORY_S, Goodput, GoodputOptions
 from diptych.cluster.router.load_view import LoadView
 from diptych.cluster.router.policy import ClusterView, Objectives, Path, Queue, Refuse, RoutingRequest, WorkerLoad
 from diptych.cluster.router.registry import PolicyOptions, make_policy
+from diptych.engine.urgency import NO_OBJECTIVE_S
 from diptych.messages.ids import Address, RequestId
 from diptych.messages.membership import Member, Membership, Role
-from diptych.messages.requests import LoadReport, Route
+from diptych.messages.requests import FillingLoad, LoadReport, Route, ServiceClass
 from diptych.messages.steps import StepFeatures
 
 CHAT = Objectives(ttft_s=0.4, tpot_s=0.02)
@@ -274,10 +274,88 @@ class TestPatience:
         assert "20 ms a token" in decision.reason
         assert decision.retry_after_s > 0
 
-    def test_who_was_promised_no_first_token_has_time(self):
-        decision = policy().choose(msgspec.structs.replace(REQUEST, objectives=Objectives(None, 0.02), arrived_at=0.0), self.full, 50.0)
+    def test_who_was_promised_no_first_token_has_time_but_not_for_ever(self):
+        request = msgspec.structs.replace(REQUEST, objectives=Objectives(None, 0.02), arrived_at=0.0)
+        decision = policy().choose(request, self.full, 4.0)
         assert isinstance(decision, Queue)
-        assert decision.useful_s == math.inf
+        assert decision.useful_s == NO_OBJECTIVE_S - 4.0
+        assert isinstance(policy().choose(request, self.full, NO_OBJECTIVE_S), Refuse)
+
+    @pytest.mark.parametrize("ttft_s", [None, 0.4])
+    def test_what_an_idle_worker_cannot_keep_is_refused_at_once(self, ttft_s):
+        idle = view([load("p0")], [load("d0")])
+        decision = policy().choose(msgspec.structs.replace(REQUEST, objectives=Objectives(ttft_s, 0.003)), idle, 0.0)
+        assert isinstance(decision, Refuse)
+        assert "5.05 ms even where nobody else is served; 3 ms were asked for" in decision.reason
+
+    @pytest.mark.parametrize(
+        ("cluster", "reason"),
+        [
+            (view([], [load("d0", decoding=300, free=900)]), "nobody in time keeps 20 ms a token; the best is 22 ms"),
+            (view([], [load("d0", free=5)]), "nobody in time has memory for it: 101% of the KV pool would be in use"),
+            (view([], [load("d0", free=19, decoding=10)]), "nobody in time has room to be sure of 20 ms a token; 5.68 ms are expected"),
+        ],
+    )
+    def test_a_refusal_names_what_is_wanting(self, cluster, reason):
+        decision = policy().choose(REQUEST, cluster, 0.0)
+        assert isinstance(decision, Queue)
+        assert decision.reason == reason
+
+    def test_a_first_token_that_is_overdue_is_said_to_be(self):
+        late = msgspec.structs.replace(REQUEST, arrived_at=0.0)
+        assert "was due 600 ms ago and is expected in" in policy().choose(late, self.full, 1.0).reason
+
+
+BATCH, PRIORITY = ServiceClass.BATCH, ServiceClass.PRIORITY
+
+
+def filled(worker: WorkerLoad, num_decoding: int, num_others: int = 0, num_blocks: int = 0) -> WorkerLoad:
+    """With batch work."""
+    filling = FillingLoad(num_decoding + num_others, num_decoding, 1200 * num_decoding, num_blocks)
+    requests = worker.num_requests + filling.num_requests
+    return msgspec.structs.replace(worker, num_requests=requests, num_filling=filling.num_requests, filling=filling)
+
+
+class TestClasses:
+    @given(waiting_tokens, sequences, st.integers(0, 300), st.integers(0, 300))
+    def test_batch_work_is_nothing_to_others_but_all_to_itself(self, waiting, decoding, num_filling, num_others):
+        bare = load("d0", waiting=waiting, decoding=decoding)
+        as_others = msgspec.structs.replace(load("d0", waiting=waiting, decoding=decoding + num_filling))
+        as_others = msgspec.structs.replace(as_others, num_requests=as_others.num_requests + num_others)
+        beside = filled(bare, num_filling, num_others)
+        alike, more, plain, batch = (
+            policy().explain(msgspec.structs.replace(REQUEST, service_class=kind), view([], [worker]), 0.0).predictions[0]
+            for worker, kind in ((bare, PRIORITY), (as_others, PRIORITY), (beside, PRIORITY), (beside, BATCH))
+        )
+        assert (plain.ttft_s, plain.tpot_s, plain.keeps_both) == (alike.ttft_s, alike.tpot_s, alike.keeps_both)
+        assert (batch.ttft_s, batch.tpot_s) == pytest.approx((more.ttft_s, more.tpot_s))
+
+    def test_memory_of_batch_work_is_free_to_others(self):
+        cluster = view([], [filled(load("d0", free=10), num_decoding=5, num_blocks=20)])
+        assert isinstance(policy().choose(REQUEST, cluster, 0.0), Route)
+        asked = msgspec.structs.replace(REQUEST, service_class=BATCH)
+        assert not policy().explain(asked, cluster, 0.0).predictions[0].keeps_tpot
+
+    def test_default_requests_leave_free_what_priority_was_promised_a_token(self):
+        """100 decodes take 12 ms: the next one keeps 20 ms, and would leave no room for who is promised 12."""
+        router, cluster = policy(), view([], [load("d0", decoding=100)])
+        asked = msgspec.structs.replace(REQUEST, service_class=PRIORITY, objectives=Objectives(0.4, 0.012))
+        assert isinstance(router.choose(REQUEST, cluster, 0.0), Route)
+        router.explain(asked, cluster, 1.0)
+        assert isinstance(router.choose(REQUEST, cluster, 1.0), Route), "nothing is remembered of a question"
+        router.choose(asked, cluster, 1.0)
+        assert isinstance(router.choose(REQUEST, cluster, 2.0), Queue)
+        assert isinstance(router.choose(REQUEST, view([], [load("d0", decoding=20)]), 2.0), Route)
+        other = msgspec.structs.replace(asked, objectives=Objectives(0.4, 0.03))
+        router.choose(other, cluster, 3.0)
+        assert isinstance(router.choose(REQUEST, cluster, 4.0), Queue), "the tightest one counts"
+        assert isinstance(router.choose(other, cluster, 4.0), Route), "it is left free for them"
+        assert isinstance(router.choose(REQUEST, cluster, 1.0 + PRIORITY_MEMORY_S), Route)
+
+    def test_nothing_is_left_free_for_who_could_not_be_served_anyway(self):
+        router, cluster = policy(), view([], [load("d0", decoding=20)])
+        router.choose(msgspec.structs.replace(REQUEST, service_class=PRIORITY, objectives=Objectives(0.4, 0.004)), cluster, 0.0)
+        assert isinstance(router.choose(REQUEST, cluster, 1.0), Route)
 
     @given(st.integers(200, 300), st.integers(1, 50))
     def test_the_fuller_the_later_to_try_again(self, decoding, more):

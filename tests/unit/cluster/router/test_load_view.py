@@ -7,7 +7,7 @@ from diptych.cluster.router.load_view import SETTLE_S, LoadView
 from diptych.cluster.router.policy import Path
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
-from diptych.messages.requests import LoadReport, Route, WorkerRef
+from diptych.messages.requests import FillingLoad, LoadReport, Route, ServiceClass, WorkerRef
 
 P0, D0, D1 = (WorkerRef(WorkerId(name), Epoch(1), Address(f"fake://{name}")) for name in ("p0", "d0", "d1"))
 SPLIT = Route(decode=D0, prefill=P0)
@@ -68,6 +68,21 @@ def test_what_passes_a_prefill_worker_on_is_told_from_what_stays():
     assert (decode.num_requests, decode.num_passing) == (1, 0)
     view.ended(R, SPLIT)
     assert view.view(1.0).prefill[0].num_passing == 7
+
+
+def test_batch_work_is_told_from_what_it_gives_way_to():
+    view = loads(P0, D0)
+    filling = FillingLoad(num_requests=5, num_decoding=3, decode_context=300, num_blocks=20)
+    view.heard(D0, msgspec.structs.replace(report(D0, waiting=2, running=6), filling=filling), 0.9)
+    for name, route in (("r", SPLIT), ("s", LOCAL)):
+        view.sent(RequestId(name), route, 33, 1.0, ServiceClass.BATCH)
+    view.sent(RequestId("t"), SPLIT, 33, 1.0)
+    [prefill], [decode] = view.view(1.0).prefill, view.view(1.0).decode
+    assert (prefill.num_requests, prefill.num_passing, prefill.num_filling) == (2, 2, 0)
+    assert (decode.num_requests, decode.num_expected, decode.num_filling, decode.filling) == (11, 1, 7, filling)
+    view.arrived(RequestId("r"), SPLIT)
+    view.ended(RequestId("s"), LOCAL)
+    assert view.view(1.0).decode[0].num_filling == 5
 
 
 def test_on_the_local_path_it_counts_once():
