@@ -6,12 +6,11 @@ interrupted; 143 and 129 ended by SIGTERM and SIGHUP. `bench` has its own, of th
 """
 
 import contextlib
-import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from ..messages.errors import ClusterError, DiptychError, SpecError, TakenDown
 from .bench.command import app as bench_app
+from .own_name import COMMAND, own_name
 from .processes import held_signals
 
 if TYPE_CHECKING:
@@ -40,6 +40,19 @@ Name = Annotated[str | None, typer.Argument(help="of the deployment; not needed 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{COMMAND} {metadata.version(COMMAND)}")
+        raise typer.Exit
+
+
+@app.callback()
+def diptych(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")] = False,
+) -> None:
+    """Its options do all that they do as they are read."""
+
+
 @app.command()
 def demo(keep: Annotated[bool, typer.Option("--keep", help="go on serving afterwards")] = False) -> None:
     """Start a prefill worker, a decode worker and a gateway on this machine, and stream one answer."""
@@ -47,7 +60,7 @@ def demo(keep: Annotated[bool, typer.Option("--keep", help="go on serving afterw
         from .demo import run_demo
 
     with _ended_by_signals():
-        run_demo(console, keep, f"{_own_name()} down demo", _announcer())
+        run_demo(console, keep, f"{own_name()} down demo", _announcer())
 
 
 @app.command()
@@ -246,8 +259,3 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def _own_name() -> str:
-    """As the user reached us, so that what we print can be typed."""
-    return "diptych" if shutil.which("diptych") == sys.argv[0] else os.path.relpath(sys.argv[0])

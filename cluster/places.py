@@ -94,6 +94,7 @@ def gateway_config(spec: Spec, place: PlaceName, any_port: int = 0) -> GatewayCo
         host=spec.router.host,
         port=spec.router.port or any_port,
         reuse_port=spec.router.processes > 1,
+        gateways=tuple(GatewayId(str(each)) for each in sorted(places_of(spec)) if each.kind is PlaceKind.GATEWAY),
         api_keys=spec.api_keys(),
         rate_limits=_rate_limits(spec),
         limits=Limits(

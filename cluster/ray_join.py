@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..messages.errors import ClusterError
 from . import records
+from .own_name import own_name
 from .processes import held_signals
 from .ray_head import Head
 from .records import Record
@@ -58,7 +59,7 @@ def accepts(address: str) -> bool:
 
 def join(record: Record) -> None:
     if not record.address:
-        raise ClusterError(f"Ray's head of {record.name} is starting, or its `up` was cut off; `diptych down {record.name}` stops it")
+        raise ClusterError(f"Ray's head of {record.name} is starting, or its `up` was cut off; `{own_name()} down {record.name}` stops it")
     _set_environment(record)
     import ray
 
@@ -69,7 +70,7 @@ def join(record: Record) -> None:
             raise ClusterError(f"this process is connected to Ray at {ray.get_runtime_context().gcs_address}, not {record.address}")
         return
     if not accepts(record.address):
-        hint = "" if record.head else f"; if it is gone for good, `diptych down {record.name}` forgets the deployment"
+        hint = "" if record.head else f"; if it is gone for good, `{own_name()} down {record.name}` forgets the deployment"
         raise ClusterError(f"cannot join Ray at {record.address}: nothing listens there, asked for {CONNECT_TIMEOUT_S:g} s{hint}")
     began = time.monotonic()
     try:

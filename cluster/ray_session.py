@@ -21,6 +21,7 @@ from . import records
 from .controller import Phase
 from .gateway.decisions import RequestExplanation
 from .hosts import what_is_missing
+from .own_name import own_name
 from .places import PlaceKind
 from .pulse import DeploymentStatus
 from .ray_head import start_head, stop_head
@@ -132,14 +133,14 @@ def _refuse_a_second(name: str, own_ray: bool) -> None:
     if record.head is None:
         if not accepts(record.address):
             where = f"Ray at {record.address}, where nothing listens"
-            raise SpecError(f"name: a deployment {name!r} is recorded on {where}; `diptych down {name}` forgets it")
+            raise SpecError(f"name: a deployment {name!r} is recorded on {where}; `{own_name()} down {name}` forgets it")
         join(record)
         if _find_controller(name) is None:
             _forget(record)
             if own_ray or running_ray()[0] != record.address:
                 leave()
             return
-    raise SpecError(f"name: a deployment {name!r} is running already; `diptych down {name}` stops it")
+    raise SpecError(f"name: a deployment {name!r} is running already; `{own_name()} down {name}` stops it")
 
 
 def _launch(spec: Spec, own_ray: bool) -> Deployment:

@@ -145,8 +145,9 @@ class TransferSpec(Section):
 
 class SecuritySpec(Section):
     api_keys_file: str | None = None          # one key a line; None: open to all who reach the port
-    requests_per_minute: Count | None = None  # of each key, or of all clients together if there is none
-    tokens_per_minute: Count | None = None    # prompts, and the most that may come
+    # of each key, or of all clients together if there is none; the gateways share them out, and do not lend each other
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None    # prompts, and what comes: the most that may, until it is known
 
 
 class TimeoutsSpec(Section):
@@ -233,14 +234,27 @@ def _impossible(spec: Spec) -> list[str]:
     if spec.router.processes > 1 and spec.router.port == 0:
         found.append(f"router.port: must be a fixed port, since {spec.router.processes} processes share it")
     found.extend(f"transfer.transports: {problem}" for problem in what_is_wrong(spec.transports, spec.model.device))
-    if (allowed := spec.security.requests_per_minute) is not None and allowed < spec.router.processes:
-        found.append(f"security.requests_per_minute: must be >= {spec.router.processes}, not {allowed}: the gateways share it out")
+    found.extend(_too_few_a_minute(spec))
     if spec.hosts is Hosts.ANY and spec.pools.prefill is not None and "ucx" not in spec.transports:
         named = ", ".join(spec.transports)
         found.append(f"hosts: any: transfer.transports must name ucx, not only {named}: nothing else reaches other hosts")
     for name, pool in spec.pools.by_name.items():
         found.extend(_impossible_pool(f"pools.{name}", pool, spec.hosts))
     found.extend(_uneven_tp(spec.pools))
+    return found
+
+
+def _too_few_a_minute(spec: Spec) -> list[str]:
+    """Of a key: each gateway has its share, and what is more than that would never be let in."""
+    found, parts = [], spec.router.processes
+    requests, tokens = spec.security.requests_per_minute, spec.security.tokens_per_minute
+    if requests is not None and requests < parts:
+        found.append(f"security.requests_per_minute: must be >= {parts}, not {requests}: the gateways share it out")
+    lengths = [pool.max_model_len for pool in spec.pools.by_name.values() if pool.max_model_len is not None]
+    longest = min(lengths, default=0)         # of a request; unknown here where no pool says it
+    if tokens is not None and tokens < longest * parts:
+        why = f"a request may have max_model_len {longest}, and the gateways ({parts}) share it out"
+        found.append(f"security.tokens_per_minute: must be >= {longest * parts}, not {tokens}: {why}")
     return found
 
 
@@ -336,8 +350,10 @@ class _StrictLoader(yaml.SafeLoader):
     """A key given twice is a mistake, not a choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE_TAG]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is given twice, line {node.start_mark.line + 1}")
+        seen: list[Any] = []
+        for key_node in (each for each, _ in node.value if each.tag != MERGE_TAG):
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} is given twice, line {key_node.start_mark.line + 1}")
+            seen.append(key)
         return super().construct_mapping(node, deep)

@@ -90,6 +90,17 @@ class Answer:
         """Some token has come, be it told or not."""
         return any(generation.outputs for generation in self._generations)
 
+    @property
+    def is_routed(self) -> bool:
+        """Every choice has gone to some worker: none is refused any more."""
+        return all(generation.num_attempts for generation in self._generations)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all choices that a worker was asked for: the prompt's, and what has come."""
+        asked = [each for each in self._generations if each.num_attempts]
+        return sum(len(each.prompt.token_ids) + len(each.outputs) for each in asked)
+
     def usage(self) -> Usage:
         prompt_tokens = self._job.num_prompt_tokens
         completion_tokens = sum(choice.num_tokens for choice in self._choices)

@@ -28,13 +28,14 @@ from .completions import CompletionDialect
 from .core import Core
 from .debug_headers import debug_headers, path_asked
 from .dialects import Dialect
-from .errors import BadRequest, Crowded, ErrorText, HttpError, to_http
+from .errors import BadRequest, Crowded, ErrorText, HttpError, RateLimited, to_http
 from .exchange import ClientGone, Exchange
 from .jobs import Job, JobMaker
 from .outbox import Outbox
 from .rate_limits import RateLimiter
 from .responder import JSON, Reply, StreamResponder, Turn, WholeResponder
 from .response_head import Headers
+from .siblings import Siblings
 from .tiers import objectives_for
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class App:
         self.outbox = Outbox()
         self._turn = Turn(self.outbox)
         self._limiter = RateLimiter(core.config.rate_limits, core.clock)
+        self.siblings = Siblings(core.config, core.render_metrics)
         self._endpoints = {
             "/v1/completions": Endpoint("POST", self._completions),
             "/v1/chat/completions": Endpoint("POST", self._chat),
@@ -156,7 +158,8 @@ class App:
         objectives = objectives_for(job.service_class, call.exchange, core.config.objectives, core.config.class_objectives)
         path, deadline = path_asked(call.exchange, core.config.debug_headers), call.arrived_at + timeout_s
         key = _key_of(call.exchange, self._keys) or b""
-        limits = self._limiter.admit(key, 1, job.max_tokens)
+        taken = self._limiter.guess(job.min_tokens, job.max_tokens) if job.is_open else job.max_tokens
+        limits = self._admit(key, job, taken)
         answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, objectives, path)
         core.decisions.begin(job.response_id, call.request_id)
 
@@ -164,13 +167,24 @@ class App:
             return call.headers + limits + (debug_headers(answer.first) if core.config.debug_headers else ())
 
         def fail(error: Exception) -> None:
-            """Who was refused before a token came has used up nothing, and may ask again."""
-            told = limits if answer.has_begun or not isinstance(error, Refused) else self._limiter.give_back(key, 1, job.max_tokens)
-            self._fail(call._replace(headers=call.headers + told), error)
+            self._fail(call._replace(headers=call.headers + self._limiter.headers(key)), error)
 
-        reply = Reply(call.exchange, answer, dialect, headers, fail)
+        def ended() -> None:
+            """Who was refused before a token came has used up nothing, and may ask again."""
+            is_spared = isinstance(answer.error, Refused) and not answer.has_begun
+            self._limiter.give_back(key, int(is_spared), taken - (0 if is_spared else answer.num_tokens))
+
+        reply = Reply(call.exchange, answer, dialect, headers, fail, ended)
         stream = StreamResponder(reply, usage=job.include_usage, timeout_s=timeout_s) if job.stream else WholeResponder(reply)
         stream.start(self._turn)
+
+    def _admit(self, key: bytes, job: Job, num_tokens: int) -> Headers:
+        """Raises RateLimited."""
+        try:
+            return self._limiter.admit(key, 1, num_tokens)
+        except RateLimited:
+            self._core.metrics.rate_limited(job.num_choices)
+            raise
 
     async def _models(self, call: Call) -> None:
         _send_json(call, 200, {"object": "list", "data": [self._model_entry()]})
@@ -211,7 +225,7 @@ class App:
             _send_json(call, 503, {"status": "not ready", "reason": reason})
 
     async def _metrics(self, call: Call) -> None:
-        call.exchange.respond(200, (("content-type", CONTENT_TYPE_LATEST), *call.headers), self._core.render_metrics())
+        call.exchange.respond(200, (("content-type", CONTENT_TYPE_LATEST), *call.headers), await self.siblings.metrics())
 
     def _fail(self, call: Call, error: Exception) -> None:
         if isinstance(error, DiptychError):

@@ -68,16 +68,27 @@ class _Unbuilt(_Model):
     guided_grammar: Any = None
     guided_json: Any = None
     guided_regex: Any = None
+    logits_processors: Any = None
+    prompt_embeds: Any = None
     prompt_logprobs: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
     structured_outputs: Any = None
     truncate_prompt_tokens: Any = None
     use_beam_search: Any = None
 
 
-_UNBUILT = _Unbuilt.model_fields.keys()
+class _Always(_Model):
+    """What vLLM does unless it is told not to, and this gateway always does."""
+
+    detokenize: Any = None
+    skip_special_tokens: Any = None
 
 
-class _Common(_Unbuilt):
+_UNBUILT, _ALWAYS = _Unbuilt.model_fields.keys(), _Always.model_fields.keys()
+
+
+class _Common(_Unbuilt, _Always):
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -141,6 +152,7 @@ class ChatBody(_Common):
     add_generation_prompt: OnFlag = True
     chat_template_kwargs: dict[str, Any] | None = None
     echo: Any = None
+    modalities: Any = None
 
 
 def parse(body: bytes, into: type[Body]) -> Body:
@@ -159,6 +171,9 @@ def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
     for name in [] if _UNBUILT.isdisjoint(body.model_fields_set) else _UNBUILT:
         if (value := getattr(body, name)) is not None and value is not False and value != [] and value != {}:
             raise BadRequest(f"{name} is not supported", param=name)
+    for name in [] if _ALWAYS.isdisjoint(body.model_fields_set) else _ALWAYS:
+        if (value := getattr(body, name)) is not None and value is not True:
+            raise BadRequest(f"{name} is not supported unless it is true", param=name)
     if body.response_format is not None and (form := body.response_format.get("type")) != "text":
         raise BadRequest(f"response_format of type {form!r} is not supported, only 'text'", param="response_format")
     if isinstance(body, CompletionBody):
@@ -167,10 +182,18 @@ def refuse_unsupported(body: CompletionBody | ChatBody) -> None:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise BadRequest(f"best_of {body.best_of} is not supported unless it equals n ({body.n or 1})", param="best_of")
         return
+    _refuse_unsupported_of_chat(body)
+
+
+def _refuse_unsupported_of_chat(body: ChatBody) -> None:
     if body.echo:
         raise BadRequest("echo is not supported for chat", param="echo")
+    if body.modalities not in (None, [], ["text"]):
+        raise BadRequest("modalities: only ['text'] is supported", param="modalities")
     if (body.tools or body.functions) and body.tool_choice != "none":
         raise BadRequest("tools are not supported; tool_choice 'none' ignores them", param="tools" if body.tools else "functions")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise BadRequest("tool_choice: tools are not supported, so none can be called", param="tool_choice")
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
 
@@ -182,7 +205,7 @@ def _bad_request(error: ErrorDetails) -> BadRequest:
     if not fields:
         return BadRequest(f"the body must be a JSON object: {error['msg']}")
     if error["type"] == "missing":
-        return BadRequest(f"{'.'.join(fields)} is required", param=fields[0])
+        return BadRequest(f"{_path(error['loc'])} is required", param=fields[0])
     if fields[0] == "prompt":                 # of the four types, pydantic would name the first
         text = f"a list of token ids (at most {MAX_PROMPT_TOKENS}) or a list of lists of token ids (at most {MAX_CHOICES})"
         return BadRequest(f"prompt must be a string, a list of strings (at most {MAX_CHOICES}), {text}", param="prompt")

@@ -36,6 +36,7 @@ class GatewayConfig(Struct, frozen=True):
     host: str = "127.0.0.1"
     port: int = 0                             # 0: any free one
     reuse_port: bool = False                  # several gateway processes share the port
+    gateways: tuple[GatewayId, ...] = ()      # of the deployment, this one among them
     api_keys: frozenset[str] = frozenset()    # empty: open to all who reach it
     rate_limits: RateLimits = RateLimits()    # of each key
     limits: Limits = Limits()

@@ -25,7 +25,7 @@ class Core:
         self.clock = clock
         self.created = int(time.time())
         self.model = TextModel(Path(config.model_path))
-        self.metrics = Metrics()
+        self.metrics = Metrics(config.gateway_id)
         self._post = post
         self._loads = LoadView(config.limits.silent_after_s)
         policy: Policy = make_policy(config.policy, config.policy_options)

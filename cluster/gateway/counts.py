@@ -4,7 +4,7 @@ Those of prometheus_client lock and validate at every step, and a request takes 
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -13,9 +13,12 @@ from prometheus_client.registry import Collector
 
 
 class Count(Collector):
-    def __init__(self, name: str, text: str, labels: Sequence[str] = (), *, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, name: str, text: str, labels: Sequence[str] = (), known: Iterable[str] = (), *, registry: CollectorRegistry
+    ) -> None:
+        """`known`: of one label, the values that are told before they have been counted."""
         self._name, self._text, self._labels = name, text, labels
-        self._totals: dict[tuple[str, ...], float] = {} if labels else {(): 0.0}
+        self._totals: dict[tuple[str, ...], float] = {(value,): 0.0 for value in known} if labels else {(): 0.0}
         registry.register(self)
 
     def add(self, *labels: str, amount: float = 1.0) -> None:

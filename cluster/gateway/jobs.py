@@ -35,6 +35,7 @@ class Job(Struct, frozen=True):
     num_prompt_tokens: int                    # of all prompts
     n: int                                    # choices per prompt; choice j of prompt i has index i * n + j
     sampling: SamplingParams                  # of the first choice of each prompt
+    is_open: bool                             # the client has not said how many tokens may come
     stops: StopStrings
     include_stop: bool
     echo: bool
@@ -51,9 +52,14 @@ class Job(Struct, frozen=True):
         return len(self.prompts) * self.n
 
     @property
+    def min_tokens(self) -> int:
+        """Of all choices: their prompts."""
+        return self.n * self.num_prompt_tokens
+
+    @property
     def max_tokens(self) -> int:
         """Of all choices, prompts included."""
-        return self.n * (self.num_prompt_tokens + len(self.prompts) * self.sampling.max_tokens)
+        return self.min_tokens + self.num_choices * self.sampling.max_tokens
 
     def prompt_of(self, index: int) -> JobPrompt:
         return self.prompts[index // self.n]
@@ -90,10 +96,10 @@ class JobMaker:
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         if max_tokens == 0:
             raise BadRequest("max_tokens must be at least 1", param="max_tokens")
-        if max_tokens is None:
+        if is_open := max_tokens is None:
             max_tokens = max(1, max_model_len - len(prompt.token_ids))
         sampling = self._sampling(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, None)
-        return _job("chatcmpl", body, [prompt], sampling, max_model_len, echo=False)
+        return _job("chatcmpl", body, [prompt], sampling, max_model_len, is_open=is_open)
 
     async def _prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[JobPrompt]:
         if not given or not all(given):
@@ -145,7 +151,14 @@ class JobMaker:
 
 
 def _job(
-    prefix: str, body: CompletionBody | ChatBody, prompts: Sequence[JobPrompt], sampling: SamplingParams, max_model_len: int, *, echo: bool
+    prefix: str,
+    body: CompletionBody | ChatBody,
+    prompts: Sequence[JobPrompt],
+    sampling: SamplingParams,
+    max_model_len: int,
+    *,
+    echo: bool = False,
+    is_open: bool = False,
 ) -> Job:
     num_tokens = [len(prompt.token_ids) for prompt in prompts]
     for each in num_tokens:
@@ -157,6 +170,7 @@ def _job(
         num_prompt_tokens=sum(num_tokens),
         n=body.n or 1,
         sampling=sampling,
+        is_open=is_open,
         stops=StopStrings(body.stop or ()),
         include_stop=body.include_stop_str_in_output,
         echo=echo,
@@ -200,6 +214,8 @@ def _plain(message: ChatMessage) -> dict[str, object]:
     plain = message.model_dump(exclude_none=True)
     if isinstance(message.content, list):
         plain["content"] = "\n".join(part.text for part in message.content)
+    elif message.content is None:             # beside calls, templates ask whether it is None; elsewhere they add it to text
+        plain["content"] = None if plain.get("tool_calls") else ""
     if message.role == "developer":
         plain["role"] = "system"
     return plain

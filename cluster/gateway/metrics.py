@@ -1,14 +1,18 @@
-"""What a gateway counts: for Prometheus on /metrics, and the recent past for GatewayStatus. One registry per gateway."""
+"""What a gateway counts: for Prometheus on /metrics, and the recent past for GatewayStatus. A registry per gateway, whose id labels all."""
 
 import math
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import product
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
-from ...messages.requests import LinkFigures, LinkMeasured, LoadReport, RequestSpan, TransferFailed
+from ...messages.requests import LinkFigures, LinkMeasured, LoadReport, RequestSpan, ServiceClass, TransferFailed
+from ..router.policy import Path
 from .counts import Count, Distribution, Sums
 from .errors import NoRoute
 from .generation import Generation, GenerationState
@@ -22,6 +26,8 @@ ERROR_BUCKETS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 
 
 PAIR = ("prefill", "decode", "transport")
 OUTCOMES = ("finished", "aborted", "refused", "failed")
+REFUSALS = ("overloaded", "no_route", "rate_limited")
+CLASSES = [str(each) for each in ServiceClass]
 
 
 class _Ended(NamedTuple):
@@ -33,11 +39,22 @@ class _Ended(NamedTuple):
     in_time: bool                             # finished, and kept its objectives
 
 
+class _Labelled(Collector):
+    def __init__(self, registry: CollectorRegistry, gateway: str) -> None:
+        self._registry, self._gateway = registry, gateway
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample._replace(labels={"gateway": self._gateway, **sample.labels}) for sample in family.samples]
+            yield family
+
+
 class Metrics:
     """The dispatcher's Observer."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: str) -> None:
         self._registry = registry = CollectorRegistry()
+        self._labelled = _Labelled(registry, gateway)
         self._ended: Tally[tuple[str, str, str | None, bool]] = Tally()        # by what _Ended names
         self.num_retries = 0
         self.num_prompt_tokens = 0
@@ -51,13 +68,14 @@ class Metrics:
         self._e2e = Distribution("diptych_e2e_seconds", "HTTP request read to last token", E2E_BUCKETS_S, registry=registry)
         off = "How far first tokens of first attempts were off: |came / predicted - 1|, from the HTTP request on"
         self._ttft_error = Distribution("diptych_ttft_prediction_error", off, ERROR_BUCKETS, registry=registry)
-        Sums("diptych_choices", "Choices by how they ended", ["outcome"], lambda: self._sums(lambda end: (end.outcome,)), registry=registry)
-        by_class, by_both = ["class", "outcome"], "Choices by class and how they ended"
-        Sums("diptych_requests", by_both, by_class, lambda: self._sums(lambda end: (end.service_class, end.outcome)), registry=registry)
+        self._add_sums("choices", "Choices by how they ended", {"outcome": OUTCOMES}, lambda end: (end.outcome,))
+        by_both = {"class": CLASSES, "outcome": OUTCOMES}
+        self._add_sums("requests", "Choices by class and how they ended", by_both, lambda end: (end.service_class, end.outcome))
         in_time = "Choices that finished and kept their objectives"
-        Sums("diptych_goodput_requests", in_time, ["class"], lambda: self._sums(_class_in_time), registry=registry)
-        self._refusals = Count("diptych_refusals", "Choices refused by the router", ["reason"], registry=registry)
-        Sums("diptych_paths", "Choices by the way of their last attempt", ["path"], lambda: self._sums(_way), registry=registry)
+        self._add_sums("goodput_requests", in_time, {"class": CLASSES}, _class_in_time)
+        refused = "Choices that were never sent to a worker: refused by the router, or for their key's limits"
+        self._refusals = Count("diptych_refusals", refused, ["reason"], REFUSALS, registry=registry)
+        self._add_sums("paths", "Choices by the way of their last attempt", {"path": [str(each) for each in Path]}, _way)
         error_text = "Mean relative error of a worker's predicted step times"
         self._predictor_error = Gauge("diptych_predictor_error", error_text, ["worker"], registry=registry)
         self._responses = Count("diptych_http_responses", "HTTP answers", ["path", "status"], registry=registry)
@@ -84,10 +102,13 @@ class Metrics:
         for report in reports:
             if report.step_model is not None:
                 self._predictor_error.labels(report.worker.worker_id).set(report.step_model.error)
-        return generate_latest(self._registry)
+        return generate_latest(self._labelled)
 
     def responded(self, path: str, status: int) -> None:
         self._responses.add(path, str(status))
+
+    def rate_limited(self, num_choices: int) -> None:
+        self._refusals.add("rate_limited", amount=num_choices)
 
     def turned_away(self) -> None:
         self._turned_away.add()
@@ -166,6 +187,13 @@ class Metrics:
     @property
     def tpot(self) -> Quantiles | None:
         return _quantiles(self._recent_tpot)
+
+    def _add_sums(
+        self, name: str, text: str, labels: Mapping[str, Iterable[str]], labels_of: Callable[[_Ended], tuple[str, ...] | None]
+    ) -> None:
+        """`labels`: with their values, each of which is told from the start, or a rate would miss the first."""
+        zeros = dict.fromkeys(product(*labels.values()), 0)
+        Sums(f"diptych_{name}", text, list(labels), lambda: zeros | self._sums(labels_of), registry=self._registry)
 
     def _sums(self, labels_of: Callable[[_Ended], tuple[str, ...] | None]) -> dict[tuple[str, ...], int]:
         """By labels; those without any are left out."""

@@ -2,10 +2,10 @@
 
     admit(key, tokens) ──► both buckets hold enough: taken, and what is left is told
                            one does not: nothing is taken, RateLimited with the time until it would
-    give_back ───────────► of what was refused after that
+    give_back ───────────► when the request has ended: what it did not use; where it used more than was taken, the key owes
 
 A bucket holds one minute's worth and fills evenly (a token bucket). Tokens are counted when they are asked for: the prompt's, and the most
-that may come.
+that may come. Where the client leaves that open, `guess` says how many are taken until it is known.
 """
 
 import math
@@ -18,6 +18,8 @@ from .errors import RateLimited
 from .response_head import Headers
 
 MINUTE_S = 60.0
+OPEN_SHARE = 0.25
+"""Of a minute's tokens: so many, beside the prompt, are taken at most for an answer whose length the client leaves open."""
 
 
 class RateLimits(Struct, frozen=True):
@@ -37,6 +39,11 @@ class Bucket:
         self.level = min(self.per_minute, self.level + (now - self.at) * self.per_minute / MINUTE_S)
         self.at = now
 
+    @property
+    def left(self) -> int:
+        """0 where the key owes."""
+        return max(0, int(self.level))
+
     def wait_s(self, amount: float) -> float:
         """Until it holds `amount`; infinite if it never does."""
         if amount > self.per_minute:
@@ -47,7 +54,7 @@ class Bucket:
         reset_s = (self.per_minute - self.level) * MINUTE_S / self.per_minute
         return (
             (f"x-ratelimit-limit-{name}", str(int(self.per_minute))),
-            (f"x-ratelimit-remaining-{name}", str(int(self.level))),
+            (f"x-ratelimit-remaining-{name}", str(self.left)),
             (f"x-ratelimit-reset-{name}", f"{reset_s:.3f}s"),
         )
 
@@ -60,6 +67,12 @@ class RateLimiter:
         self._rates = {name: rate for name, rate in rates.items() if rate is not None}
         self._clock = clock
         self._buckets: dict[bytes, dict[str, Bucket]] = {}
+
+    def guess(self, least: int, most: int) -> int:
+        """How many tokens to take for a request that will use `least` (its prompts) to `most` of them."""
+        rate = self._rates.get("tokens", math.inf)
+        room = min(most - least, OPEN_SHARE * rate, rate - least)
+        return least + max(0, int(room))
 
     def admit(self, key: bytes, num_requests: int, num_tokens: int) -> Headers:
         """For the answer. Raises RateLimited."""
@@ -78,13 +91,15 @@ class RateLimiter:
             bucket.level -= wanted[name]
         return _headers(buckets)
 
-    def give_back(self, key: bytes, num_requests: int, num_tokens: int) -> Headers:
-        """What was admitted and then refused for other reasons → for the answer."""
-        buckets = self._buckets.get(key, {})
-        for name, bucket in buckets.items():
+    def give_back(self, key: bytes, num_requests: int, num_tokens: int) -> None:
+        """Of what was admitted. Fewer than no tokens: so many more were used."""
+        for name, bucket in self._buckets.get(key, {}).items():
             bucket.refill(self._clock())
             bucket.level = min(bucket.per_minute, bucket.level + {"requests": num_requests, "tokens": num_tokens}[name])
-        return _headers(buckets)
+
+    def headers(self, key: bytes) -> Headers:
+        """For an answer, as of the last that was taken or given back."""
+        return _headers(self._buckets.get(key, {}))
 
 
 def _headers(buckets: dict[str, Bucket]) -> Headers:
@@ -92,4 +107,4 @@ def _headers(buckets: dict[str, Bucket]) -> Headers:
 
 
 def _text(name: str, wanted: int, bucket: Bucket) -> str:
-    return f"{wanted} {name} are asked for, {int(bucket.level)} of {bucket.per_minute:g} a minute are left to this key"
+    return f"{wanted} {name} are asked for, {bucket.left} of {bucket.per_minute:g} a minute are left to this key"

@@ -1,6 +1,6 @@
 """Carries an answer to its client: whole, or as server-sent events, one write for each step. No task: it is called when there is news.
 
-    before the first byte   an error is an HTTP status
+    before the first byte   an error is an HTTP status; it waits until every choice has a route, so that a refusal is one
     after it                an error is `data: {"error": …}`, and the stream ends without [DONE]
     the client leaves       everything it asked for is aborted
     the client reads slowly what comes waits; too many unread tokens, or the deadline, cut the connection
@@ -84,6 +84,7 @@ class Reply(NamedTuple):
     dialect: Dialect[Any]
     headers: Callable[[], Headers]            # asked at the first byte
     fail: Callable[[Exception], None]         # is told what goes wrong before it, and every fault of ours
+    ended: Callable[[], None]                 # called once, however the answer ends, and before `fail`
 
 
 class Responder(ABC):
@@ -93,6 +94,7 @@ class Responder(ABC):
         self._dialect = reply.dialect
         self._headers = reply.headers
         self._fail = reply.fail
+        self._ended = reply.ended
         self._over = False
 
     def start(self, turn: Turn) -> None:
@@ -120,9 +122,13 @@ class Responder(ABC):
             self._fail(error)
 
     def _end(self) -> None:
+        """A second time it does nothing."""
+        if self._over:
+            return
         self._over = True
         self._exchange.on_gone = self._exchange.on_writable = nothing
         self._answer.close()
+        self._ended()
 
 
 class WholeResponder(Responder):
@@ -144,6 +150,7 @@ class StreamResponder(Responder):
         super().__init__(reply)
         self._usage = usage
         self._begun: set[int] = set()         # choices that have had their first chunk
+        self._held = b""                      # events, until the head may leave
         self._cut_at = asyncio.get_running_loop().time() + timeout_s + WRITE_GRACE_S
         self._patience: asyncio.TimerHandle | None = None     # while the client does not read
 
@@ -155,11 +162,13 @@ class StreamResponder(Responder):
         if not self._exchange.writable:
             self._wait()
             return
-        events = b""
+        events, self._held = self._held, b""
         for index, piece in self._answer.take():
             events += self._chunk(index, piece)
         if not self._answer.num_open:
             self._finish(events + self._usage_event() + DONE)
+        elif self._exchange.status is None and not self._answer.is_routed:
+            self._held = events
         elif events:
             self._open()
             self._exchange.write(events)

@@ -111,10 +111,12 @@ class Gateway:
         self._post.gather(self._app.soon)
         beats = [asyncio.create_task(self._beat(POLL_S, self._core.pump)), asyncio.create_task(self._beat(WATCH_S, self._core.watch))]
         try:
+            await self._app.siblings.open()
             await self._server.serve(self._socket)
         finally:
             for beat in beats:
                 beat.cancel()
+            self._app.siblings.close()
             self._core.dispatcher.wake_at = lambda at: None
             self._post.gather(None)
             if self._alarm is not None:

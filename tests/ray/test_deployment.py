@@ -158,6 +158,22 @@ def test_whichever_gateway_had_a_request_explains_it(cluster: StartCluster) -> N
     assert running.deployment.explain("cmpl-none") is None
 
 
+def test_a_scrape_of_any_gateway_tells_of_all_and_of_a_later_life_too(cluster: StartCluster) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = cluster(pools={"decode": SMALL}, router={"port": port, "processes": 2})
+    both = {f'diptych_gateway_scraped{{gateway="gateway-{i}"}} 1.0' for i in range(2)}
+    assert all(both <= scraped(running) for _ in range(4))
+    running.wait_until_back(running.kill("gateway-1"))
+    assert all(both <= scraped(running) for _ in range(4))
+
+
+def scraped(running: Cluster) -> set[str]:
+    """Lines, over a connection of its own: the kernel spreads them."""
+    return set(httpx.get(f"{running.endpoint}/metrics", timeout=20, trust_env=False).text.splitlines())
+
+
 def test_a_taken_port_is_said_at_once(cluster: StartCluster) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

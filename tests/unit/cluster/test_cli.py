@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,12 @@ def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_help_needs_neither_ray_nor_torch() -> None:
     code = "import sys, diptych.cluster.cli; sys.exit(bool({'ray', 'torch', 'httpx'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"diptych {metadata.version('diptych')}\n"
+    assert typed(monkeypatch) == cli.EXIT_USAGE, "a command is still wanted"
 
 
 def test_a_wrong_spec_is_exit_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

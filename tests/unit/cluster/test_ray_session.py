@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -268,6 +269,22 @@ class TestSharedRay:
         said = ray_session.take_down(None, lambda status: None)
         assert re.search(f"tiny is forgotten: Ray at {ADDRESS} has no controller of it{SWEPT}", said)
         assert (records.read_all(), orphan.exists()) == ([], False)
+
+    @pytest.mark.parametrize(
+        ("typed", "named"), [("here/bin/diptych", "here/bin/diptych"), ("/bin/pytest", "diptych"), ("/on/path/diptych", "diptych")]
+    )
+    def test_the_command_is_named_as_it_was_typed(self, typed: str, named: str, spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After `make demo` it is not on the user's PATH."""
+        monkeypatch.setattr(sys, "argv", [typed, "up", "spec.yaml"])
+        monkeypatch.setattr(shutil, "which", lambda name: "/on/path/diptych")
+        with pytest.raises(SpecError, match=f"; `{named} down tiny` forgets it"):
+            ray_session.launch(spec)
+        with pytest.raises(ClusterError, match=f"; `{named} down tiny` stops it"):
+            ray_join.join(Record("tiny", "", None))
+        monkeypatch.setattr(ray_session, "accepts", lambda address: True)
+        monkeypatch.setattr(ray_session, "_find_controller", lambda name: object())
+        with pytest.raises(SpecError, match=f"; `{named} down tiny` stops it"):
+            ray_session.launch(spec)
 
     def test_which_has_no_such_controller_is_no_reason_to_refuse(
         self, spec: Spec, heads: list[Head], monkeypatch: pytest.MonkeyPatch

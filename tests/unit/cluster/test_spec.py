@@ -206,7 +206,9 @@ def test_all_faults_are_named_at_once(folder: Path) -> None:
     [
         ("a: [", "not YAML"),
         ("- 1", "must be a mapping"),
-        ("name: a\nname: b", "'name' is given twice, line 1"),
+        ("name: a\nname: b", "'name' is given twice, line 2"),
+        ("name: a\nrouter:\n  port: 1\n  policy: random\n  port: 2", "'port' is given twice, line 5"),
+        ("pools:\n  decode: {workers: 1,\n    workers: 2}", "'workers' is given twice, line 3"),
         ("", "must be a mapping"),
         ("[" * 3000 + "]" * 3000, r"spec.yaml: is nested too deeply"),
         ("name: " + "9" * 5000, r"spec.yaml: not YAML: .*4300 digits"),

@@ -106,6 +106,30 @@ async def test_what_changes_nothing_is_accepted(tmp_path, accepted):
         assert (await house.post("/v1/chat/completions", HI | accepted)).status == 200
 
 
+CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("message", "seen"),
+    [
+        ({"content": None}, "[]"), ({}, "[]"), ({"content": ""}, "[]"), ({"content": "Yes"}, "[Yes]"), ({"content": []}, "[]"),
+        ({"content": None, "tool_calls": []}, "[]"), ({"content": None, "tool_calls": None}, "[]"),
+        ({"content": None, "tool_calls": CALLS}, "f"), ({"tool_calls": CALLS}, "f"), ({"content": "Yes", "tool_calls": CALLS}, "[Yes]"),
+    ],
+)  # fmt: skip
+@in_loop
+async def test_an_answer_without_text_in_the_history(tmp_path, message, seen):
+    """As DeepSeek's template, which asks for None beside calls, and as most, which add content to text."""
+    template = (
+        "{% for m in messages %}{% if m['content'] is none %}{{ m['tool_calls'][0].function.name }}"
+        "{% else %}{{ '[' + m['content'] + ']' }}{% endif %}{% endfor %}"
+    )
+    async with House(tmp_path, chat_template=template) as house:
+        reply = await house.post("/v1/chat/completions", HI | {"messages": [{"role": "assistant"} | message]})
+        assert reply.status == 200, reply.body
+        assert house.worker("prefill-0").received[0].token_ids == tuple(tokens_of(seen))
+
+
 @in_loop
 async def test_no_template_no_chat(tmp_path):
     async with House(tmp_path, chat_template=None) as house:

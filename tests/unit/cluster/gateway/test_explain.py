@@ -10,6 +10,7 @@ from diptych.cluster.router.policy import Objectives
 
 ASK = {"prompt": "Hi", "max_tokens": 50}
 SLO = Objectives(ttft_s=10.0, tpot_s=1.0)
+OURS = '{gateway="gateway-0"}'
 DEBUG = {"x-diptych-route", "x-diptych-predicted-ttft-ms", "x-diptych-predicted-tpot-ms"}
 
 
@@ -95,6 +96,18 @@ class TestExplain:
             assert (await house.get("/explain/cmpl-none")).status == 401
             assert (await house.get("/explain/cmpl-none", {"authorization": "Bearer secret"})).status == 404
 
+    @in_loop
+    async def test_a_prefill_worker_that_decodes_is_alone_without_being_asked_for(self, tmp_path):
+        async with House(tmp_path, explain=5) as house:
+            house.kill("decode-0")
+            house.tell_membership()
+            reply = await house.post("/v1/completions", ASK)
+            [choice] = (await explained(house, reply.json["id"])).choices
+            assert (choice.path, choice.attempts[0].decode) == ("alone", "prefill-0")
+            paths = {"split": 0, "local": 0, "alone": 1}
+            told = {f'diptych_paths_total{{gateway="gateway-0",path="{path}"}} {n}.0' for path, n in paths.items()}
+            assert told <= set((await house.get("/metrics")).body.decode().splitlines())
+
 
 class TestDebugHeaders:
     @pytest.mark.parametrize("stream", [False, True])
@@ -110,7 +123,8 @@ class TestDebugHeaders:
     async def test_how_far_off_the_prediction_was_is_counted(self, tmp_path):
         async with House(tmp_path, policy="goodput", objectives=SLO, debug_headers=True) as house:
             headers = (await house.post("/v1/completions", ASK)).headers
-            lines = dict(line.rsplit(" ", 1) for line in house.core.render_metrics().decode().splitlines() if line[0] != "#")
+            text = house.core.render_metrics().decode().replace(OURS, "")
+            lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
             predicted_s, came_s = float(headers["x-diptych-predicted-ttft-ms"]) / 1e3, float(lines["diptych_ttft_seconds_sum"])
             assert lines["diptych_ttft_prediction_error_count"] == "1.0"
             assert float(lines["diptych_ttft_prediction_error_sum"]) == pytest.approx(abs(came_s / predicted_s - 1), abs=0.05)

@@ -14,7 +14,8 @@ from diptych.messages.requests import LinkFigures, LinkMeasured, TransferFailed
 
 PUBLIC = ["/health", "/ready", "/metrics"]
 ASK = {"prompt": "Hi", "max_tokens": 50}
-PAIR = '{decode="decode-0",prefill="prefill-0",transport="fake"}'
+OURS = '{gateway="gateway-0"}'
+PAIR = '{decode="decode-0",gateway="gateway-0",prefill="prefill-0",transport="fake"}'
 
 
 class TestKeys:
@@ -112,16 +113,16 @@ async def test_metrics_count_what_happened(tmp_path):
         await house.until(lambda: b"diptych_kv_transfer_probe_gbps{" in house.core.render_metrics())
         text = (await house.get("/metrics")).body.decode()
         for line in (
-            'diptych_choices_total{outcome="finished"} 1.0',
-            "diptych_prompt_tokens_total 2.0",
-            "diptych_output_tokens_total 12.0",
-            "diptych_ttft_seconds_count 1.0",
-            "diptych_tpot_seconds_count 1.0",
-            "diptych_e2e_seconds_count 1.0",
-            "diptych_workers_alive 2.0",
-            "diptych_choices_running 0.0",
-            "diptych_choices_queued 0.0",
-            "diptych_dropped_frames 0.0",
+            'diptych_choices_total{gateway="gateway-0",outcome="finished"} 1.0',
+            f"diptych_prompt_tokens_total{OURS} 2.0",
+            f"diptych_output_tokens_total{OURS} 12.0",
+            f"diptych_ttft_seconds_count{OURS} 1.0",
+            f"diptych_tpot_seconds_count{OURS} 1.0",
+            f"diptych_e2e_seconds_count{OURS} 1.0",
+            f"diptych_workers_alive{OURS} 2.0",
+            f"diptych_choices_running{OURS} 0.0",
+            f"diptych_choices_queued{OURS} 0.0",
+            f"diptych_dropped_frames{OURS} 0.0",
             f"diptych_kv_transfer_bytes_total{PAIR} 4096.0",
             f"diptych_kv_transfer_probe_gbps{PAIR} 12.5",
             f"diptych_kv_transfer_probe_latency_seconds{PAIR} 2e-05",
@@ -132,9 +133,9 @@ async def test_metrics_count_what_happened(tmp_path):
             f"diptych_kv_transfer_seconds_total{PAIR} 0.001",
             f"diptych_kv_transfer_gbps{PAIR} 0.004096",
             f"diptych_kv_transfer_failures_total{PAIR} 1.0",
-            'diptych_http_responses_total{path="/v1/completions",status="200"} 1.0',
-            'diptych_http_responses_total{path="/v1/completions",status="400"} 2.0',
-            'diptych_http_responses_total{path="other",status="404"} 1.0',
+            'diptych_http_responses_total{gateway="gateway-0",path="/v1/completions",status="200"} 1.0',
+            'diptych_http_responses_total{gateway="gateway-0",path="/v1/completions",status="400"} 2.0',
+            'diptych_http_responses_total{gateway="gateway-0",path="other",status="404"} 1.0',
         ):
             assert line in text.splitlines(), line
 

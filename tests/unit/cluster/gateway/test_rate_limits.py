@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from harness.gateway import House, in_loop
+from harness.gateway import House, in_loop, tokens_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from diptych.cluster.places import PlaceKind, PlaceName, gateway_config
 from diptych.cluster.router.policy import Explanation, Queue, Refuse
 from diptych.cluster.spec import parse_spec
 from diptych.messages.errors import SpecError
+from diptych.messages.requests import FailureKind
 
 ASK = {"prompt": "Hi", "max_tokens": 8}
 KEYS = frozenset({"one", "two"})
@@ -71,6 +72,8 @@ async def test_a_key_that_has_used_its_minute_is_a_429_and_others_go_on(tmp_path
         assert [reply.headers["x-ratelimit-remaining-requests"] for reply in replies] == ["1", "0", "0"]
         assert replies[2].headers["retry-after"] == "30"
         assert replies[2].error["code"] == "rate_limit_exceeded"
+        refusals = 'diptych_refusals_total{gateway="gateway-0",reason="rate_limited"} 1.0'
+        assert refusals in (await house.get("/metrics")).body.decode().splitlines()
         assert (await house.post("/v1/completions", ASK, bearer("two"))).status == 200
         house.now += 30
         assert (await house.post("/v1/completions", ASK, bearer("one"))).status == 200
@@ -117,6 +120,80 @@ async def test_an_answer_of_which_a_part_has_come_is_not_given_back(tmp_path, mo
         assert reply.headers["x-ratelimit-remaining-requests"] == "9"
 
 
+@given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 300), st.integers(0, 600)), max_size=60), st.integers(1, 500))
+def test_what_is_used_beyond_a_guess_is_owed(asked, tokens):
+    """Of answers of unsaid length, each over when it begins: no more is used than the bucket held and took in, but for the last one's."""
+    now, used, biggest = 0.0, 0, 0
+    limiter = RateLimiter(RateLimits(None, tokens), lambda: now)
+    for gap, prompt, came in asked:
+        now += gap
+        guessed = limiter.guess(prompt, prompt + 600)
+        assert prompt <= guessed <= max(prompt, tokens)
+        if wait_of(limiter, guessed) is None:
+            limiter.give_back(b"key", 0, guessed - prompt - came)
+            used, biggest = used + prompt + came, max(biggest, prompt + came)
+            assert used <= tokens * (1 + now / 60) + biggest + 1e-6
+            assert 0 <= int(dict(limiter.headers(b"key"))["x-ratelimit-remaining-tokens"]) <= tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@in_loop
+async def test_a_chat_of_unsaid_length_is_let_in_and_pays_for_what_it_used(tmp_path, stream):
+    """Its context, 128, is more than a minute's 100. Of these a quarter is taken beside the prompt, until it is known what came."""
+    async with House(tmp_path, rate_limits=RateLimits(None, 100)) as house:
+        chat = {"messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+        prompt = 4
+        first = await house.post("/v1/chat/completions", chat)
+        assert (first.status, first.headers["x-ratelimit-remaining-tokens"]) == (200, str(100 - prompt - 25))
+        house.says = tokens_of("x" * 80)
+        second = await house.post("/v1/chat/completions", chat)
+        assert second.headers["x-ratelimit-remaining-tokens"] == str(100 - (prompt + 12) - prompt - 25), "of the first, 12 had come"
+        owing = await house.post("/v1/completions", ASK)
+        assert (owing.status, owing.headers["x-ratelimit-remaining-tokens"]) == (429, "0"), "the second took all that was left"
+        house.now += 60
+        assert (await house.post("/v1/completions", ASK)).status == 200
+
+
+@in_loop
+async def test_a_prompt_of_more_than_a_minute_is_never_let_in(tmp_path):
+    async with House(tmp_path, rate_limits=RateLimits(None, 20)) as house:
+        reply = await house.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 30}]})
+        assert (reply.status, "retry-after" in reply.headers) == (429, False)
+
+
+@in_loop
+async def test_what_does_not_come_is_given_back(tmp_path):
+    """Of 50 and a prompt of 2: an end of its own, a stop string, a worker that fails it."""
+
+    def fail(worker, request):
+        worker.fail(request, FailureKind.INTERNAL, "broken", retryable=False)
+        return True
+
+    async with House(tmp_path, rate_limits=RateLimits(None, 100)) as house:
+        ask = {"prompt": "Hi", "max_tokens": 50}
+        left = [(await house.post("/v1/completions", ask | {"stream": True})).headers["x-ratelimit-remaining-tokens"]]
+        house.pause_at = 2
+        stopped = await house.post("/v1/completions", ask | {"stop": "e"})
+        left.append(stopped.headers["x-ratelimit-remaining-tokens"])
+        house.on_request = fail
+        failed = await house.post("/v1/completions", ask)
+        assert (failed.status, failed.headers["x-ratelimit-remaining-tokens"]) == (500, str(100 - 14 - 4 - 2))
+        assert left == [str(100 - 52), str(100 - 14 - 52)]
+
+
+@in_loop
+async def test_who_leaves_gets_back_what_had_not_come(tmp_path):
+    async with House(tmp_path, rate_limits=RateLimits(None, 100)) as house:
+        house.pause_at = 3
+        client = house.open("POST", "/v1/completions", {"model": "tiny", "prompt": "Hi", "max_tokens": 50, "stream": True})
+        await house.until(lambda: any(index == 3 for worker in house.workers for _, index in worker.decoding.values()))
+        client.leave()
+        await house.until(lambda: house.core.dispatcher.num_running == 0)
+        house.pause_at = 100
+        again = await house.post("/v1/completions", ASK)
+        assert again.headers["x-ratelimit-remaining-tokens"] == str(100 - 5 - 10)
+
+
 @in_loop
 async def test_without_limits_nothing_is_told(tmp_path):
     async with House(tmp_path) as house:
@@ -137,3 +214,21 @@ def test_gateways_share_what_the_spec_gives():
     tree["security"] = {"requests_per_minute": 3}
     with pytest.raises(SpecError, match="requests_per_minute: must be >= 4, not 3"):
         parse_spec(tree, Path())
+
+
+@pytest.mark.parametrize(
+    ("processes", "lengths", "tokens", "least"),
+    [
+        (4, {"decode": 256}, 1024, None), (4, {"decode": 256}, 1023, 1024), (1, {"decode": 256}, 255, 256), (4, {}, 1, None),
+        (2, {"prefill": 128, "decode": 256}, 255, 256), (2, {"prefill": 128, "decode": 256}, 256, None),
+    ],
+)  # fmt: skip
+def test_a_share_has_room_for_the_longest_request(processes, lengths, tokens, least):
+    pools = {name: {"workers": 1} | ({"max_model_len": lengths[name]} if name in lengths else {}) for name in ("prefill", "decode")}
+    security = {"tokens_per_minute": tokens}
+    tree = {"name": "x", "model": {"path": "embedded"}, "pools": pools, "router": {"processes": processes}, "security": security}
+    if least is None:
+        assert parse_spec(tree, Path()).security.tokens_per_minute == tokens
+    else:
+        with pytest.raises(SpecError, match=f"tokens_per_minute: must be >= {least}, not {tokens}: .* \\({processes}\\)"):
+            parse_spec(tree, Path())

@@ -39,6 +39,8 @@ BOTH = [
     ("stop_token_ids", [-1]), ("stop_token_ids", [VOCAB_SIZE]), ("stop_token_ids", 5), ("ignore_eos", "no"),
     ("stop", "x" * 1025), ("logit_bias", {"5": True}), ("logit_bias", {"5": "1"}), ("logit_bias", {"5": None}),
     ("guided_json", {"type": "object"}), ("guided_choice", ["a"]), ("structured_outputs", {"regex": "a"}), ("bad_words", ["a"]),
+    ("skip_special_tokens", False), ("detokenize", False), ("return_token_ids", True), ("return_tokens_as_token_ids", True),
+    ("logits_processors", ["f"]), ("prompt_embeds", "AAAA"), ("skip_special_tokens", "no"),
     ("response_format", {"type": "json_object"}), ("prompt_logprobs", 0), ("use_beam_search", True),
 ]  # fmt: skip
 
@@ -80,7 +82,8 @@ async def test_a_field_of_completions(tmp_path, body, param):
         ({}, "messages", "required"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "Hi"}, "messages", "messages"),
-        ({"messages": [{"content": "Hi"}]}, "messages", "role"),
+        ({"messages": [{"content": "Hi"}]}, "messages", "messages[0].role is required"),
+        ({"messages": [*MESSAGES, {"role": "user", "content": [{"type": "text"}]}]}, "messages", "messages[1].content[0].text is required"),
         ({"messages": [{"role": "king", "content": "Hi"}]}, "messages", "messages[0].role"),
         ({"messages": [*MESSAGES, {"role": "user", "content": 5}]}, "messages", "messages[1].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages", "'text'"),
@@ -92,6 +95,10 @@ async def test_a_field_of_completions(tmp_path, body, param):
         ({"messages": MESSAGES, "response_format": {}}, "response_format", "not supported"),
         ({"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
         ({"messages": MESSAGES, "functions": [{"name": "f"}]}, "functions", "not supported"),
+        ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice", "not supported"),
+        ({"messages": MESSAGES, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "not supported"),
+        ({"messages": MESSAGES, "modalities": ["text", "audio"]}, "modalities", "only ['text']"),
+        ({"messages": MESSAGES, "modalities": ["image"]}, "modalities", "only ['text']"),
     ],
 )
 @in_loop
@@ -131,9 +138,13 @@ async def test_more_of_a_prompt_than_is_looked_at(tmp_path, prompt):
 @in_loop
 async def test_what_asks_for_nothing_is_taken(tmp_path):
     async with House(tmp_path) as house:
-        nothing = {"guided_json": None, "bad_words": [], "use_beam_search": False, "structured_outputs": {}}
+        nothing = {"guided_json": None, "bad_words": [], "use_beam_search": False, "structured_outputs": {}, "return_token_ids": False}
+        nothing |= {"skip_special_tokens": True, "detokenize": None, "logits_processors": [], "prompt_embeds": None}
         body = {"prompt": "Hi", "response_format": {"type": "text"}} | nothing
         assert (await house.post(COMPLETIONS, body)).status == 200
+        for choice, modalities in (("none", ["text"]), ("auto", []), (None, None)):
+            body = nothing | {"messages": MESSAGES, "tool_choice": choice, "modalities": modalities}
+            assert (await house.post(CHAT, body)).status == 200
 
 
 @pytest.mark.parametrize("ms", ["1e-322", "0", "-1", "nan", "inf", "soon"])

@@ -20,6 +20,7 @@ from diptych.messages.membership import Member, Membership, Role
 from diptych.messages.requests import Abort, FinishReason, GenerateRequest, LoadReport, LoadUpdate, StepTokens, TokenDelta, WorkerRef
 from diptych.messages.zmq_post import Keyring, ZmqPost
 
+OURS = '{gateway="gateway-0"}'
 ANSWER = [*tokens_of("Grüße, 世界 🙂"), EOS]
 
 
@@ -68,11 +69,11 @@ class ScriptedWorker(threading.Thread):
 
 
 @contextlib.contextmanager
-def serving(folder: Path, **options: object) -> Iterator[tuple[Gateway, ScriptedWorker, str]]:
+def serving(folder: Path, name: str = "gateway-0", **options: object) -> Iterator[tuple[Gateway, ScriptedWorker, str]]:
     keyring = Keyring.new()
     worker = ScriptedWorker(keyring)
     post = ZmqPost(keyring)
-    gateway = Gateway(GatewayConfig(GatewayId("gateway-0"), "test", str(make_model(folder)), MODEL, **options), post)
+    gateway = Gateway(GatewayConfig(GatewayId(name), "test", str(make_model(folder)), MODEL, **options), post)
     thread = threading.Thread(target=gateway.run)
     worker.gateways.add(post.address)
     worker.start()
@@ -267,6 +268,18 @@ def test_two_gateways_share_a_port(tmp_path):
         probe.bind(("127.0.0.1", port))
 
 
+def test_a_scrape_of_one_gateway_tells_of_both(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    both = {"port": port, "reuse_port": True, "gateways": (GatewayId("gateway-0"), GatewayId("gateway-1"))}
+    with serving(tmp_path / "0", **both) as (_, _, url), serving(tmp_path / "1", "gateway-1", **both):
+        for _ in range(4):
+            lines = httpx.get(url + "/metrics", timeout=20).text.splitlines()
+            assert {f'diptych_gateway_scraped{{gateway="gateway-{i}"}} 1.0' for i in range(2)} <= set(lines)
+            assert sum(line.startswith("diptych_workers_alive{") for line in lines) == 2
+
+
 def test_a_full_gateway_says_so_and_that_it_lives(tmp_path):
     with serving(tmp_path, limits=Limits(max_connections=1)) as (gateway, _, url):
         with contextlib.closing(the_only_one(gateway.port)):
@@ -294,4 +307,4 @@ def the_only_one(port: int) -> socket.socket:
 
 def metric(url: str, name: str) -> float:
     lines = httpx.get(url + "/metrics", timeout=20).text.splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"diptych_{name} "))
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"diptych_{name}{OURS} "))

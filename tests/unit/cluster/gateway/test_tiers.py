@@ -93,11 +93,11 @@ async def test_metrics_and_status_tell_who_was_in_time(tmp_path):
         await house.post("/v1/completions", ASK | {"service_tier": "batch"})
         lines = (await house.get("/metrics")).body.decode().splitlines()
         for line in (
-            'diptych_goodput_requests_total{class="default"} 1.0',
-            'diptych_goodput_requests_total{class="batch"} 1.0',
-            'diptych_requests_total{class="priority",outcome="refused"} 1.0',
-            'diptych_requests_total{class="batch",outcome="finished"} 1.0',
-            'diptych_refusals_total{reason="overloaded"} 1.0',
+            'diptych_goodput_requests_total{class="default",gateway="gateway-0"} 1.0',
+            'diptych_goodput_requests_total{class="batch",gateway="gateway-0"} 1.0',
+            'diptych_requests_total{class="priority",gateway="gateway-0",outcome="refused"} 1.0',
+            'diptych_requests_total{class="batch",gateway="gateway-0",outcome="finished"} 1.0',
+            'diptych_refusals_total{gateway="gateway-0",reason="overloaded"} 1.0',
         ):
             assert line in lines, line
         paths = [float(line.split()[-1]) for line in lines if line.startswith("diptych_paths_total")]
@@ -107,10 +107,22 @@ async def test_metrics_and_status_tell_who_was_in_time(tmp_path):
         assert status.good_by_class == {"default": 1, "batch": 1}
 
 
+def test_every_series_begins_at_nothing():
+    """Or a ratio of goodput had no value before the first request that was in time, and a rate missed it."""
+    lines = set(Metrics("gateway-0").render().decode().splitlines())
+    classes, ours = ("priority", "default", "batch"), 'gateway="gateway-0"'
+    outcomes = ("finished", "aborted", "refused", "failed")
+    assert {f'diptych_goodput_requests_total{{class="{each}",{ours}}} 0.0' for each in classes} <= lines
+    assert {f'diptych_requests_total{{class="{c}",{ours},outcome="{o}"}} 0.0' for c in classes for o in outcomes} <= lines
+    assert {f'diptych_choices_total{{{ours},outcome="{each}"}} 0.0' for each in outcomes} <= lines
+    reasons = ("overloaded", "no_route", "rate_limited")
+    assert {f'diptych_refusals_total{{{ours},reason="{each}"}} 0.0' for each in reasons} <= lines
+
+
 def test_each_workers_prediction_error_is_told():
     ref = WorkerRef(WorkerId("decode-0"), Epoch(1), Address("fake://d"))
     model = StepModel(5e-3, 0.0, 0.0, 0.0, 0.0, error=0.25, num_observed=9)
     report = LoadReport(ref, 0, 0, 0, 0, num_blocks=64, num_free_blocks=64, block_size=16, step_model=model)
-    metrics = Metrics()
-    assert 'diptych_predictor_error{worker="decode-0"} 0.25' in metrics.render([report]).decode().splitlines()
+    metrics = Metrics("gateway-0")
+    assert 'diptych_predictor_error{gateway="gateway-0",worker="decode-0"} 0.25' in metrics.render([report]).decode().splitlines()
     assert "decode-0" not in metrics.render([]).decode(), "a worker that has gone is forgotten"
