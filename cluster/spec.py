@@ -234,27 +234,14 @@ def _impossible(spec: Spec) -> list[str]:
     if spec.router.processes > 1 and spec.router.port == 0:
         found.append(f"router.port: must be a fixed port, since {spec.router.processes} processes share it")
     found.extend(f"transfer.transports: {problem}" for problem in what_is_wrong(spec.transports, spec.model.device))
-    found.extend(_too_few_a_minute(spec))
+    if (allowed := spec.security.requests_per_minute) is not None and allowed < spec.router.processes:
+        found.append(f"security.requests_per_minute: must be >= {spec.router.processes}, not {allowed}: the gateways share it out")
     if spec.hosts is Hosts.ANY and spec.pools.prefill is not None and "ucx" not in spec.transports:
         named = ", ".join(spec.transports)
         found.append(f"hosts: any: transfer.transports must name ucx, not only {named}: nothing else reaches other hosts")
     for name, pool in spec.pools.by_name.items():
         found.extend(_impossible_pool(f"pools.{name}", pool, spec.hosts))
     found.extend(_uneven_tp(spec.pools))
-    return found
-
-
-def _too_few_a_minute(spec: Spec) -> list[str]:
-    """Of a key: each gateway has its share, and what is more than that would never be let in."""
-    found, parts = [], spec.router.processes
-    requests, tokens = spec.security.requests_per_minute, spec.security.tokens_per_minute
-    if requests is not None and requests < parts:
-        found.append(f"security.requests_per_minute: must be >= {parts}, not {requests}: the gateways share it out")
-    lengths = [pool.max_model_len for pool in spec.pools.by_name.values() if pool.max_model_len is not None]
-    longest = min(lengths, default=0)         # of a request; unknown here where no pool says it
-    if tokens is not None and tokens < longest * parts:
-        why = f"a request may have max_model_len {longest}, and the gateways ({parts}) share it out"
-        found.append(f"security.tokens_per_minute: must be >= {longest * parts}, not {tokens}: {why}")
     return found
 
 

@@ -11,8 +11,10 @@ At all times free + cached + held = total.
 
 import hashlib
 import struct
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from ..messages.ids import BlockHash, BlockId
 
@@ -53,6 +55,15 @@ class BlockPool:
     def num_available(self) -> int:
         """Blocks that `take` could give: free ones, and cached ones by evicting them."""
         return len(self._free) + len(self._cached)
+
+    def num_private(self, blocks: Sequence[BlockId]) -> int:
+        """Of one holder's blocks, those that nobody else holds: all after the prefix that it shares."""
+        refs = self._refs
+        return len(blocks) - bisect_left(blocks, True, key=lambda block: refs[block] == 1)
+
+    def num_freed_by(self, holders: Iterable[Sequence[BlockId]]) -> int:
+        """Blocks that nobody would hold without all of these."""
+        return sum(count == self._refs[block] for block, count in Counter(chain.from_iterable(holders)).items())
 
     def match(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
         """The longest prefix of `hashes` that is here, held or cached; nothing is held by this."""

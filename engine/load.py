@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from ..messages.requests import FillingLoad, LoadReport, WorkerRef
 from ..messages.steps import StepFeatures, attended_pairs
 from .sequence import Sequence
+from .urgency import NO_OBJECTIVE_S
 
 if TYPE_CHECKING:                             # the router shares this file's constants, and has no use for torch
+    from .block_pool import BlockPool
     from .engine import Engine
     from .step_watch import StepWatch
 
@@ -72,17 +74,17 @@ def load_report(
         lead_s=0.0 if scheduler.pacer is None else scheduler.pacer.lead_s,
         num_passing=num_leaving + sum(s.hands_off for s in scheduler.waiting) + sum(s.hands_off for s in scheduler.running),
         last_read=tuple((request_id, now - added_at) for request_id, added_at in engine.last_added),
-        filling=_filling_load(filling, [s for s in unfinished if s.fills_in and not s.hands_off], num_filling, pool.num_held, now),
+        filling=_filling_load(filling, [s for s in unfinished if s.fills_in and not s.hands_off], num_filling, pool, now),
     )
 
 
-def _filling_load(decoding: list[Sequence], others: list[Sequence], num_coming: int, num_held: int, now: float) -> FillingLoad:
-    """A block that is shared counts for each: all of them would have to be looked at, for every report."""
+def _filling_load(decoding: list[Sequence], others: list[Sequence], num_coming: int, pool: "BlockPool", now: float) -> FillingLoad:
+    """Of its memory, what is not shared, of those that give it to whoever comes now."""
     return FillingLoad(
         num_requests=len(decoding) + len(others) + num_coming,
         num_decoding=len(decoding),
         decode_context=sum(len(s.token_ids) for s in decoding),
-        num_blocks=min(num_held, sum(len(s.blocks) for s in (*decoding, *others) if s.due_at > now)),
+        num_blocks=sum(pool.num_private(s.blocks) for s in (*decoding, *others) if s.due_at > now + NO_OBJECTIVE_S),
     )
 
 

@@ -146,7 +146,8 @@ class Pacer:
         """For prompts beside `decodes`, which are all of the step's."""
         decodes, now, model = list(decodes), self._clock(), self._model()
         begins_at = now + self._busy_s(now)
-        slack_s = min((self._slack_s(sequence, begins_at) for sequence in decodes), default=math.inf)
+        paced = [sequence for sequence in decodes if not sequence.fills_in] or decodes         # batch work holds nobody up
+        slack_s = min((self._slack_s(sequence, begins_at) for sequence in paced), default=math.inf)
         decode_s = model.decode_s(len(decodes), sum(len(sequence.token_ids) for sequence in decodes))
         enough = enough_rows(model, decode_s)
         if math.isinf(slack_s):

@@ -1,15 +1,14 @@
 """What an engine computes next. Pure: sequences and a block pool in, one StepPlan out.
 
-A step takes every running decode (one token each), then continues prompts that are partly computed, then admits waiting ones by
+A step takes the running decodes (one token each), then continues prompts that are partly computed, then admits waiting ones by
 urgency, all under a token budget (SARATHI, OSDI'24, section 4) and, with a Pacer, within the time that decodes have to spare. Admission
 takes the blocks of the whole prompt at once, so that a prompt under way is never stuck halfway.
 
 Preempted, to compute again later, is who has most slack: the least urgent, when a decode finds no block; batch work, when somebody more
 urgent finds no room. What is handed off is never preempted, for somebody may be writing or reading its pages. Batch work gives steps away,
-too: its decodes take what time the pace of others leaves, all but one none while a prompt is under way whose first token was promised.
+too: its decodes take what time the pace of others leaves, and all but one wait while somebody else's prompt is computed.
 """
 
-import math
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,6 +68,7 @@ class Scheduler:
         self.running: list[Sequence] = []      # by arrival
         self.num_reserved = 0                                  # handoffs on their way here that have their blocks
         self._claim: Claim | None = None                       # of the most urgent handoff, for the next step
+        self._nobody_more = False                              # the first in line found no memory in the last step
 
     def add(self, sequence: Sequence) -> None:
         """To be admitted when there is room."""
@@ -127,6 +127,7 @@ class Scheduler:
             count = room.take(sequence.num_computed, min(sequence.num_to_compute, most))
             scored_left -= count if sequence.is_scored else 0
             chunks.append(Chunk(sequence, sequence.num_computed, count))
+        self._nobody_more = nobody_more
         if self.pacer is not None:
             self.pacer.planned(room)
             if any(chunk.samples and not chunk.sequence.hands_off for chunk in chunks[num_decoding:]):
@@ -170,14 +171,17 @@ class Scheduler:
         filling = sorted((s for s in decodes if s.fills_in), key=lambda s: s.urgency)
         if self.pacer is None or len(filling) < 2:
             return decodes
-        most = 1 if self._has_promised_prompts else self.pacer.num_beside([s for s in decodes if not s.fills_in], filling)
+        most = 1 if self._computes_for_others else self.pacer.num_beside([s for s in decodes if not s.fills_in], filling)
+        for sequence in filling[most:]:
+            sequence.paced_from = sequence.handed_over_at = None           # it is not late: it gave way
         left_out = set(filling[most:])
         return [s for s in decodes if s not in left_out]
 
     @property
-    def _has_promised_prompts(self) -> bool:
-        under_way = (s for s in self.running if not s.is_decoding)
-        return any(_was_promised(s) for s in (*under_way, *self.waiting[: self._num_places]))
+    def _computes_for_others(self) -> bool:
+        """Than batch work: a prompt, or will in this step, unless the first in line found no memory in the last one."""
+        coming = [] if self._nobody_more else self.waiting[: max(1, self._num_places)]
+        return any(not (s.fills_in or s.is_decoding) for s in (*self.running, *coming))
 
     def _postpone_lost(self) -> None:
         lost = [s for s in self.waiting if self.pacer is not None and self.pacer.is_lost(s)]
@@ -253,7 +257,8 @@ class Scheduler:
         """`grows`: who runs then must have blocks to grow into, too, as `_admit` asks of a prompt that is handed off."""
         victims = sorted((s for s in self.running if _may_yield(s, due_at)), key=lambda s: s.urgency, reverse=True)
         stay = self._num_growing - sum(not s.hands_off for s in victims) if grows else 0
-        if num_blocks + stay > self._pool.num_available + sum(len(s.blocks) for s in victims):
+        wanted = num_blocks + stay - self._pool.num_available
+        if wanted > sum(len(s.blocks) for s in victims) or wanted > self._pool.num_freed_by(s.blocks for s in victims):
             return []
         yielded: list[Sequence] = []
         for victim in victims:
@@ -307,11 +312,6 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.RUNNING
         insort(self.running, sequence, key=lambda s: s.arrival)
-
-
-def _was_promised(sequence: Sequence) -> bool:
-    """A time for its first token, which can still be kept."""
-    return not (sequence.fills_in or sequence.is_postponed or math.isinf(sequence.ttft_deadline))
 
 
 def _may_yield(sequence: Sequence, due_at: float) -> bool:

@@ -51,6 +51,8 @@ class Answer:
             )
             self._choices.append(make_choice(job, asked, vocabulary))
             self._generations.append(Generation(prompt, partial(self._wake, index), arrived_at))
+            if self.num_open > 1:
+                self._generations[-1].routed = self._on_routed
 
     def start(self, on_news: Callable[[], None]) -> None:
         """`on_news` is called when there is something to take, again when that has been taken, and whenever a choice ends."""
@@ -62,7 +64,7 @@ class Answer:
         """Nobody is told of news any more. What has not ended is aborted."""
         self._on_news = nothing
         for generation in self._generations:
-            generation.wake = nothing         # with it a cycle of references ends, which the collector would have to find
+            generation.wake = generation.routed = nothing     # so a cycle of references ends, which the collector would have to find
             self._dispatcher.abort(generation)
 
     def fail(self, error: DiptychError) -> None:
@@ -91,9 +93,9 @@ class Answer:
         return any(generation.outputs for generation in self._generations)
 
     @property
-    def is_routed(self) -> bool:
-        """Every choice has gone to some worker: none is refused any more."""
-        return all(generation.num_attempts for generation in self._generations)
+    def may_be_told(self) -> bool:
+        """Every choice has gone to some worker, so that none is refused any more; or one has failed."""
+        return all(generation.num_attempts for generation in self._generations) or self.error is not None
 
     @property
     def num_tokens(self) -> int:
@@ -120,6 +122,10 @@ class Answer:
             self.num_open -= 1
             self._dispatcher.finish(generation)       # a stop string, which the workers do not know of
         return piece
+
+    def _on_routed(self) -> None:
+        if self._woken and self.may_be_told:
+            self._on_news()
 
     def _wake(self, index: int) -> None:
         is_news = not self._woken or self._generations[index].ended

@@ -158,7 +158,7 @@ class App:
         objectives = objectives_for(job.service_class, call.exchange, core.config.objectives, core.config.class_objectives)
         path, deadline = path_asked(call.exchange, core.config.debug_headers), call.arrived_at + timeout_s
         key = _key_of(call.exchange, self._keys) or b""
-        taken = self._limiter.guess(job.min_tokens, job.max_tokens) if job.is_open else job.max_tokens
+        taken = self._limiter.guess(job.min_tokens, job.max_tokens, job.num_choices) if job.is_open else job.max_tokens
         limits = self._admit(key, job, taken)
         answer = Answer(job, core.dispatcher, core.model.vocabulary, call.arrived_at, deadline, objectives, path)
         core.decisions.begin(job.response_id, call.request_id)

@@ -31,6 +31,7 @@ from ...messages.requests import (
     RequestFailed,
     RequestSpan,
     Route,
+    ServiceClass,
     StepTokens,
     TokenDelta,
     TransferFailed,
@@ -177,8 +178,9 @@ class Dispatcher:
         attempt = generation.attempt
         if generation.ended or attempt is None:
             return
-        if not attempt.has_tokens and self._loads.has_prompts_to_compute(attempt.route.first):
-            attempt.progress_at = now         # in a queue, not stuck: the request's own deadline holds
+        is_queued = not attempt.has_tokens and self._loads.has_prompts_to_compute(attempt.route.first)
+        if is_queued or generation.prompt.service_class is ServiceClass.BATCH:
+            attempt.progress_at = now         # in a queue, or giving way to others, not stuck: the request's own deadline holds
         dead = [ref.worker_id for ref in attempt.workers if not self._loads.lives(ref, now)]
         if now >= generation.prompt.deadline:
             self._fail(generation, FailureKind.TIMEOUT, self._deadline_text(generation))
@@ -234,6 +236,8 @@ class Dispatcher:
             self._post.send(route.first.address, request)
         except TooLarge as error:
             self._fail(generation, FailureKind.INVALID, str(error))
+        if generation.num_attempts == 1:
+            generation.routed()
 
     def _on_tokens(self, message: StepTokens) -> None:
         now, worker = self._clock(), message.worker

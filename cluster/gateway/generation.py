@@ -81,6 +81,7 @@ class Generation:
     prompt: Prompt
     wake: Callable[[], None]                  # called when there is something to take, or an end
     arrived_at: float                         # of the HTTP request
+    routed: Callable[[], None] = lambda: None                 # called when it has been sent to a worker for the first time
     state: GenerationState = GenerationState.QUEUED
     outputs: list[int] = field(default_factory=list)          # in order, over all attempts
     fresh: list[TokenDelta] = field(default_factory=list)

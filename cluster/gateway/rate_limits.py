@@ -19,7 +19,8 @@ from .response_head import Headers
 
 MINUTE_S = 60.0
 OPEN_SHARE = 0.25
-"""Of a minute's tokens: so many, beside the prompt, are taken at most for an answer whose length the client leaves open."""
+"""Of a minute's tokens: so many, beside the prompt, are taken at most for a choice whose length the client leaves open. If more come, the
+key owes them: on the mean it gets what it may, though not in each minute."""
 
 
 class RateLimits(Struct, frozen=True):
@@ -68,10 +69,10 @@ class RateLimiter:
         self._clock = clock
         self._buckets: dict[bytes, dict[str, Bucket]] = {}
 
-    def guess(self, least: int, most: int) -> int:
+    def guess(self, least: int, most: int, num_choices: int) -> int:
         """How many tokens to take for a request that will use `least` (its prompts) to `most` of them."""
         rate = self._rates.get("tokens", math.inf)
-        room = min(most - least, OPEN_SHARE * rate, rate - least)
+        room = min(most - least, num_choices * OPEN_SHARE * rate, rate - least)
         return least + max(0, int(room))
 
     def admit(self, key: bytes, num_requests: int, num_tokens: int) -> Headers:

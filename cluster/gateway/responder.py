@@ -150,7 +150,6 @@ class StreamResponder(Responder):
         super().__init__(reply)
         self._usage = usage
         self._begun: set[int] = set()         # choices that have had their first chunk
-        self._held = b""                      # events, until the head may leave
         self._cut_at = asyncio.get_running_loop().time() + timeout_s + WRITE_GRACE_S
         self._patience: asyncio.TimerHandle | None = None     # while the client does not read
 
@@ -162,13 +161,13 @@ class StreamResponder(Responder):
         if not self._exchange.writable:
             self._wait()
             return
-        events, self._held = self._held, b""
+        if self._exchange.status is None and not self._answer.may_be_told:
+            return
+        events = b""
         for index, piece in self._answer.take():
             events += self._chunk(index, piece)
         if not self._answer.num_open:
             self._finish(events + self._usage_event() + DONE)
-        elif self._exchange.status is None and not self._answer.is_routed:
-            self._held = events
         elif events:
             self._open()
             self._exchange.write(events)

@@ -3,7 +3,8 @@
     scrape ──► this gateway ──► each of the others, at a socket of its own ──► own figures and theirs, joined
                                 who does not answer within ANSWER_S is left out, and that is told
 
-Gateways stand on one host. Their sockets are abstract Unix ones, named after the port that they share: a killed process leaves nothing.
+Gateways stand on one host. Their sockets are abstract Unix ones, named after the deployment and the port that they share: a killed
+process leaves nothing.
 """
 
 import asyncio
@@ -29,9 +30,10 @@ class Siblings:
         """`render` tells this gateway's own figures."""
         self._own_id = config.gateway_id
         self._others = tuple(each for each in config.gateways if each != config.gateway_id)
-        self._place = f"\0diptych/{config.host}:{config.port}/"
+        self._place = f"\0diptych/{config.cluster}@{config.host}:{config.port}/"
         self._render = render
         self._server: asyncio.Server | None = None
+        self._question: asyncio.Task[bytes] | None = None
 
     async def open(self) -> None:
         """From now on the others get an answer. A gateway that cannot give one serves clients all the same."""
@@ -43,7 +45,7 @@ class Siblings:
             door.listen()
         except OSError as error:
             door.close()
-            logger.warning("the other gateways cannot ask %s for its metrics: %s", self._own_id, error.strerror)
+            logger.warning("the other gateways cannot ask %s for its metrics: %s", self._own_id, error.strerror or error)
             return
         self._server = await asyncio.start_unix_server(self._tell, sock=door)
 
@@ -52,6 +54,12 @@ class Siblings:
             self._server.close()
 
     async def metrics(self) -> bytes:
+        """Who asks meanwhile gets the same answer: each question is one to every gateway."""
+        if self._question is None or self._question.done():
+            self._question = asyncio.create_task(self._all())
+        return await asyncio.shield(self._question)
+
+    async def _all(self) -> bytes:
         told = await asyncio.gather(*map(self._ask, self._others))
         texts = dict(zip(self._others, told, strict=True)) | {self._own_id: self._render()}
         return joined(text for _, text in sorted(texts.items()) if text is not None) + _scraped(texts)

@@ -118,7 +118,7 @@ class DecodeEstimate(Struct, frozen=True, gc=False):
     before_s: float                           # per token, without the request: what prompts take counted as lately
     after_s: float                            # with it
     tpot_s: float                             # with it, as the worker paces itself: prompts get no more than the promise leaves
-    alone_s: float                            # a step of decodes alone, with it
+    alone_s: float                            # per token, with it, if there were no prompts
 
 
 class DecodeSide(Struct, frozen=True, gc=False):
@@ -134,6 +134,7 @@ class DecodeSide(Struct, frozen=True, gc=False):
     waiting_tokens: int                       # of prompts
     waiting_pairs: int
     tpot_s: float                             # promised
+    turns: float                              # steps a token takes: of batch work that gives way, one sequence goes on in each
 
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
@@ -274,6 +275,7 @@ def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> Dec
         waiting_tokens=worker.num_waiting_tokens,
         waiting_pairs=worker.prefill_pairs,
         tpot_s=work.tpot_s,
+        turns=worker.filling.num_decoding + 1.0 if work.fills_in and worker.num_decoding else 1.0,
     )
 
 
@@ -297,7 +299,7 @@ def estimate_decode(side: DecodeSide, joins_in_s: float, local_prefill_s: float)
     context = count * side.context_each
     if side.waiting_tokens:
         share += model.prefill_s(side.waiting_tokens, side.waiting_pairs, count) / SHARE_HORIZON_S
-    before_s, alone_s = model.decode_s(count, context), model.decode_s(count + 1.0, context + side.own_context)
+    before_s, alone_s = model.decode_s(count, context), side.turns * model.decode_s(count + 1.0, context + side.own_context)
     with_it = share + local_prefill_s / SHARE_HORIZON_S
     after_s = alone_s / (1.0 - (with_it if with_it < MAX_PREFILL_SHARE else MAX_PREFILL_SHARE))
     paced_s = alone_s + beside_s(alone_s, side.tpot_s)

@@ -21,6 +21,7 @@ neither does: gateways that share a stale view do not all run to the same worker
 
 import math
 import random
+from collections import deque
 from collections.abc import Sequence
 
 from msgspec import Struct, structs
@@ -72,7 +73,7 @@ class Goodput:
         self._index = index or PrefixIndex()
         self._random = random.Random(options.seed)
         self._flows = {"prefill": Flow(), "decode": Flow()}      # prompt tokens sent to be computed in each pool
-        self._priority_tpot_s, self._priority_until = math.inf, -math.inf
+        self._priority: deque[tuple[float, float]] = deque()     # (TPOT promised, remembered until): the tightest first, each ends sooner
 
     def choose(self, request: RoutingRequest, view: ClusterView, now: float) -> Decision:
         return self.decide(request, view, now).decision
@@ -80,7 +81,7 @@ class Goodput:
     def decide(self, request: RoutingRequest, view: ClusterView, now: float) -> Explanation:
         hashes = _hashes(request, view)
         if request.service_class is ServiceClass.PRIORITY:
-            self._remember_priority(request.objectives.tpot_s, now)
+            self._remember_priority(request, view, now)
         explanation, stays = self._explain(request, view, now, hashes)
         decision = explanation.decision
         if isinstance(decision, Route):
@@ -93,17 +94,28 @@ class Goodput:
         """What `choose` would say and why (on another sample of the pools); nothing is remembered."""
         return self._explain(request, view, now, _hashes(request, view))[0]
 
-    def _remember_priority(self, tpot_s: float | None, now: float) -> None:
-        if tpot_s is not None and (now >= self._priority_until or tpot_s <= self._priority_tpot_s):
-            self._priority_tpot_s, self._priority_until = tpot_s, now + PRIORITY_MEMORY_S
+    def _remember_priority(self, request: RoutingRequest, view: ClusterView, now: float) -> None:
+        """Unless nobody could keep it."""
+        tpot_s = request.objectives.tpot_s
+        if tpot_s is None or not any(_keeps_alone(worker, tpot_s) for worker in (*view.decode, *view.prefill)):
+            return
+        while self._priority and self._priority[-1][0] >= tpot_s:
+            self._priority.pop()
+        self._priority.append((tpot_s, now + PRIORITY_MEMORY_S))
+
+    def _left_free_s(self, now: float) -> float:
+        """For priority requests, of a token's time."""
+        while self._priority and now >= self._priority[0][1]:
+            self._priority.popleft()
+        return self._priority[0][0] if self._priority else math.inf
 
     def _explain(
         self, request: RoutingRequest, view: ClusterView, now: float, hashes: Sequence[int]
     ) -> tuple[Explanation, bool]:
         """And whether a prefill worker is to decode the answer, too."""
         work = _work(request, view, now)
-        if request.service_class is ServiceClass.DEFAULT and now < self._priority_until:
-            work = structs.replace(work, left_free_s=self._priority_tpot_s)
+        if self._priority and request.service_class is ServiceClass.DEFAULT:
+            work = structs.replace(work, left_free_s=self._left_free_s(now))
         if (missing := what_is_missing(request, view)) is not None:
             return Explanation(Queue(missing), (), work.num_outputs, work.ttft_slack_s), False
         predictions, stays = self._predictions(request, work, view, now, hashes)
@@ -239,7 +251,7 @@ def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inf
     return _Target(
         ref=worker.ref,
         side=decode_side(worker, work, inflow),
-        left_free_s=_left_free_s(worker, work, error),
+        left_free_s=work.left_free_s if work.left_free_s == math.inf or _keeps_alone(worker, work.left_free_s) else math.inf,
         memory=memory,
         cost=worker.tp * _rise(1 - free / worker.num_blocks, memory),
         fits=needed + worker.num_decoding <= free,
@@ -251,12 +263,10 @@ def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inf
     )
 
 
-def _left_free_s(worker: WorkerLoad, work: Work, error: float) -> float:
-    """Nothing, where those for whom it is could not be served if they were alone."""
-    if work.left_free_s == math.inf:
-        return math.inf
-    alone_s = (worker.step_model or PRIOR).decode_s(1.0, work.num_tokens) * (1 + error)
-    return work.left_free_s if alone_s + beside_s(alone_s, work.left_free_s) <= work.left_free_s else math.inf
+def _keeps_alone(worker: WorkerLoad, tpot_s: float) -> bool:
+    """Of a short context that is decoded by itself."""
+    alone_s = (worker.step_model or PRIOR).decode_s(1.0, 0.0) * (1 + _error(worker))
+    return alone_s + beside_s(alone_s, tpot_s) <= tpot_s
 
 
 def _predict(target: _Target, source: _Source, kv_arrival_s: float) -> Prediction:
@@ -266,6 +276,7 @@ def _predict(target: _Target, source: _Source, kv_arrival_s: float) -> Predictio
     step_cost = target.tp * _rise(estimate.before_s / target.scale_s, (estimate.after_s + joining_s) / target.scale_s)
     tpot_s = estimate.tpot_s + joining_s
     keeps_tpot = target.fits and (tpot_s <= target.most_s or _keeps_pace(target, estimate.alone_s, joining_s, target.side.tpot_s))
+    leaves_enough = target.left_free_s == math.inf or _keeps_pace(target, estimate.alone_s, 0.0, target.left_free_s)
     return Prediction(
         route=Route(decode=target.ref, prefill=None if is_local else source.ref),
         ttft_s=ttft_s,
@@ -274,7 +285,8 @@ def _predict(target: _Target, source: _Source, kv_arrival_s: float) -> Predictio
         memory=target.memory,
         cost=source.cost + step_cost + target.cost,
         keeps_ttft=source.keeps_ttft,
-        keeps_tpot=keeps_tpot and (target.left_free_s == math.inf or _keeps_pace(target, estimate.alone_s, 0.0, target.left_free_s)),
+        keeps_tpot=keeps_tpot and leaves_enough,
+        keeps_but_for_priority=keeps_tpot and not leaves_enough,
     )
 
 
@@ -317,6 +329,8 @@ def _why_late(work: Work, soonest: Prediction) -> str:
 
 def _why_no_room(work: Work, best_s: float, in_time: list[Prediction]) -> str:
     asked, best = _ms(work.tpot_s), _ms(best_s)
+    if any(each.keeps_but_for_priority for each in in_time):
+        return f"nobody in time has room beside the {_ms(work.left_free_s)} a token that priority requests were promised"
     if best_s > work.tpot_s:
         return f"nobody in time keeps {asked} a token; the best is {best}"
     if (least := min(each.memory for each in in_time)) > 1:
@@ -387,4 +401,4 @@ def _num_cached(worker: WorkerLoad, num_known: int, work: Work) -> int:
 
 def _ms(seconds: float) -> str:
     milliseconds = seconds * 1e3
-    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.3g} ms"
+    return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"

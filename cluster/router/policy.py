@@ -132,6 +132,7 @@ class Prediction(Struct, frozen=True):
     cost: float
     keeps_ttft: bool
     keeps_tpot: bool                          # and its KV fits
+    keeps_but_for_priority: bool = False      # but not what is to be left free for priority requests
 
     @property
     def keeps_both(self) -> bool:

@@ -63,11 +63,11 @@ class Run:
             self.arrive_and_leave(step)
             waiting = list(self.scheduler.waiting)
             decoding = [s for s in self.scheduler.running if s.is_decoding]
-            promised = [s for s in [*waiting, *self.scheduler.running] if self.was_promised(s)]
+            prompts = [s for s in [*waiting, *self.scheduler.running] if not (s.fills_in or s.is_decoding)]
             may_preempt = self.scheduler.may_preempt or not self.scheduler.can_grow_all
             plan = self.scheduler.schedule()
             assert may_preempt or not plan.preempted, "an engine that runs ahead would not have asked"
-            self.check(plan, waiting, decoding, promised)
+            self.check(plan, waiting, decoding, prompts)
             self.compute(plan)
             self.now += COST.step_s(features_of(plan))
             step += 1
@@ -111,11 +111,8 @@ class Run:
             return
         self.sequences[number] = sequence
 
-    def was_promised(self, sequence: Sequence) -> bool:
-        """And its first token is still to come."""
-        return not sequence.fills_in and not sequence.is_decoding and sequence.ttft_deadline < float("inf")
-
-    def check(self, plan: StepPlan, waiting: list[Sequence], decoding: list[Sequence], promised: list[Sequence]) -> None:
+    def check(self, plan: StepPlan, waiting: list[Sequence], decoding: list[Sequence], urgent: list[Sequence]) -> None:
+        """`urgent`: prompts that are no batch work."""
         machine, in_plan = self.machine, [chunk.sequence for chunk in plan.chunks]
         self.num_preempted += len(plan.preempted)
         assert len(set(map(id, in_plan))) == len(in_plan) <= machine.max_sequences
@@ -126,7 +123,7 @@ class Run:
         stayed = [s for s in decoding if s in in_plan]
         assert stayed == in_plan[: len(stayed)]
         if left_out:
-            self.check_left_out(left_out, decoding, plan, promised)
+            self.check_left_out(left_out, decoding, plan, urgent)
         # Prompts: within what decodes leave of the budget, but for one token that they always get.
         prompts = [chunk for chunk in plan.chunks if chunk.sequence not in decoding]
         room = max(1, machine.max_step_tokens - (len(plan.chunks) - len(prompts)))
@@ -142,14 +139,14 @@ class Run:
         self.check_order(plan, waiting)
         self.check_blocks()
 
-    def check_left_out(self, left_out: list[Sequence], decoding: list[Sequence], plan: StepPlan, promised: list[Sequence]) -> None:
-        """For a first token that was promised, or for the pace of others, which one more would break; never who has waited longest."""
+    def check_left_out(self, left_out: list[Sequence], decoding: list[Sequence], plan: StepPlan, urgent: list[Sequence]) -> None:
+        """For a prompt of others, or for the pace of others, which one more would break; never who has waited longest."""
         filling = sorted((s for s in decoding if s.fills_in), key=lambda s: s.urgency)
         first = min(left_out, key=lambda s: s.urgency)
         assert all(s.fills_in for s in left_out)
         assert filling[0] is not first
         assert all(chunk.sequence.urgency < first.urgency for chunk in plan.chunks if chunk.sequence in filling)
-        if not promised:
+        if not urgent:
             pacer, others = self.scheduler.pacer, [s for s in decoding if not s.fills_in]
             assert pacer is not None
             taken = [*others, *filling[: filling.index(first) + 1]]

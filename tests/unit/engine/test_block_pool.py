@@ -146,6 +146,23 @@ def test_a_block_that_nobody_holds_cannot_be_released_or_published() -> None:
         pool.publish(BlockId(1), BlockHash(b"h"))
 
 
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), shared=st.integers(0, 4), picked=st.sets(st.integers(0, 3)))
+def test_what_holders_would_free_by_themselves_and_together(lengths: list[int], shared: int, picked: set[int]) -> None:
+    """Sequences with a prefix of `shared` blocks, or all of it, that the first one has computed."""
+    pool, hashes = BlockPool(40), hashes_of([1] * shared)
+    first = pool.take(shared + lengths[0]) or []
+    for block, block_hash in zip(first, hashes, strict=False):
+        pool.publish(block, block_hash)
+    held = [first, *(pool.take(length, pool.match(hashes)) or [] for length in lengths[1:])]
+    alone = 0 if len(held) > 1 else shared
+    assert [pool.num_private(blocks) for blocks in held] == [length + alone for length in lengths]
+    chosen = [blocks for i, blocks in enumerate(held) if i in picked]
+    freed, before = pool.num_freed_by(chosen), pool.num_available
+    for blocks in chosen:
+        pool.release(blocks)
+    assert pool.num_available - before == freed
+
+
 # Chained hashes
 
 tokens = st.lists(st.integers(0, 2**32), max_size=24)

@@ -106,16 +106,43 @@ def test_batch_decodes_take_the_time_that_the_pace_of_others_leaves() -> None:
         assert [chunk.sequence.id for chunk in run.scheduler.schedule().chunks] == ["r0", *beside]
 
 
-def test_all_but_one_batch_decode_wait_for_a_first_token_that_was_promised() -> None:
-    batch = [Job((number,) * 4, 9, tier=BATCH) for number in range(2, 5)]
-    for ttft, beside in ((1.0, ["r0"]), (float("inf"), ["r0", "r1", "r2"])):
-        run = started(replace(ROOMY, paced=True, max_step_tokens=64), *batch, Job((1,) * 4, 2, ttft=ttft, arrives=1))
+def test_all_but_one_batch_decode_wait_for_the_prompts_of_others() -> None:
+    """Also where these find no place before batch work has made them one, but not for those that find no memory."""
+    batch = [Job((number,) * 4, 9, tier=BATCH, tpot=0.05) for number in range(2, 5)]
+    for max_sequences, tier, beside in ((8, PRIORITY, ["r0"]), (3, PRIORITY, ["r0"]), (8, BATCH, ["r0", "r1", "r2"])):
+        machine = replace(ROOMY, paced=True, max_step_tokens=64, max_sequences=max_sequences)
+        run = started(machine, *batch, Job((1,) * 4, 2, tier=tier, arrives=1))
         run.compute(run.scheduler.schedule())
         run.arrive_and_leave(1)
         plan = run.scheduler.schedule()
         assert [chunk.sequence.id for chunk in plan.chunks] == [*beside, "r3"]
         run.compute(plan)
-        assert [chunk.sequence.id for chunk in run.scheduler.schedule().chunks] == ["r0", "r1", "r2", "r3"]
+        after = run.scheduler.schedule()
+        assert [chunk.sequence.id for chunk in after.chunks] == [s.id for s in run.scheduler.running]
+        assert all(s.paced_from is None for s in run.scheduler.running if s.id in ("r1", "r2") and tier is PRIORITY), "it is not late"
+
+
+def test_batch_decodes_go_on_while_others_find_no_memory() -> None:
+    batch = [Job((number,) * 4, 9, tier=BATCH) for number in range(2, 4)]
+    run = started(replace(ROOMY, num_blocks=7, paced=True, max_step_tokens=64), Job((1,) * 8, 9), *batch, Job((4,) * 24, 2, arrives=1))
+    run.compute(run.scheduler.schedule())
+    run.arrive_and_leave(1)
+    for expected in (["r0", "r1"], ["r0", "r1", "r2"], ["r0", "r1", "r2"]):
+        plan = run.scheduler.schedule()
+        assert [chunk.sequence.id for chunk in plan.chunks] == expected
+        run.compute(plan)
+        run.now += 0.006
+
+
+def test_batch_does_not_give_way_for_memory_that_it_shares() -> None:
+    """A prefix of 16 tokens, four blocks, is a default answer's, too: without the batch work only one more block would be free."""
+    run = started(replace(ROOMY, num_blocks=7, max_step_tokens=64), Job((1,) * 17, 9))
+    run.compute(run.scheduler.schedule())
+    run.jobs += [Job((1,) * 17, 9, tier=BATCH, arrives=1), Job((2,) * 12, 2, arrives=2)]
+    run.arrive_and_leave(1)
+    run.compute(run.scheduler.schedule())
+    run.arrive_and_leave(2)
+    assert run.scheduler.schedule().preempted == ()
 
 
 def test_batch_stays_where_its_memory_would_not_be_enough() -> None:

@@ -24,6 +24,7 @@ from diptych.messages.requests import (
     RequestSpan,
     Route,
     SamplingParams,
+    ServiceClass,
     StepTokens,
     TokenDelta,
     TokenLogprobs,
@@ -77,10 +78,11 @@ class Bench:
         members = tuple(Member(ref, roles[name], "layout", 16, 100, 1000) for name, ref in self.workers.items())
         self.dispatcher.update_membership(Membership(self.version, members, ()))
 
-    def start(self, **sampling: object) -> Generation:
+    def start(self, service_class: ServiceClass = ServiceClass.DEFAULT, **sampling: object) -> Generation:
         params = SamplingParams(**({"max_tokens": 10, "seed": 7} | sampling))
         self.num_started += 1
-        prompt = Prompt(f"cmpl-{self.num_started}-0", (1, 2, 3), params, self.now + self.limits.request_timeout_s)
+        deadline = self.now + self.limits.request_timeout_s
+        prompt = Prompt(f"cmpl-{self.num_started}-0", (1, 2, 3), params, deadline, service_class=service_class)
         generation = Generation(prompt, self._wake, self.now)
         self.dispatcher.start(generation)
         return generation
@@ -319,6 +321,14 @@ class TestRetry:
         bench.tokens(request, "prefill", 0, 10)
         bench.pass_time(31.0, "p0", "d0")
         assert bench.reasons == ["stalled"]
+
+    def test_batch_work_that_gives_way_is_not_stalled(self, bench):
+        generation = bench.start(service_class=ServiceClass.BATCH)
+        bench.tokens(bench.request(), "prefill", 0, 10)
+        bench.pass_time(500.0, "p0", "d0")
+        assert (generation.state, bench.reasons) == (State.RUNNING, [])
+        bench.pass_time(101.0, "p0", "d0")
+        assert (generation.state, generation.error.kind) == (State.FAILED, FailureKind.TIMEOUT)
 
     def test_prompt_logprobs_are_asked_for_once(self, bench):
         bench.start(logprobs=1, prompt_logprobs=1)

@@ -96,7 +96,7 @@ def test_who_dies_while_it_tells_is_left_out(port, said, whole):
     async def scenario() -> None:
         asked = sibling(port, 0)
         door = socket.socket(socket.AF_UNIX)
-        door.bind(f"\0diptych/127.0.0.1:{port}/gateway-1")
+        door.bind(f"\0diptych/test@127.0.0.1:{port}/gateway-1")
         async with await asyncio.start_unix_server(tell, sock=door):
             text = await asked.metrics()
         assert told(text, "diptych_gateway_scraped")["gateway-1"] == float(whole)
@@ -135,3 +135,23 @@ def test_a_family_has_one_head():
 def test_each_gateway_is_told_of_all(tmp_path):
     tree = {"name": "x", "model": {"path": "embedded"}, "pools": {"decode": {"workers": 1}}, "router": {"processes": 3}}
     assert gateway_config(parse_spec(tree, tmp_path), PlaceName(PlaceKind.GATEWAY, 1)).gateways == IDS
+
+
+def test_who_asks_while_another_is_answered_gets_the_same_answer(port):
+    async def scenario() -> None:
+        num_asked = 0
+
+        def render() -> bytes:
+            nonlocal num_asked
+            num_asked += 1
+            return Metrics(IDS[1]).render()
+
+        asked = sibling(port, 0)
+        other = Siblings(GatewayConfig(IDS[1], "test", "/nowhere", "tiny", port=port, gateways=IDS), render)
+        async with open_ones(asked, other):
+            one, same = await asyncio.gather(asked.metrics(), asked.metrics())
+            assert (one == same, num_asked) == (True, 1)
+            await asked.metrics()
+            assert num_asked == 2
+
+    run(scenario())
