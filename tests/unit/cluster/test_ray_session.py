@@ -28,7 +28,8 @@ ADDRESS = "127.0.0.1:1"
 LIMIT_S = 30.0
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 UP = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)          # the tests' own process may run under nohup
 from diptych.cluster import cli, ray_head
 ray_head._command = lambda folder, num_cpus: [sys.executable, "-c", "import time; time.sleep(60)"]
 sys.argv = ["diptych", "up", sys.argv[1]]
