@@ -138,7 +138,7 @@ class FillingLoad(Struct, frozen=True):
     num_requests: int                         # of a report's num_waiting + num_running + num_reserved - num_passing
     num_decoding: int
     decode_context: int                       # tokens that those attend to
-    num_blocks: int                           # that preemption would free
+    num_blocks: int                           # that preemption would free, but for those that are shared
 
 
 NO_FILLING = FillingLoad(0, 0, 0, 0)

@@ -200,7 +200,7 @@ class Goodput:
         if not any(each.keeps_ttft for each in predictions):
             late_s = soonest.ttft_s - work.ttft_slack_s
             return Refuse(_why_late(work, soonest), max(MIN_RETRY_AFTER_S, late_s))
-        if (least_s := _least_tpot_s(request, work, view)) > work.tpot_s:
+        if (least_s := _least_tpot_s(work, view)) > work.tpot_s:
             text = f"a token takes {_ms(least_s)} even where nobody else is served; {_ms(work.tpot_s)} were asked for"
             return Refuse(text, FULL_RETRY_AFTER_S)
         in_time = [each for each in predictions if each.keeps_ttft]
@@ -311,9 +311,9 @@ def _beside_its_prompts(worker: WorkerLoad) -> WorkerLoad:
     return structs.replace(worker, num_free_blocks=worker.num_free_blocks - math.ceil(waiting / worker.block_size))
 
 
-def _least_tpot_s(request: RoutingRequest, work: Work, view: ClusterView) -> float:
+def _least_tpot_s(work: Work, view: ClusterView) -> float:
     """Of a worker that has nothing else to do. It is asked only of what would be refused."""
-    if request.objectives.tpot_s is None or work.num_outputs <= 1:
+    if work.num_outputs <= 1:
         return 0.0
     context = work.num_tokens + work.num_outputs / 2
     return min((worker.step_model or PRIOR).decode_s(1, context) for worker in (*view.decode, *view.prefill))

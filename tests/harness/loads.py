@@ -1,11 +1,14 @@
-"""What a router is told of a worker: loads for tests."""
+"""What a router is told of workers, and asked: for tests."""
 
-from diptych.cluster.router.policy import WorkerLoad
+from diptych.cluster.router.goodput import Goodput, GoodputOptions
+from diptych.cluster.router.policy import ClusterView, Objectives, RoutingRequest, WorkerLoad
 from diptych.messages.ids import Address, Epoch, WorkerId
 from diptych.messages.requests import WorkerRef
 from diptych.messages.steps import StepModel
 
 MODEL = StepModel(5e-3, 22e-6, 9e-10, 18e-6, 3.2e-8, error=0.02, num_observed=1000)
+CHAT = Objectives(ttft_s=0.4, tpot_s=0.02)
+REQUEST = RoutingRequest(tuple(range(1000)), max_new_tokens=4096, objectives=CHAT)
 
 
 def ref(name: str) -> WorkerRef:
@@ -42,3 +45,11 @@ def load(
         reported_at=0.0,
         queue=queue,
     )
+
+
+def view(prefill: list[WorkerLoad], decode: list[WorkerLoad], **fields: object) -> ClusterView:
+    return ClusterView(tuple(prefill), tuple(decode), mean_outputs=200.0, **fields)
+
+
+def policy(**options: object) -> Goodput:
+    return Goodput(GoodputOptions(**options))

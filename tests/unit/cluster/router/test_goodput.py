@@ -3,32 +3,20 @@ from collections import Counter
 
 import msgspec
 import pytest
-from harness.loads import MODEL, load, ref
+from harness.loads import MODEL, REQUEST, load, policy, ref, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.cluster.router.estimate import Work, estimate_prefill
-from diptych.cluster.router.goodput import PATIENCE_S, PRIORITY_MEMORY_S, Goodput, GoodputOptions
+from diptych.cluster.router.goodput import PATIENCE_S, Goodput
 from diptych.cluster.router.load_view import LoadView
-from diptych.cluster.router.policy import ClusterView, Objectives, Path, Queue, Refuse, RoutingRequest, WorkerLoad
+from diptych.cluster.router.policy import ClusterView, Objectives, Path, Queue, Refuse, WorkerLoad
 from diptych.cluster.router.registry import PolicyOptions, make_policy
 from diptych.engine.urgency import NO_OBJECTIVE_S
 from diptych.messages.ids import Address, RequestId
 from diptych.messages.membership import Member, Membership, Role
-from diptych.messages.requests import FillingLoad, LoadReport, Route, ServiceClass
+from diptych.messages.requests import LoadReport, Route
 from diptych.messages.steps import StepFeatures
-
-CHAT = Objectives(ttft_s=0.4, tpot_s=0.02)
-REQUEST = RoutingRequest(tuple(range(1000)), max_new_tokens=4096, objectives=CHAT)
-
-
-def view(prefill: list[WorkerLoad], decode: list[WorkerLoad], **fields: object) -> ClusterView:
-    return ClusterView(tuple(prefill), tuple(decode), mean_outputs=200.0, **fields)
-
-
-def policy(**options: object) -> Goodput:
-    return Goodput(GoodputOptions(**options))
-
 
 waiting_tokens, sequences, blocks = st.integers(0, 60_000), st.integers(0, 300), st.integers(0, 1000)
 workers = st.builds(lambda w, d, f: (w, d, f), waiting_tokens, sequences, blocks)
@@ -304,72 +292,6 @@ class TestPatience:
     def test_a_first_token_that_is_overdue_is_said_to_be(self):
         late = msgspec.structs.replace(REQUEST, arrived_at=0.0)
         assert "was due 600 ms ago and is expected in" in policy().choose(late, self.full, 1.0).reason
-
-
-BATCH, PRIORITY = ServiceClass.BATCH, ServiceClass.PRIORITY
-
-
-def filled(worker: WorkerLoad, num_decoding: int, num_others: int = 0, num_blocks: int = 0) -> WorkerLoad:
-    """With batch work."""
-    filling = FillingLoad(num_decoding + num_others, num_decoding, 1200 * num_decoding, num_blocks)
-    requests = worker.num_requests + filling.num_requests
-    return msgspec.structs.replace(worker, num_requests=requests, num_filling=filling.num_requests, filling=filling)
-
-
-class TestClasses:
-    @given(waiting_tokens, sequences, st.integers(0, 300), st.integers(0, 300))
-    def test_batch_work_is_nothing_to_others_but_all_to_itself(self, waiting, decoding, num_filling, num_others):
-        bare = load("d0", waiting=waiting, decoding=decoding)
-        as_others = msgspec.structs.replace(load("d0", waiting=waiting, decoding=decoding + num_filling))
-        as_others = msgspec.structs.replace(as_others, num_requests=as_others.num_requests + num_others)
-        beside = filled(bare, num_filling, num_others)
-        alike, more, plain, batch = (
-            policy().explain(msgspec.structs.replace(REQUEST, service_class=kind), view([], [worker]), 0.0).predictions[0]
-            for worker, kind in ((bare, PRIORITY), (as_others, PRIORITY), (beside, PRIORITY), (beside, BATCH))
-        )
-        assert (plain.ttft_s, plain.tpot_s, plain.keeps_both) == (alike.ttft_s, alike.tpot_s, alike.keeps_both)
-        assert batch.ttft_s == pytest.approx(more.ttft_s)
-        assert batch.tpot_s >= more.tpot_s * ((num_filling + 1) / 2 if decoding else 1 - 1e-9), "one goes on in each step"
-
-    def test_batch_work_goes_where_it_need_not_give_way(self):
-        cluster = view([], [filled(load("d0", decoding=40), num_decoding=5), filled(load("d1"), num_decoding=60)])
-        asked = msgspec.structs.replace(REQUEST, service_class=BATCH, objectives=Objectives(), may_be_late=True)
-        assert policy().choose(asked, cluster, 0.0).decode == ref("d1")
-
-    def test_memory_of_batch_work_is_free_to_others(self):
-        cluster = view([], [filled(load("d0", free=10), num_decoding=5, num_blocks=20)])
-        assert isinstance(policy().choose(REQUEST, cluster, 0.0), Route)
-        asked = msgspec.structs.replace(REQUEST, service_class=BATCH)
-        assert not policy().explain(asked, cluster, 0.0).predictions[0].keeps_tpot
-
-    def test_default_requests_leave_free_what_priority_was_promised_a_token(self):
-        """100 decodes take 12 ms: the next one keeps 20 ms, and would leave no room for who is promised 12."""
-        router, cluster = policy(), view([], [load("d0", decoding=100)])
-        asked = msgspec.structs.replace(REQUEST, service_class=PRIORITY, objectives=Objectives(0.4, 0.012))
-        assert isinstance(router.choose(REQUEST, cluster, 0.0), Route)
-        router.explain(asked, cluster, 1.0)
-        assert isinstance(router.choose(REQUEST, cluster, 1.0), Route), "nothing is remembered of a question"
-        router.choose(asked, cluster, 1.0)
-        assert isinstance(router.choose(REQUEST, cluster, 2.0), Queue)
-        assert isinstance(router.choose(REQUEST, view([], [load("d0", decoding=20)]), 2.0), Route)
-        other, end = msgspec.structs.replace(asked, objectives=Objectives(0.4, 0.015)), 1.0 + PRIORITY_MEMORY_S
-        router.choose(other, cluster, 3.0)
-        assert "12 ms a token that priority" in router.choose(REQUEST, cluster, 4.0).reason, "the tightest one counts"
-        assert isinstance(router.choose(other, cluster, 4.0), Route), "it is left free for them"
-        busy = view([], [load("d0", decoding=160)])
-        assert isinstance(policy().choose(REQUEST, busy, end), Route)
-        assert "15 ms a token that priority" in router.choose(REQUEST, busy, end).reason, "then the next one"
-        assert isinstance(router.choose(REQUEST, busy, 4.0 + PRIORITY_MEMORY_S), Route)
-
-    def test_nothing_is_left_free_for_who_could_not_be_served_anyway(self):
-        router, cluster = policy(), view([], [load("d0", decoding=20)])
-        asked = msgspec.structs.replace(REQUEST, service_class=PRIORITY, objectives=Objectives(0.4, 0.012))
-        busy = view([], [load("d0", decoding=100)])
-        router.choose(msgspec.structs.replace(asked, objectives=Objectives(0.4, 0.004)), cluster, 0.0)
-        assert isinstance(router.choose(REQUEST, busy, 1.0), Route)
-        router.choose(asked, cluster, 2.0)
-        router.choose(msgspec.structs.replace(asked, objectives=Objectives(0.4, 0.004)), cluster, 3.0)
-        assert isinstance(router.choose(REQUEST, busy, 4.0), Queue), "nor does it undo what is left free for others"
 
     @given(st.integers(200, 300), st.integers(1, 50))
     def test_the_fuller_the_later_to_try_again(self, decoding, more):
