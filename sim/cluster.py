@@ -180,7 +180,7 @@ class Simulation:
             if delta.finish is not None:
                 outcome.last_s = at_s
                 self._num_ended += 1
-                gateway.view.ended(sequence.id, sequence.request.route, outcome.num_outputs)
+                gateway.view.ended(sequence.id, sequence.request.route, outcome.num_outputs, sequence.request.service_class)
         if delta.index == 0 and worker.role is Role.PREFILL and (handoff := self._handoffs.get(sequence.id)) is not None:
             handoff.first = delta
             self._land_if_whole(handoff)

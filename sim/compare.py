@@ -2,7 +2,7 @@
 
     python -m diptych.sim.compare --trace azure2023_conv.csv --workers 16 --rates 250,300,350,400 --ttft-ms 400 --tpot-ms 20
 
-prints a table and, with --json and --png, writes the points and the curves. Without --trace: bursty arrivals (gamma, CV 5) of chat lengths,
+prints tables and, with --json and --png, writes the points and the curves. Without --trace: bursty arrivals (gamma, CV 5) of chat lengths,
 or with --long Poisson arrivals of long prompts.
 """
 
@@ -25,7 +25,7 @@ from ..cluster.router.policy import Objectives
 from ..cluster.router.registry import POLICIES
 from .plot import plot_curves
 from .settings import MACHINES
-from .study import Case, Contender, Point, curve, goodput_of
+from .study import Case, Contender, Point, curve, goodput_of, lead
 
 MAX_CONTEXT = 120_000
 TABLE_WIDTH = 140
@@ -41,9 +41,10 @@ def compare(
     workers: Annotated[int, typer.Option(min=2, help="Of one GPU each; half of them prefill in the split plants")] = 16,
     trace: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Azure, BurstGPT or Mooncake")] = None,
     long: Annotated[bool, typer.Option(help="Without a trace: long prompts instead of bursts")] = False,
-    requests: Annotated[int, typer.Option(min=10, help="The trace's first so many")] = 3000,
+    requests: Annotated[int, typer.Option(min=10, help="Of a stretch: the trace's first so many")] = 3000,
     skip: Annotated[int, typer.Option(min=0, help="But for so many before them")] = 0,
-    warm_s: Annotated[float, typer.Option(min=0, help="What arrives before is not counted")] = 2.0,
+    stretches: Annotated[int, typer.Option(min=1, help="So many, spread over the trace, counted together")] = 1,
+    warm_s: Annotated[float, typer.Option(min=0, help="What arrives before, in each stretch, is not counted")] = 2.0,
     rates: Annotated[str, typer.Option(help="Requests/s of the whole cluster, rising")] = "100,200,300,400",
     policies: Annotated[str, typer.Option(help=f"Of {', '.join(POLICIES)}")] = DEFAULT_POLICIES,
     plants: Annotated[str, typer.Option(help="split, colocated")] = "split,colocated",
@@ -59,15 +60,17 @@ def compare(
 ) -> None:
     """Attainment of each policy over rising rates, until it is hopeless, and its goodput."""
     console = Console(stderr=True, width=TABLE_WIDTH)
-    workload = _workload(trace, LONG if long else BURST, skip, requests)
-    objectives, name = Objectives(ttft_ms / 1e3, tpot_ms / 1e3), name or (trace.name if trace else workload.source)
-    case = Case(name, workload, objectives, _numbers(rates), warm_s)
+    workloads = _stretches(trace, LONG if long else BURST, skip, requests, stretches)
+    objectives, name = Objectives(ttft_ms / 1e3, tpot_ms / 1e3), name or (trace.name if trace else workloads[0].source)
+    case = Case(name, workloads, objectives, _numbers(rates), warm_s)
     contenders = _contenders(workers, policies.split(","), plants.split(","))
     contenders = [replace(c, decode_step_tokens=decode_step_tokens, num_gateways=gateways, machine=_known(machine)) for c in contenders]
     with ProcessPoolExecutor(processes) as pool:
         curves = list(pool.map(_curve, [case] * len(contenders), contenders))
     for contender, points in zip(contenders, curves, strict=True):
         console.print(table(contender, points))
+    if (beside := against_others(curves)).row_count:
+        console.print(beside)
     if json_path is not None:
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode([point for points in curves for point in points])))
     if png is not None:
@@ -89,14 +92,35 @@ def table(contender: Contender, points: list[Point]) -> Table:
     return shown
 
 
+def against_others(curves: list[list[Point]]) -> Table:
+    """Goodput on each plant beside whichever other policy, on any plant, does best at the same rate."""
+    shown = Table(title="goodput beside the best of the other policies, points in a hundred (95 %, batches in pairs)")
+    for column in ("plant", "rate", "kept both", "the best other", "kept both", "ahead by"):
+        shown.add_column(column)
+    points = [point for each in curves for point in each]
+    for ours in points:
+        policy, _, plant = ours.contender.partition(", ")
+        others = [each for each in points if each.rate == ours.rate and not each.contender.startswith("goodput")]
+        if policy == "goodput" and others:
+            best = max(others, key=lambda each: each.attainment.share)
+            ahead = lead(ours, best)
+            kept = [f"{each.attainment.share * 100:.1f}" for each in (ours, best)]
+            by = f"{ahead.share * 100:+.1f} ({ahead.low * 100:+.1f} to {ahead.high * 100:+.1f})"
+            shown.add_row(plant, f"{ours.rate:g}", kept[0], best.contender, kept[1], by)
+    return shown
+
+
 def _curve(case: Case, contender: Contender) -> list[Point]:
     return curve(case, contender, observe=lambda point: None)
 
 
-def _workload(trace: Path | None, recipe: Recipe, skip: int, requests: int) -> Workload:
+def _stretches(trace: Path | None, recipe: Recipe, skip: int, requests: int, count: int) -> tuple[Workload, ...]:
     try:
-        workload = generate(replace(recipe, num_requests=requests)) if trace is None else read_trace(trace).between(skip, skip + requests)
-        return workload.fit_context(MAX_CONTEXT, scale=False)
+        whole = generate(replace(recipe, num_requests=skip + count * requests)) if trace is None else read_trace(trace)
+        if count > 1 and (held := (len(whole) - skip) // count) < requests:
+            raise typer.BadParameter(f"{whole.source} holds {count} stretches of {held} requests, not of {requests}")
+        starts = [skip + i * (len(whole) - skip) // count for i in range(count)]
+        return tuple(whole.between(start, start + requests).fit_context(MAX_CONTEXT, scale=False) for start in starts)
     except WorkloadError as error:
         raise typer.BadParameter(str(error)) from None
 

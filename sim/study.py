@@ -1,9 +1,10 @@
 """Which policy keeps most promises? Attainment over rate, and the highest rate at which enough of them are kept.
 
-    Case (workload, objectives, rates) × Contender (plant, policy) ──► Point at each rate, rising, until attainment is hopeless
+    Case (stretches, objectives, rates) × Contender (plant, policy) ──► Point at each rate, rising, until attainment is hopeless
                                                                         └──► goodput: where the curve crosses the target
 
-The same requests in the same order at every rate and for every contender: what differs is the contender.
+The same requests in the same order at every rate and for every contender: what differs is the contender. So two are compared batch by
+batch (`lead`): how hard a stretch of the workload is for both drops out.
 """
 
 import math
@@ -27,10 +28,10 @@ NUM_BATCHES = 10
 @dataclass(frozen=True)
 class Case:
     name: str
-    workload: Workload
+    stretches: tuple[Workload, ...]           # each on a cluster of its own, counted together
     objectives: Objectives
     rates: tuple[float, ...]                  # requests/s of the whole cluster, rising
-    warm_s: float = 2.0                       # requests that arrive before are served and not counted
+    warm_s: float = 2.0                       # of each stretch: requests that arrive before are served and not counted
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Contender:
 
 
 class Point(msgspec.Struct, frozen=True):
-    """One run."""
+    """One rate."""
 
     case: str
     contender: str
@@ -62,11 +63,20 @@ class Point(msgspec.Struct, frozen=True):
     ttft_ms: tuple[float, float]              # p50, p90 of what was served
     tpot_ms: tuple[float, float]
     decided_ms: float                         # the slowest refusal, after its arrival
+    batches: tuple[float, ...] = ()           # shares that kept both, of NUM_BATCHES of neighbouring arrivals
 
     @property
     def good_rate(self) -> float:
         """Requests per second that kept both promises."""
         return self.rate * self.attainment.share
+
+
+class Lead(msgspec.Struct, frozen=True):
+    """Of one point over another in the share that kept both, with its 95 % interval: batches in pairs."""
+
+    share: float
+    low: float
+    high: float
 
 
 class Goodput(msgspec.Struct, frozen=True):
@@ -86,8 +96,11 @@ def run(case: Case, contender: Contender, rate: float) -> Point:
         contender.num_gateways,
         decode_step_tokens=contender.decode_step_tokens,
     )
-    outcomes = Simulation(plant.on(contender.machine), case.workload.at_rate(rate)).run()
-    return summarize(case, contender, rate, [outcome for outcome in outcomes if outcome.arrived_s >= case.warm_s])
+    outcomes: list[Outcome] = []
+    for stretch in case.stretches:
+        of_all = Simulation(plant.on(contender.machine), stretch.at_rate(rate)).run()
+        outcomes += [outcome for outcome in of_all if outcome.arrived_s >= case.warm_s]
+    return summarize(case, contender, rate, outcomes)
 
 
 def curve(case: Case, contender: Contender, observe: Callable[[Point], None]) -> list[Point]:
@@ -106,11 +119,12 @@ def summarize(case: Case, contender: Contender, rate: float, outcomes: Sequence[
     ttft_s = sorted(outcome.ttft_s for outcome in outcomes if outcome.ttft_s is not None)
     tpot_s = sorted(outcome.tpot_s for outcome in outcomes if outcome.tpot_s is not None)
     refusals_s = [(outcome.decided_s or 0.0) - outcome.arrived_s for outcome in outcomes if outcome.refused]
+    met = [outcome.meets(slo) for outcome in outcomes]
     return Point(
         case=case.name,
         contender=contender.name,
         rate=rate,
-        attainment=batch_attainment([outcome.meets(slo) for outcome in outcomes]),
+        attainment=batch_attainment(met),
         refused=len(refusals_s) / total,
         late_ttft=sum(slo.ttft_s is not None and each > slo.ttft_s for each in ttft_s) / total,
         late_tpot=sum(slo.tpot_s is not None and each > slo.tpot_s for each in tpot_s) / total,
@@ -118,19 +132,38 @@ def summarize(case: Case, contender: Contender, rate: float, outcomes: Sequence[
         ttft_ms=(_quantile(ttft_s, 0.5) * 1e3, _quantile(ttft_s, 0.9) * 1e3),
         tpot_ms=(_quantile(tpot_s, 0.5) * 1e3, _quantile(tpot_s, 0.9) * 1e3),
         decided_ms=max(refusals_s, default=0.0) * 1e3,
+        batches=tuple(batch_shares(met)),
     )
 
 
 def batch_attainment(met: Sequence[bool]) -> Attainment:
     """The method of batch means: requests that come together fare alike, so batches of neighbours are what is independent."""
-    size = max(1, len(met) // NUM_BATCHES)
-    shares = [sum(met[i : i + size]) / size for i in range(0, size * (len(met) // size), size)]
-    share = sum(met) / max(1, len(met))
+    share, shares = sum(met) / max(1, len(met)), batch_shares(met)
     if len(shares) < 2:
         return Attainment.of(sum(met), len(met))
-    spread = math.sqrt(sum((each - share) ** 2 for each in shares) / (len(shares) - 1) / len(shares))
-    reach = max(STUDENT_T_95 * spread, share - Attainment.of(sum(met), len(met)).low if share in (0.0, 1.0) else 0.0)
+    reach = max(_reach(shares, share), share - Attainment.of(sum(met), len(met)).low if share in (0.0, 1.0) else 0.0)
     return Attainment(sum(met), len(met), share, max(0.0, share - reach), min(1.0, share + reach))
+
+
+def batch_shares(met: Sequence[bool]) -> list[float]:
+    """What is left at the end when all are of one size is left out."""
+    size = max(1, len(met) // NUM_BATCHES)
+    return [sum(met[i : i + size]) / size for i in range(0, size * (len(met) // size), size)]
+
+
+def lead(one: Point, other: Point) -> Lead:
+    """Raises ValueError if they are not of the same requests at the same rate."""
+    if (one.case, one.rate, len(one.batches)) != (other.case, other.rate, len(other.batches)):
+        raise ValueError(f"{one.contender} at {one.rate:g}/s and {other.contender} at {other.rate:g}/s had different requests")
+    differences = [ours - theirs for ours, theirs in zip(one.batches, other.batches, strict=True)]
+    mean = sum(differences) / max(1, len(differences))
+    reach = _reach(differences, mean) if len(differences) > 1 else 1.0
+    return Lead(mean, max(-1.0, mean - reach), min(1.0, mean + reach))
+
+
+def _reach(values: Sequence[float], mean: float) -> float:
+    """Of the mean's 95 % interval, to either side."""
+    return STUDENT_T_95 * math.sqrt(sum((each - mean) ** 2 for each in values) / (len(values) - 1) / len(values))
 
 
 STUDENT_T_95 = 2.262

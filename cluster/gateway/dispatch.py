@@ -346,7 +346,7 @@ class Dispatcher:
     def _drop_attempt(self, generation: Generation, num_outputs: int | None = None) -> None:
         if generation.attempt is not None:
             del self._running[generation.attempt.request_id]
-            self._loads.ended(generation.attempt.request_id, generation.attempt.route, num_outputs)
+            self._loads.ended(generation.attempt.request_id, generation.attempt.route, num_outputs, generation.prompt.service_class)
             self._line.news()
             generation.attempt = None
 

@@ -135,6 +135,7 @@ class DecodeSide(Struct, frozen=True, gc=False):
     waiting_pairs: int
     tpot_s: float                             # promised
     turns: float                              # steps a token takes: of batch work that gives way, one sequence goes on in each
+    waits: float                              # steps until the first one that may hold what was handed over
 
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
@@ -276,7 +277,13 @@ def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> Dec
         waiting_pairs=worker.prefill_pairs,
         tpot_s=work.tpot_s,
         turns=worker.filling.num_decoding + 1.0 if work.fills_in and worker.num_decoding else 1.0,
+        waits=_waits(worker) if count else 0.0,
     )
+
+
+def _waits(worker: WorkerLoad) -> float:
+    """Half of the step under way, on average, and the one that is planned behind it, if the worker plans ahead."""
+    return 1.5 if worker.busy_s > worker.plans_in_s else 0.5
 
 
 def _met(worker: WorkerLoad, work: Work) -> tuple[float, float, float]:

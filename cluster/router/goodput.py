@@ -272,8 +272,9 @@ def _keeps_alone(worker: WorkerLoad, tpot_s: float) -> bool:
 def _predict(target: _Target, source: _Source, kv_arrival_s: float) -> Prediction:
     is_local, ttft_s = source.ref is target.ref, source.ttft_s
     estimate = estimate_decode(target.side, kv_arrival_s, source.own_s if is_local else 0.0)
-    joining_s = (kv_arrival_s - ttft_s) / target.num_steps
-    step_cost = target.tp * _rise(estimate.before_s / target.scale_s, (estimate.after_s + joining_s) / target.scale_s)
+    moving_s = (kv_arrival_s - ttft_s) / target.num_steps
+    step_cost = target.tp * _rise(estimate.before_s / target.scale_s, (estimate.after_s + moving_s) / target.scale_s)
+    joining_s = moving_s if is_local else moving_s + target.side.waits * estimate.tpot_s / target.num_steps
     tpot_s = estimate.tpot_s + joining_s
     keeps_tpot = target.fits and (tpot_s <= target.most_s or _keeps_pace(target, estimate.alone_s, joining_s, target.side.tpot_s))
     leaves_enough = target.left_free_s == math.inf or _keeps_pace(target, estimate.alone_s, 0.0, target.left_free_s)
@@ -375,7 +376,7 @@ def _lateness(request: RoutingRequest, work: Work, prediction: Prediction) -> fl
 
 
 def _work(request: RoutingRequest, view: ClusterView, now: float) -> Work:
-    mean, most = view.mean_outputs or FIRST_OUTPUTS_GUESS, request.max_new_tokens
+    mean, most = view.mean_outputs.get(request.service_class, FIRST_OUTPUTS_GUESS), request.max_new_tokens
     expected = mean if mean <= most else most
     waited_s = 0.0 if request.arrived_at is None else now - request.arrived_at
     slack_s = math.inf if request.objectives.ttft_s is None else request.objectives.ttft_s - waited_s

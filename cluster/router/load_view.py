@@ -4,7 +4,7 @@
     LoadReport ── last known load ────────┤
     sent() ────── what no report shows ───┼──► view(now) ──► ClusterView
     moved() ───── how fast links are ─────┤
-    ended() ───── how long answers are ───┘
+    ended() ───── how long answers are ───┘      (of each class; of all others, until one of it has ended)
 
 A report is older than what was sent after it. So each request counts, on top of the report, on the worker that
     receives it:   until a report says that the worker has read it, or one sent later (messages of one gateway stay in order), or
@@ -29,11 +29,21 @@ SETTLE_S = 0.05
 """After which a request that no report has named was lost, or is one that its worker refused."""
 
 NO_WORK = StepFeatures()
-MEMORY = 0.98
-"""Of means over ended requests and measured transfers: about the last 50 count."""
+MEMORY = 50
+"""Of means over ended requests and measured transfers: about the last so many count."""
 
 ROUND_TRIPS = 15
 """The last so many tell how long messages take."""
+
+
+@dataclass
+class _Mean:
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.value += (value - self.value) / min(self.count, MEMORY)
 
 
 class _Sent(Struct, frozen=True):
@@ -164,9 +174,12 @@ class LoadView:
         self._workers: dict[WorkerRef, _Worker] = {}
         self._candidates: dict[Role, list[_Worker]] = {role: [] for role in Role}      # not draining, in Membership's order
         self._version = -1
-        self._links: dict[tuple[WorkerRef, WorkerRef], float] = {}
+        self._transfers: dict[tuple[WorkerRef, WorkerRef], _Mean] = {}        # seconds per token moved
+        self._links: dict[tuple[WorkerRef, WorkerRef], float] = {}            # of those, the values
         self._num_gateways = 1
-        self._mean_outputs: float | None = None
+        self._lengths: dict[ServiceClass, _Mean] = {}
+        self._length_of_any = _Mean()
+        self._mean_outputs: dict[ServiceClass, float] = {}
 
     def set_membership(self, membership: Membership, now: float) -> bool:
         """False if it is no newer than the last. A worker that is new has until `silent_after_s` to be heard of."""
@@ -183,7 +196,8 @@ class LoadView:
             self._workers[member.ref] = worker
         for role, candidates in self._candidates.items():
             candidates[:] = [each for each in self._workers.values() if each.member.role is role and not each.member.draining]
-        self._links = {link: speed for link, speed in self._links.items() if all(end in self._workers for end in link)}
+        self._transfers = {link: mean for link, mean in self._transfers.items() if all(end in self._workers for end in link)}
+        self._links = {link: mean.value for link, mean in self._transfers.items()}
         return True
 
     def heard(self, ref: WorkerRef, report: LoadReport | None, now: float) -> None:
@@ -216,20 +230,26 @@ class LoadView:
             worker.expected.remove(request_id)
             worker.changed()
 
-    def ended(self, request_id: RequestId, route: Route, num_outputs: int | None = None) -> None:
+    def ended(
+        self, request_id: RequestId, route: Route, num_outputs: int | None = None, service_class: ServiceClass = ServiceClass.DEFAULT
+    ) -> None:
         """`num_outputs`: of an answer that came to its own end."""
         self.arrived(request_id, route)
         if worker := self._workers.get(route.first):
             worker.sent.remove(request_id)
             worker.changed()
         if num_outputs is not None:
-            self._mean_outputs = _mean(self._mean_outputs, num_outputs)
+            self._lengths.setdefault(service_class, _Mean()).add(num_outputs)
+            self._length_of_any.add(num_outputs)
+            self._mean_outputs = {each: self._lengths.get(each, self._length_of_any).value for each in ServiceClass}
 
     def moved(self, route: Route, num_tokens: int, transfer_s: float) -> None:
         """The KV of a prompt took its link so long."""
         if route.prefill is not None and num_tokens > 0:
             link = (route.prefill, route.decode)
-            self._links[link] = _mean(self._links.get(link), transfer_s / num_tokens)
+            mean = self._transfers.setdefault(link, _Mean())
+            mean.add(transfer_s / num_tokens)
+            self._links[link] = mean.value
 
     def lives(self, ref: WorkerRef, now: float) -> bool:
         worker = self._workers.get(ref)
@@ -266,7 +286,3 @@ class LoadView:
     def reports(self) -> tuple[LoadReport, ...]:
         """The last one of each worker that has sent any."""
         return tuple(worker.report for worker in self._workers.values() if worker.report is not None)
-
-
-def _mean(before: float | None, value: float) -> float:
-    return value if before is None else MEMORY * before + (1 - MEMORY) * value

@@ -89,7 +89,7 @@ class ClusterView(Struct, frozen=True):
     decode: tuple[WorkerLoad, ...]
     links: Mapping[tuple[WorkerRef, WorkerRef], float] = {}    # (prefill, decode) → seconds per prompt token moved, as measured
     num_gateways: int = 1                     # that send to these workers, this one included
-    mean_outputs: float | None = None         # tokens of an answer, of those that ended lately; None: none has
+    mean_outputs: Mapping[ServiceClass, float] = {}            # tokens of an answer, of those that ended lately; empty: none has
 
 
 def prefill_pool(request: RoutingRequest, view: ClusterView, local_only: bool) -> tuple[WorkerLoad, ...]:

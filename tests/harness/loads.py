@@ -3,7 +3,7 @@
 from diptych.cluster.router.goodput import Goodput, GoodputOptions
 from diptych.cluster.router.policy import ClusterView, Objectives, RoutingRequest, WorkerLoad
 from diptych.messages.ids import Address, Epoch, WorkerId
-from diptych.messages.requests import WorkerRef
+from diptych.messages.requests import ServiceClass, WorkerRef
 from diptych.messages.steps import StepModel
 
 MODEL = StepModel(5e-3, 22e-6, 9e-10, 18e-6, 3.2e-8, error=0.02, num_observed=1000)
@@ -48,7 +48,7 @@ def load(
 
 
 def view(prefill: list[WorkerLoad], decode: list[WorkerLoad], **fields: object) -> ClusterView:
-    return ClusterView(tuple(prefill), tuple(decode), mean_outputs=200.0, **fields)
+    return ClusterView(tuple(prefill), tuple(decode), mean_outputs=dict.fromkeys(ServiceClass, 200.0), **fields)
 
 
 def policy(**options: object) -> Goodput:

@@ -15,7 +15,7 @@ from diptych.cluster.router.registry import PolicyOptions, make_policy
 from diptych.engine.urgency import NO_OBJECTIVE_S
 from diptych.messages.ids import Address, RequestId
 from diptych.messages.membership import Member, Membership, Role
-from diptych.messages.requests import LoadReport, Route
+from diptych.messages.requests import LoadReport, Route, ServiceClass
 from diptych.messages.steps import StepFeatures
 
 waiting_tokens, sequences, blocks = st.integers(0, 60_000), st.integers(0, 300), st.integers(0, 1000)
@@ -95,6 +95,30 @@ class TestChoice:
         ours, theirs = (policy().decide(REQUEST, view(*of), 0.0) for of in (pools, wide))
         assert ours.decision == theirs.decision
         assert [4 * each.cost for each in ours.predictions] == pytest.approx([each.cost for each in theirs.predictions])
+
+    @pytest.mark.parametrize(("plans_in_s", "num_steps"), [(0.014, 0.5), (0.005, 1.5)])
+    @pytest.mark.parametrize("max_tokens", [200, 4])
+    def test_what_is_handed_over_waits_for_the_step_under_way_and_the_one_planned_behind_it(self, plans_in_s, num_steps, max_tokens):
+        """A short answer cannot make up for both."""
+        decode = msgspec.structs.replace(load("d0", decoding=150), busy_s=0.014, plans_in_s=plans_in_s)
+        asked = msgspec.structs.replace(REQUEST, max_new_tokens=max_tokens, path=Path.SPLIT)
+        (moved,) = policy().explain(asked, view([load("p0")], [decode]), 0.0).predictions
+        step_s = MODEL.decode_s(151, 151 * 1200)
+        assert moved.tpot_s == pytest.approx(step_s * (1 + num_steps / (max_tokens - 1)), rel=0.03)
+        assert moved.keeps_tpot is (moved.tpot_s < 0.02) is ((max_tokens, num_steps) != (4, 1.5))
+
+    def test_nobody_waits_for_an_idle_worker(self):
+        asked = msgspec.structs.replace(REQUEST, max_new_tokens=4)
+        moved, local = policy().explain(asked, view([load("p0")], [load("d0")]), 0.0).predictions
+        assert moved.tpot_s == pytest.approx(MODEL.decode_s(1, 1002))
+        assert {moved.keeps_both, local.keeps_both} == {True}
+
+    def test_the_length_that_is_expected_is_the_classs(self):
+        cluster = msgspec.structs.replace(view([], [load("d0")]), mean_outputs={ServiceClass.DEFAULT: 30.0, ServiceClass.BATCH: 900.0})
+        for service_class, expected in ((ServiceClass.DEFAULT, 30.0), (ServiceClass.BATCH, 900.0)):
+            asked = msgspec.structs.replace(REQUEST, service_class=service_class)
+            assert policy().explain(asked, cluster, 0.0).num_outputs == expected
+        assert policy().explain(msgspec.structs.replace(REQUEST, max_new_tokens=7), cluster, 0.0).num_outputs == 7
 
     def test_local_only_when_told(self):
         assert policy(local_only=True).choose(REQUEST, view([load("p0")], [load("d0")]), 0.0).prefill is None
@@ -376,7 +400,7 @@ class TestCluster:
         loads.ended(RequestId("s"), route)
         seen = loads.view(0.0)
         assert seen.links == {(ref("p0"), ref("d0")): 0.5e-3}
-        assert (seen.mean_outputs, seen.num_gateways) == (100, 4)
+        assert (seen.mean_outputs, seen.num_gateways) == (dict.fromkeys(ServiceClass, 100), 4)
 
 
 def test_the_spec_names_it():

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.cluster.router.load_view import SETTLE_S, LoadView
+from diptych.cluster.router.load_view import MEMORY, SETTLE_S, LoadView
 from diptych.cluster.router.policy import Path
 from diptych.messages.ids import Address, Epoch, RequestId, WorkerId
 from diptych.messages.membership import Member, Membership, Role
@@ -202,6 +202,25 @@ def test_a_worker_keeps_its_load_over_a_change_elsewhere():
     view.heard(D0, report(D0, running=7), 1.0)
     view.set_membership(Membership(2, (member(D0), member(D1)), ()), 2.0)
     assert [w.num_requests for w in view.view(2.0).decode] == [7, 0]
+
+
+@given(st.lists(st.tuples(st.sampled_from(ServiceClass), st.integers(1, 5000)), max_size=60))
+def test_a_class_is_as_long_as_its_own_answers_or_as_all_while_none_of_it_has_ended(answers):
+    view = loads(D0)
+    for service_class, num_outputs in answers:
+        view.ended(R, LOCAL, num_outputs, service_class)
+    seen = view.view(0.0).mean_outputs
+    assert set(seen) == (set(ServiceClass) if answers else set())
+    for each in seen:
+        counted = [n for which, n in answers if which is each] or [n for _, n in answers]
+        assert seen[each] == pytest.approx(sum(counted) / len(counted), rel=1e-9) or len(counted) > MEMORY
+
+
+def test_of_long_histories_the_last_answers_count():
+    view = loads(D0)
+    for num_outputs in [1000] * 500 + [10] * 4 * MEMORY:
+        view.ended(R, LOCAL, num_outputs)
+    assert 10 < view.view(0.0).mean_outputs[ServiceClass.DEFAULT] < 50
 
 
 def test_messages_about_unknown_workers_are_harmless():
