@@ -49,8 +49,10 @@ def _latency_table(report: Report) -> Table:
     table = Table("ms")
     for name in ("mean", "p50", "p90", "p95", "p99", "values"):
         table.add_column(name, justify="right")
-    rows = {"TTFT": report.ttft_ms, "TPOT": report.tpot_ms, "inter-token": report.itl_ms, "E2E": report.e2e_ms, "client lag": report.lag_ms}
-    for name, values in rows.items():
+    rows = {"TTFT": report.ttft_ms, "TPOT": report.tpot_ms, "inter-token": report.itl_ms, "E2E": report.e2e_ms}
+    if report.refused_ms is not None:
+        rows["refused after"] = report.refused_ms
+    for name, values in (*rows.items(), ("client lag", report.lag_ms)):
         table.add_row(name, *_cells(values))
     return table
 

@@ -93,6 +93,7 @@ class Report(msgspec.Struct, frozen=True):
     tpot_ms: Percentiles | None
     itl_ms: Percentiles | None
     e2e_ms: Percentiles | None
+    refused_ms: Percentiles | None      # how soon refusals came
     lag_ms: Percentiles | None          # the load generator's own lateness
     client_bound: bool                  # p99 of the lag is over 10 ms: the figures tell of the client, not of the server
     attainment: Attainment
@@ -130,6 +131,7 @@ def summarize(run: LoadRun, rate_asked: float | None, objective: Objective, gpus
         tpot_ms=Percentiles.of_seconds([record.tpot_s for record in ok if record.tpot_s is not None]),
         itl_ms=Percentiles.of_seconds([gap_s for record in ok for gap_s in record.gaps_s]),
         e2e_ms=Percentiles.of_seconds([record.e2e_s for record in ok]),
+        refused_ms=Percentiles.of_seconds([record.e2e_s for record in run.records if record.outcome is Outcome.REFUSED]),
         lag_ms=lag_ms,
         client_bound=lag_ms is not None and lag_ms.p99 > MAX_LAG_P99_MS,
         attainment=attainment,

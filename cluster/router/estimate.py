@@ -17,7 +17,6 @@ from msgspec import Struct
 
 from ...engine.load import SHARE_HORIZON_S
 from ...engine.pace import beside_s, enough_rows
-from ...engine.predictor import PRIOR
 from ...messages.steps import FIRST_BEND, NO_TIME_S, SECOND_BEND, StepModel, attended_pairs
 from .policy import WorkerLoad
 
@@ -140,7 +139,7 @@ class DecodeSide(Struct, frozen=True, gc=False):
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
     """Step by step, as the worker plans them: what has come when a step is planned may be in it, and is done when all of the step is."""
-    model, waiting, arrives_s = worker.step_model or PRIOR, float(worker.num_waiting_tokens), worker.message_s
+    model, waiting, arrives_s = worker.step_model, float(worker.num_waiting_tokens), worker.message_s
     own = float(work.num_tokens - num_cached)
     age_s = 0.0 if worker.reported_at is None else now - worker.reported_at + arrives_s
     unseen, unseen_at_most = _unseen_tokens(worker, inflow, age_s)
@@ -262,7 +261,7 @@ def _in_the_long_run(
 
 
 def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> DecodeSide:
-    model, (count, context, most) = worker.step_model or PRIOR, _met(worker, work)
+    model, (count, context, most) = worker.step_model, _met(worker, work)
     own_context = work.num_tokens + work.num_outputs / 2
     known = most - count
     return DecodeSide(
@@ -316,7 +315,7 @@ def estimate_decode(side: DecodeSide, joins_in_s: float, local_prefill_s: float)
 
 def steps_of(worker: WorkerLoad, work: Work, pairs_each: float, num_tokens: float) -> Steps:
     """`pairs_each`: what a prompt token attends to. `num_tokens`: of all prompts, the most that a step can hold if no budget was told."""
-    model = worker.step_model or PRIOR
+    model = worker.step_model
     num_decoding, context, most = _met(worker, work)
     count, shared_s, room_s = 0.0, model.base_s, math.inf
     if num_decoding:

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from msgspec import Struct, structs
 
 from ...engine.pace import AIM, beside_s
-from ...engine.predictor import PRIOR
 from ...engine.urgency import NO_OBJECTIVE_S
 from ...messages.requests import Route, ServiceClass, WorkerRef
 from .estimate import NOTHING, DecodeSide, Inflow, PrefillEstimate, Work, blocks_at_end, decode_side, estimate_decode, estimate_prefill
@@ -239,12 +238,12 @@ class _Target(Struct, frozen=True):
 def _source(request: RoutingRequest, work: Work, worker: WorkerLoad, estimate: PrefillEstimate) -> _Source:
     scale_s = request.objectives.ttft_s or NO_TTFT_SCALE_S
     cost = worker.tp * _rise(estimate.backlog_s / scale_s, (estimate.backlog_s + estimate.own_s) / scale_s)
-    keeps_ttft = (estimate.ttft_s + estimate.spare_s) * (1.0 + _error(worker)) <= work.ttft_slack_s
+    keeps_ttft = (estimate.ttft_s + estimate.spare_s) * (1.0 + worker.step_model.error) <= work.ttft_slack_s
     return _Source(worker.ref, estimate.ttft_s, estimate.own_s, cost, keeps_ttft)
 
 
 def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inflow) -> _Target:
-    promised_s, needed, error = request.objectives.tpot_s, blocks_at_end(worker, work), _error(worker)
+    promised_s, needed, error = request.objectives.tpot_s, blocks_at_end(worker, work), worker.step_model.error
     freeable = 0 if work.fills_in else worker.filling.num_blocks
     free = worker.num_free_blocks + freeable
     memory = (worker.num_blocks - free + needed) / worker.num_blocks
@@ -265,7 +264,7 @@ def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inf
 
 def _keeps_alone(worker: WorkerLoad, tpot_s: float) -> bool:
     """Of a short context that is decoded by itself."""
-    alone_s = (worker.step_model or PRIOR).decode_s(1.0, 0.0) * (1 + _error(worker))
+    alone_s = worker.step_model.decode_s(1.0, 0.0) * (1 + worker.step_model.error)
     return alone_s + beside_s(alone_s, tpot_s) <= tpot_s
 
 
@@ -317,7 +316,7 @@ def _least_tpot_s(work: Work, view: ClusterView) -> float:
     if work.num_outputs <= 1:
         return 0.0
     context = work.num_tokens + work.num_outputs / 2
-    return min((worker.step_model or PRIOR).decode_s(1, context) for worker in (*view.decode, *view.prefill))
+    return min(worker.step_model.decode_s(1, context) for worker in (*view.decode, *view.prefill))
 
 
 def _why_late(work: Work, soonest: Prediction) -> str:
@@ -353,11 +352,6 @@ def _patience_s(request: RoutingRequest, work: Work, soonest: Prediction) -> flo
     waited_s = work.waited_s
     left_s = min(PATIENCE_S - waited_s, work.ttft_slack_s - soonest.ttft_s)
     return left_s if left_s > CLOCK_TICK_S else 0.0
-
-
-def _error(worker: WorkerLoad) -> float:
-    model = worker.step_model
-    return model.error if model else 0.0
 
 
 def _rise(before: float, after: float) -> float:

@@ -23,7 +23,7 @@ from ...messages.ids import RequestId
 from ...messages.membership import Member, Membership, Role
 from ...messages.requests import NO_FILLING, LoadReport, Route, ServiceClass, WorkerRef
 from ...messages.steps import StepFeatures, attended_pairs
-from .policy import ClusterView, Path, WorkerLoad
+from .policy import UNMEASURED, ClusterView, Path, WorkerLoad
 
 SETTLE_S = 0.05
 """After which a request that no report has named was lost, or is one that its worker refused."""
@@ -154,7 +154,7 @@ class _Worker:
             num_expected=len(expected) - expected.num_filling,
             num_passing=(report.num_passing if report else 0) + sent.num_passing,
             prefill_share=report.prefill_share if report else 0.0,
-            step_model=report.step_model if report else None,
+            step_model=report.step_model if report and report.step_model else UNMEASURED,
             busy_s=report.busy_s if report else 0.0,
             plans_in_s=report.plans_in_s if report else 0.0,
             lead_s=report.lead_s if report else 0.0,

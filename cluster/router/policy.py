@@ -14,12 +14,16 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Protocol
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from ...engine.predictor import PRIOR
 from ...messages.requests import NO_FILLING, FillingLoad, Route, ServiceClass, WorkerRef
 from ...messages.steps import StepModel
 
 LEAST_OBJECTIVE_MS = 1e-3                     # policies divide by objectives
+
+UNMEASURED = structs.replace(PRIOR, error=0.0)
+"""Of a worker that has told nothing of its steps: its first requests are not refused for that."""
 
 
 class Objectives(Struct, frozen=True):
@@ -67,7 +71,7 @@ class WorkerLoad(Struct, frozen=True):
     num_expected: int = 0                     # of num_requests, what this gateway sent and others prefill; without batch work
     num_passing: int = 0                      # of num_requests, what is decoded elsewhere
     prefill_share: float = 0.0                # of this worker's time, lately
-    step_model: StepModel | None = None
+    step_model: StepModel = UNMEASURED
     busy_s: float = 0.0                       # as of the report, until the steps under way have ended
     plans_in_s: float = 0.0                   # as of the report, until the next step is planned
     lead_s: float = 0.0                       # as of the report: the tightest decode's, once the steps under way have ended

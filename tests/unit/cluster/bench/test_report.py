@@ -72,6 +72,15 @@ def test_interrupted_requests_are_neither_met_nor_missed() -> None:
     assert (found.attainment.total, found.attainment.share, found.failed) == (1, 1.0, 0)
 
 
+def test_refusals_have_a_time_of_their_own() -> None:
+    found = report(answered(0, 0.1, 0.01), failed(1), failed(2, Outcome.HTTP_ERROR, 500))
+    assert found.refused_ms is not None
+    assert (found.refused_ms.count, found.refused_ms.p99) == (1, pytest.approx(10))
+    assert found.e2e_ms is not None
+    assert found.e2e_ms.count == 1
+    assert report(answered(0, 0.1, 0.01)).refused_ms is None
+
+
 def test_counts_and_rates() -> None:
     found = report(answered(0, 0.1, 0.01), answered(1, 0.1, 0.01, tokens=3), failed(2), failed(3, Outcome.HTTP_ERROR, 500))
     assert (found.sent, found.ok, found.failed, found.wrong_length) == (4, 2, 2, 1)
