@@ -65,8 +65,14 @@ class Siblings:
         return joined(text for _, text in sorted(texts.items()) if text is not None) + _scraped(texts)
 
     async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Who asks and does not read is hung up on: any process of the host may ask."""
         writer.write(self._render() + END)
         writer.close()
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await writer.wait_closed()
+        except OSError:                       # TimeoutError is one
+            writer.transport.abort()
 
     async def _ask(self, other: GatewayId) -> bytes | None:
         """None: no answer, or not in time."""

@@ -78,7 +78,7 @@ def test_who_is_not_there_or_hangs_is_left_out(port, monkeypatch):
         asked = sibling(port, 0)
         async with open_ones(asked):
             with socket.socket(socket.AF_UNIX) as hung:
-                hung.bind(f"\0diptych/127.0.0.1:{port}/gateway-1")
+                hung.bind(f"\0diptych/test@127.0.0.1:{port}/gateway-1")
                 hung.listen()
                 text = await asked.metrics()
         assert told(text, "diptych_retries_total") == {"gateway-0": 1.0}
@@ -100,6 +100,33 @@ def test_who_dies_while_it_tells_is_left_out(port, said, whole):
         async with await asyncio.start_unix_server(tell, sock=door):
             text = await asked.metrics()
         assert told(text, "diptych_gateway_scraped")["gateway-1"] == float(whole)
+
+    run(scenario())
+
+
+def test_who_asks_and_does_not_read_is_hung_up_on(port, monkeypatch):
+    monkeypatch.setattr(siblings, "ANSWER_S", 0.05)
+    much = b"#" * (4 << 20)                   # more than a socket holds by itself
+    config = GatewayConfig(IDS[0], "test", "/nowhere", "tiny", port=port, gateways=IDS)
+
+    def come() -> socket.socket:
+        asking = socket.socket(socket.AF_UNIX)
+        asking.setblocking(False)
+        asking.connect(f"\0diptych/test@127.0.0.1:{port}/gateway-0")
+        return asking
+
+    async def read_all(asking: socket.socket) -> int:
+        loop, count = asyncio.get_running_loop(), 0
+        while said := await loop.sock_recv(asking, 1 << 20):
+            count += len(said)
+        return count
+
+    async def scenario() -> None:
+        async with open_ones(Siblings(config, lambda: much)):
+            with come() as patient, come() as prompt:
+                assert await read_all(prompt) == len(much) + len(END)
+                await asyncio.sleep(0.2)
+                assert 0 < await read_all(patient) < len(much)
 
     run(scenario())
 
