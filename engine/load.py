@@ -75,6 +75,7 @@ def load_report(
         num_passing=num_leaving + sum(s.hands_off for s in scheduler.waiting) + sum(s.hands_off for s in scheduler.running),
         last_read=tuple((request_id, now - added_at) for request_id, added_at in engine.last_added),
         filling=_filling_load(filling, [s for s in unfinished if s.fills_in and not s.hands_off], num_filling, pool, now),
+        max_sequences=limits.max_sequences,
     )
 
 

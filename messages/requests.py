@@ -166,6 +166,7 @@ class LoadReport(Struct, frozen=True):
     num_passing: int = 0                      # of num_waiting + num_running + num_reserved, what is decoded elsewhere
     lead_s: float = 0.0                       # how far ahead of its pace the tightest decode is once the steps under way have ended
     filling: FillingLoad = NO_FILLING
+    max_sequences: int = 0                    # places in a step, of which waiting requests have none; 0: not told
 
 
 class StepTokens(Struct, frozen=True, tag=True):

@@ -21,6 +21,7 @@ from ...messages.steps import FIRST_BEND, NO_TIME_S, SECOND_BEND, StepModel, att
 from .policy import WorkerLoad
 
 MAX_PREFILL_SHARE = 0.95
+FIRST_OUTPUTS_GUESS = 128.0                   # tokens, until an answer has ended
 
 MOST_LED = 8
 """Steps, with nobody's prompt before the request's done, for which what decodes lend is followed."""
@@ -33,12 +34,13 @@ class Work(Struct, frozen=True, gc=False):
     """What a request needs, before it is known where."""
 
     num_tokens: int                           # prompt
-    num_outputs: float                        # expected
+    num_outputs: float                        # expected: no more than it asks for
     ttft_slack_s: float                       # until the first token is due; infinite without an objective
     tpot_s: float = math.inf                  # promised
     waited_s: float = 0.0                     # at its gateway
     fills_in: bool = False                    # batch work: it meets other batch work, too
     left_free_s: float = math.inf             # a token's time that others are to find possible where this request decodes
+    mean_outputs: float = FIRST_OUTPUTS_GUESS # of others' answers
 
 
 class Inflow(Struct, frozen=True, gc=False):
@@ -135,6 +137,8 @@ class DecodeSide(Struct, frozen=True, gc=False):
     tpot_s: float                             # promised
     turns: float                              # steps a token takes: of batch work that gives way, one sequence goes on in each
     waits: float                              # steps until the first one that may hold what was handed over
+    place_s: float                            # until the worker's steps have a place for it, at the mean
+    place_spread_s: float                     # standard deviation of that
 
 
 def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float, inflow: Inflow = NOTHING) -> PrefillEstimate:
@@ -263,11 +267,15 @@ def _in_the_long_run(
 def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> DecodeSide:
     model, (count, context, most) = worker.step_model, _met(worker, work)
     own_context = work.num_tokens + work.num_outputs / 2
-    known = most - count
+    known, life_s = most - count, work.mean_outputs * model.decode_s(count, context)
+    place_s, place_spread_s = 0.0, 0.0
+    if worker.max_sequences and (num_before := most + 1.0 - worker.max_sequences) > 0.0:
+        each_s = life_s / (1.0 - min(worker.prefill_share, MAX_PREFILL_SHARE)) / worker.max_sequences
+        place_s, place_spread_s = num_before * each_s, math.sqrt(num_before) * each_s          # as events of a Poisson process
     return DecodeSide(
         model=model,
         num_decoding=count,
-        life_s=work.num_outputs * model.decode_s(count, context),
+        life_s=life_s,
         num_joining=known if known > inflow.num_joining else inflow.num_joining,
         context_each=context / count if count else own_context,
         own_context=own_context,
@@ -277,6 +285,8 @@ def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> Dec
         tpot_s=work.tpot_s,
         turns=worker.filling.num_decoding + 1.0 if work.fills_in and worker.num_decoding else 1.0,
         waits=_waits(worker) if count else 0.0,
+        place_s=place_s,
+        place_spread_s=place_spread_s,
     )
 
 

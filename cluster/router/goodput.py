@@ -29,7 +29,18 @@ from msgspec import Struct, structs
 from ...engine.pace import AIM, beside_s
 from ...engine.urgency import NO_OBJECTIVE_S
 from ...messages.requests import Route, ServiceClass, WorkerRef
-from .estimate import NOTHING, DecodeSide, Inflow, PrefillEstimate, Work, blocks_at_end, decode_side, estimate_decode, estimate_prefill
+from .estimate import (
+    FIRST_OUTPUTS_GUESS,
+    NOTHING,
+    DecodeSide,
+    Inflow,
+    PrefillEstimate,
+    Work,
+    blocks_at_end,
+    decode_side,
+    estimate_decode,
+    estimate_prefill,
+)
 from .flow import Flow
 from .policy import (
     ClusterView,
@@ -50,7 +61,6 @@ ALL_UP_TO = 4
 STEEPNESS = 50.0
 PATIENCE_S = 0.04                             # so long a request waits at its gateway for room: longer ones come to the workers in a hurry
 MAX_LOAD = 4.0                                # loads beyond are equally hopeless
-FIRST_OUTPUTS_GUESS = 128.0                   # tokens, until an answer has ended
 PRIORITY_MEMORY_S = 30.0                      # for so long what a priority request was promised a token is kept free for the next one
 NO_TTFT_SCALE_S = 1.0                         # what queues are measured against without an objective
 NO_TPOT_SCALE_S = 0.05
@@ -232,6 +242,7 @@ class _Target(Struct, frozen=True):
     most_s: float                             # a token's time that keeps the promise, were steps as long as the model is wrong
     num_steps: float                          # after the first token's
     error: float                              # of the step model
+    slack_s: float                            # until the first token is due
     tp: float                                 # GPUs
 
 
@@ -258,6 +269,7 @@ def _target(request: RoutingRequest, work: Work, worker: WorkerLoad, inflow: Inf
         most_s=math.inf if promised_s is None or work.num_outputs <= 1 else promised_s / (1 + error),
         num_steps=work.num_outputs - 1 if work.num_outputs > 2 else 1.0,
         error=error,
+        slack_s=work.ttft_slack_s,
         tp=worker.tp,
     )
 
@@ -269,13 +281,21 @@ def _keeps_alone(worker: WorkerLoad, tpot_s: float) -> bool:
 
 
 def _predict(target: _Target, source: _Source, kv_arrival_s: float) -> Prediction:
-    is_local, ttft_s = source.ref is target.ref, source.ttft_s
-    estimate = estimate_decode(target.side, kv_arrival_s, source.own_s if is_local else 0.0)
+    is_local, ttft_s, keeps_ttft, side = source.ref is target.ref, source.ttft_s, source.keeps_ttft, target.side
+    has_place = is_local or side.place_s <= kv_arrival_s         # what waits for one there holds one here
+    if side.place_s > kv_arrival_s:
+        kv_arrival_s = side.place_s
+    estimate = estimate_decode(side, kv_arrival_s, source.own_s if is_local else 0.0)
+    if is_local and side.place_s:                                # prompts, too, are computed by those alone who have a place
+        placed_s = side.place_s + estimate.before_s + source.own_s
+        if placed_s > ttft_s:
+            ttft_s = kv_arrival_s = placed_s
+        keeps_ttft = keeps_ttft and (placed_s + side.place_spread_s) * (1.0 + target.error) <= target.slack_s
     moving_s = (kv_arrival_s - ttft_s) / target.num_steps
     step_cost = target.tp * _rise(estimate.before_s / target.scale_s, (estimate.after_s + moving_s) / target.scale_s)
-    joining_s = moving_s if is_local else moving_s + target.side.waits * estimate.tpot_s / target.num_steps
+    joining_s = moving_s if is_local else moving_s + side.waits * estimate.tpot_s / target.num_steps
     tpot_s = estimate.tpot_s + joining_s
-    keeps_tpot = target.fits and (tpot_s <= target.most_s or _keeps_pace(target, estimate.alone_s, joining_s, target.side.tpot_s))
+    keeps_tpot = target.fits and has_place and (tpot_s <= target.most_s or _keeps_pace(target, estimate.alone_s, joining_s, side.tpot_s))
     leaves_enough = target.left_free_s == math.inf or _keeps_pace(target, estimate.alone_s, 0.0, target.left_free_s)
     return Prediction(
         route=Route(decode=target.ref, prefill=None if is_local else source.ref),
@@ -284,9 +304,11 @@ def _predict(target: _Target, source: _Source, kv_arrival_s: float) -> Predictio
         tpot_s=tpot_s,
         memory=target.memory,
         cost=source.cost + step_cost + target.cost,
-        keeps_ttft=source.keeps_ttft,
+        keeps_ttft=keeps_ttft,
         keeps_tpot=keeps_tpot and leaves_enough,
         keeps_but_for_priority=keeps_tpot and not leaves_enough,
+        fits=target.fits,
+        has_place=has_place,
     )
 
 
@@ -331,10 +353,13 @@ def _why_no_room(work: Work, best_s: float, in_time: list[Prediction]) -> str:
     asked, best = _ms(work.tpot_s), _ms(best_s)
     if any(each.keeps_but_for_priority for each in in_time):
         return f"nobody in time has room beside the {_ms(work.left_free_s)} a token that priority requests were promised"
+    if not any(each.has_place for each in in_time):
+        return "nobody in time has a place for it in steps by the time its prompt is computed"
     if best_s > work.tpot_s:
         return f"nobody in time keeps {asked} a token; the best is {best}"
-    if (least := min(each.memory for each in in_time)) > 1:
-        return f"nobody in time has memory for it: {least:.0%} of the KV pool would be in use"
+    if not any(each.fits for each in in_time):
+        least = min(each.memory for each in in_time)
+        return f"nobody in time has memory for it: {least:.0%} of the KV pool would be in use, and decodes there grow"
     return f"nobody in time has room to be sure of {asked} a token; {best} are expected"
 
 
@@ -376,7 +401,7 @@ def _work(request: RoutingRequest, view: ClusterView, now: float) -> Work:
     slack_s = math.inf if request.objectives.ttft_s is None else request.objectives.ttft_s - waited_s
     tpot_s = math.inf if request.objectives.tpot_s is None else request.objectives.tpot_s
     is_batch = request.service_class is ServiceClass.BATCH
-    return Work(len(request.token_ids), expected if expected > 1 else 1.0, slack_s, tpot_s, waited_s, is_batch)
+    return Work(len(request.token_ids), expected if expected > 1 else 1.0, slack_s, tpot_s, waited_s, is_batch, mean_outputs=mean)
 
 
 def _hashes(request: RoutingRequest, view: ClusterView) -> list[int]:

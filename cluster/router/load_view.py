@@ -164,6 +164,7 @@ class _Worker:
             tp=self.member.tp,
             num_filling=filling.num_requests + sent.num_filling + expected.num_filling,
             filling=filling,
+            max_sequences=report.max_sequences if report else 0,
         )
         return self.load
 

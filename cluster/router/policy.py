@@ -81,6 +81,7 @@ class WorkerLoad(Struct, frozen=True):
     tp: int = 1                               # GPUs that it is
     num_filling: int = 0                      # of num_requests - num_passing: batch work, which gives way to all others
     filling: FillingLoad = NO_FILLING         # of that, as of the report
+    max_sequences: int = 0                    # in a step; 0: not told
 
     @property
     def used_share(self) -> float:
@@ -137,6 +138,8 @@ class Prediction(Struct, frozen=True):
     keeps_ttft: bool
     keeps_tpot: bool                          # and its KV fits
     keeps_but_for_priority: bool = False      # but not what is to be left free for priority requests
+    fits: bool = True                         # its KV, beside what decodes there have to grow into
+    has_place: bool = True                    # in steps, when its KV has come
 
     @property
     def keeps_both(self) -> bool:

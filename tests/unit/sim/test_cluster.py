@@ -135,6 +135,18 @@ def test_overload_does_not_collapse():
     assert 300.0 * kept("goodput", 300.0) >= 0.9 * peak
 
 
+@pytest.mark.parametrize(("num_prefill", "peak"), [(0, 60.0), (1, 110.0)])
+def test_overload_does_not_collapse_where_places_in_steps_are_what_is_short(num_prefill, peak):
+    """Time and memory would do for several times as many."""
+    slo = Objectives(0.6, 0.06)
+    few = Plant(num_prefill, 1, "goodput", slo, num_gateways=1, max_sequences=8).on("h200")
+    chat = generate(Recipe(1200, Lengths(120, 0.3, 400), Lengths(30, 0.5, 120), seed=5))
+    at_peak, beyond = (Simulation(few, chat.at_rate(rate)).run() for rate in (peak, 3 * peak))
+    kept = [rate * sum(each.meets(slo) for each in outcomes) / len(outcomes) for rate, outcomes in ((peak, at_peak), (3 * peak, beyond))]
+    assert kept[1] > 0.9 * kept[0]
+    assert sum(not each.refused for each in beyond) < 1.1 * sum(each.meets(slo) for each in beyond)
+
+
 def test_refusals_are_early():
     outcomes = Simulation(Plant(1, 1, "goodput", SLO, num_gateways=2), CHAT.at_rate(300)).run()
     refused = [outcome for outcome in outcomes if outcome.refused]

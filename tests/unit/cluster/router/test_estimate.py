@@ -276,7 +276,7 @@ class TestEstimates:
     def test_a_decode_step_takes_what_the_model_says(self, model, decoding, joining, share, joins_in_s, tpot_s):
         """With as many as there are when the request joins, and with the request."""
         worker = msgspec.structs.replace(load("d0", decoding=decoding, share=share, model=model), num_requests=decoding + joining)
-        estimate = decoded(worker, Work(1000, 200.0, 0.4, tpot_s), joins_in_s, 0.0)
+        estimate = decoded(worker, Work(1000, 200.0, 0.4, tpot_s, mean_outputs=200.0), joins_in_s, 0.0)
         life_s = 200.0 * model.decode_s(decoding, 1200 * decoding)
         ended = decoding * min(1.0, joins_in_s / life_s) if life_s else decoding
         count, context_each = decoding + max(0.0, joining - ended), 1200 if decoding else 1100
@@ -284,6 +284,19 @@ class TestEstimates:
         assert (estimate.before_s, estimate.after_s) == pytest.approx((before_s / (1 - share), alone_s / (1 - share)))
         assert estimate.alone_s == pytest.approx(alone_s)
         assert estimate.tpot_s == pytest.approx(min(alone_s + beside_s(alone_s, tpot_s), alone_s / (1 - share)))
+
+    @given(st.integers(1, 300), st.integers(0, 50), st.integers(1, 300), st.integers(1, 100), st.floats(0, 0.9))
+    def test_a_worker_whose_places_are_taken_is_waited_for_as_long_as_answers_take(self, places, waiting, decoding, more, share):
+        worker = msgspec.structs.replace(load("d0", decoding=decoding, share=share), num_requests=decoding + waiting, max_sequences=places)
+        work = Work(1000, 5.0, 0.4, mean_outputs=200.0)
+        here, roomier, untold = (
+            decode_side(msgspec.structs.replace(worker, max_sequences=each), work) for each in (places, places + more, 0)
+        )
+        num_before = decoding + waiting + 1 - places
+        assert here.place_s == pytest.approx(max(0, num_before) * 200.0 * MODEL.decode_s(decoding, decoding * 1200) / (1 - share) / places)
+        assert (here.place_spread_s > 0) is (here.place_s > 0) is (num_before > 0)
+        assert roomier.place_s <= here.place_s
+        assert (untold.place_s, untold.place_spread_s) == (0.0, 0.0)
 
     def test_by_the_join_some_have_ended(self):
         full = load("d0", decoding=200)

@@ -301,17 +301,40 @@ class TestPatience:
         assert "5.05 ms even where nobody else is served; 3 ms were asked for" in decision.reason
 
     @pytest.mark.parametrize(
-        ("cluster", "reason"),
+        ("worker", "reason"),
         [
-            (view([], [load("d0", decoding=300, free=900)]), "nobody in time keeps 20 ms a token; the best is 22.2 ms"),
-            (view([], [load("d0", free=5)]), "nobody in time has memory for it: 101% of the KV pool would be in use"),
-            (view([], [load("d0", free=19, decoding=10)]), "nobody in time has room to be sure of 20 ms a token; 5.68 ms are expected"),
+            (load("d0", decoding=300, free=900), "keeps 20 ms a token; the best is 22.2 ms"),
+            (load("d0", free=5), "has memory for it: 101% of the KV pool would be in use, and decodes there grow"),
+            (load("d0", free=19, decoding=10), "has memory for it: 100% of the KV pool would be in use, and decodes there grow"),
+            (load("d0", decoding=224, share=0.09), "has room to be sure of 20 ms a token; 19.7 ms are expected"),
         ],
     )
-    def test_a_refusal_names_what_is_wanting(self, cluster, reason):
-        decision = policy().choose(REQUEST, cluster, 0.0)
+    def test_a_refusal_names_what_is_wanting(self, worker, reason):
+        decision = policy().choose(REQUEST, view([], [worker]), 0.0)
         assert isinstance(decision, Queue)
-        assert decision.reason == reason
+        assert decision.reason == f"nobody in time {reason}"
+
+    @pytest.mark.parametrize(("mean_outputs", "is_taken"), [(40.0, True), (1000.0, False)])
+    def test_who_has_no_place_in_steps_in_time_is_refused(self, mean_outputs, is_taken):
+        """Where answers are short, one comes free soon enough."""
+        full = msgspec.structs.replace(load("d0", decoding=8), max_sequences=8)
+        cluster = msgspec.structs.replace(view([], [full]), mean_outputs={ServiceClass.DEFAULT: mean_outputs})
+        explanation = policy().decide(REQUEST, cluster, 0.0)
+        assert isinstance(explanation.decision, Route if is_taken else Refuse)
+        roomy = view([], [msgspec.structs.replace(full, max_sequences=9)])
+        assert explanation.predictions[0].ttft_s > policy().decide(REQUEST, roomy, 0.0).predictions[0].ttft_s
+
+    def test_what_is_handed_over_waits_for_a_place_with_its_first_token_told(self):
+        full = msgspec.structs.replace(load("d0", decoding=8), max_sequences=8)
+        taken, roomy = (
+            policy().explain(msgspec.structs.replace(REQUEST, path=Path.SPLIT), view([load("p0")], [each]), 0.0).predictions[0]
+            for each in (full, msgspec.structs.replace(full, max_sequences=9))
+        )
+        assert taken.ttft_s == roomy.ttft_s
+        assert taken.kv_arrival_s > roomy.kv_arrival_s
+        assert taken.tpot_s > roomy.tpot_s
+        assert (taken.has_place, taken.keeps_tpot) == (False, False)
+        assert (roomy.has_place, roomy.keeps_tpot) == (True, True)
 
     def test_a_first_token_that_is_overdue_is_said_to_be(self):
         late = msgspec.structs.replace(REQUEST, arrived_at=0.0)
