@@ -130,7 +130,7 @@ class Pacer:
         self._model = model
         self._busy_s = busy_s
         self._padded = padded
-        self.lead_s = 0.0                     # how far ahead the tightest decode will be when the steps under way have ended
+        self.lead_s = 0.0                     # how far ahead the tightest decode will be when the steps under way have ended, or behind
         self._owed_s = 0.0                    # of prompts' least share, what the last step lacked; negative: what it had more
         self._lengths = deque[int](maxlen=MEMORY)
         self._are_short = False
@@ -177,13 +177,13 @@ class Pacer:
     def planned(self, room: StepRoom) -> None:
         """What a step's prompts left of its room is the lead of the next one's decodes. What padding left of the time that decodes did not
         have is the next prompts'."""
-        self.lead_s = max(0.0, room.seconds - room.beyond_s) if math.isfinite(room.seconds) else 0.0
+        self.lead_s = room.seconds - room.beyond_s if math.isfinite(room.seconds) else 0.0
         most_s = room.beyond_s if room.was_cut else 0.0
         self._owed_s = min(max(room.seconds, -most_s), most_s)
 
     def joined(self) -> None:
         """A decode more, which has nothing to lend yet."""
-        self.lead_s = 0.0
+        self.lead_s = min(self.lead_s, 0.0)
 
     def is_lost(self, sequence: Sequence) -> bool:
         """Its first token, still to come, is later than promised even if nothing but its prompt is computed from now on."""

@@ -164,7 +164,7 @@ class LoadReport(Struct, frozen=True):
     plans_in_s: float = 0.0                   # until the next step can be planned: with what has come by then
     last_read: tuple[tuple[RequestId, float], ...] = ()        # each gateway's newest that the worker had read, and how long ago, s
     num_passing: int = 0                      # of num_waiting + num_running + num_reserved, what is decoded elsewhere
-    lead_s: float = 0.0                       # how far ahead of its pace the tightest decode is once the steps under way have ended
+    lead_s: float = 0.0                       # how far ahead of its pace, or behind, the tightest decode is after the steps under way
     filling: FillingLoad = NO_FILLING
     max_sequences: int = 0                    # places in a step, of which waiting requests have none; 0: not told
 

@@ -16,7 +16,7 @@ import math
 from msgspec import Struct
 
 from ...engine.load import SHARE_HORIZON_S
-from ...engine.pace import beside_s, enough_rows
+from ...engine.pace import MIN_SHARE, beside_s, enough_rows
 from ...messages.steps import FIRST_BEND, NO_TIME_S, SECOND_BEND, StepModel, attended_pairs
 from .policy import WorkerLoad
 
@@ -27,7 +27,7 @@ MOST_LED = 8
 """Steps, with nobody's prompt before the request's done, for which what decodes lend is followed."""
 
 ROUNDING = 1e-9
-"""Of how many prompts are still whole."""
+"""Of how many prompts or steps are still whole, and of a second."""
 
 
 class Work(Struct, frozen=True, gc=False):
@@ -60,6 +60,7 @@ class Steps(Struct, frozen=True, gc=False):
 
     shared_s: float                           # of a step, whatever prompts are in it
     beside_s: float                           # of a step, for prompts, in the long run; infinite without decodes
+    least_s: float                            # that they get though decodes are behind their pace
     count: float                              # decodes
     budget: float                             # prompt tokens, whatever they take
     enough: float                             # in a step in which a prompt ends
@@ -84,11 +85,14 @@ class Steps(Struct, frozen=True, gc=False):
         return num_full * self.one_s(most) + (self.one_s(rest) if rest else 0.0)
 
     def room(self, lead_s: float = 0.0) -> float:
-        """Prompt tokens in a step whose decodes are so far ahead of their pace. `one_s` is the highest of three lines: the first of them to
-        come to the time for prompts tells."""
+        """Prompt tokens in a step whose decodes are so far ahead of their pace, or behind it. `one_s` is the highest of three lines: the
+        first of them to come to the time for prompts tells."""
         if not self.count:
             return self.budget
-        seconds, first_s, hidden_s = self.beside_s + lead_s, self.token_s or NO_TIME_S, self.past_first_s * self.first_bend
+        seconds = self.beside_s + lead_s
+        if seconds < self.least_s:
+            seconds = self.least_s
+        first_s, hidden_s = self.token_s or NO_TIME_S, self.past_first_s * self.first_bend
         tokens, second_s, all_hidden_s = seconds / first_s, first_s + self.past_first_s, hidden_s + self.past_second_s * self.second_bend
         after_first, after_second = (seconds + hidden_s) / second_s, (seconds + all_hidden_s) / (second_s + self.past_second_s)
         if after_first < tokens:
@@ -105,7 +109,7 @@ class Steps(Struct, frozen=True, gc=False):
     def lead_after(self, lead_s: float, tokens: float) -> float:
         """Of the next step's decodes. If there was room for more tokens, a prompt has ended and decodes, with nothing to lend."""
         left_s = lead_s + self.beside_s - (self.one_s(tokens) - self.shared_s)
-        return left_s if left_s > 0.0 and tokens >= self.budget else 0.0
+        return left_s if left_s < -ROUNDING or (left_s > 0.0 and tokens >= self.budget) else 0.0
 
 
 class PrefillEstimate(Struct, frozen=True, gc=False):
@@ -168,7 +172,9 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     each = room = most                                           # tokens in a step: of those ahead, and in the request's last one
     if num_ahead > 1 and not steps.count:
         each = steps.ending(prompt, most)
-    lead_s = worker.lead_s if steps.count and not worker.num_expected else 0.0               # who joins has nothing to lend
+    lead_s = worker.lead_s if steps.count else 0.0
+    if lead_s > 0.0 and worker.num_expected:
+        lead_s = 0.0                                             # who joins has nothing to lend
     if closes_s <= arrives_s:
         sent_s = 0.0 if worker.sent_at is None else worker.sent_at - now + arrives_s
         closes_s, begins_s, lead_s, ahead, sent = _until_it_comes(
@@ -177,7 +183,9 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     if begins_s < arrives_s:
         begins_s = arrives_s
     before, last, led = ahead + sent, own, 0.0
-    if lead_s:
+    if lead_s < 0.0:
+        closes_s, begins_s, before, last, led = _while_behind(steps, closes_s, begins_s, lead_s, before, own)
+    elif lead_s:
         joins_at = -1.0                                          # nobody's prompt is before it
         if before:
             joins_at = sent + (math.ceil(ahead / prompt - ROUNDING) - 1) * prompt if ahead else 0.0
@@ -210,7 +218,7 @@ def _until_it_comes(
         if ahead < first:
             first = ahead
         closes_s, begins_s, ahead = begins_s, begins_s + steps.one_s(first), ahead - first
-        if ahead <= joins_at:
+        if ahead <= joins_at and lead_s > 0.0:
             lead_s = 0.0
     if closes_s <= arrives_s and steps.count and steps.shared_s > 0.0:                         # then decodes alone go on
         num_more = math.ceil((arrives_s - begins_s) / steps.shared_s) if begins_s < arrives_s else 0
@@ -220,6 +228,32 @@ def _until_it_comes(
         first, closes_s = sent if sent < each else each, begins_s if begins_s > sent_s else sent_s
         begins_s, sent = closes_s + steps.one_s(first), sent - first
     return closes_s, begins_s, lead_s, ahead, sent
+
+
+def _while_behind(
+    steps: Steps, closes_s: float, begins_s: float, lead_s: float, before: float, own: float
+) -> tuple[float, float, float, float, float]:
+    """The steps in which decodes catch up: prompts get their least share alone, and in the last of them what is left → as `_while_led`."""
+    gain_s = steps.beside_s - steps.least_s
+    if gain_s <= 0.0:                                            # in the long run it is the least share, too
+        return closes_s, begins_s, before, own, 0.0
+    room = steps.room(-gain_s)
+    each_s, count = steps.one_s(room), math.ceil(-lead_s / gain_s - 1.0 - ROUNDING)
+    needed = math.ceil((before + own) / room - ROUNDING) - 1     # before the one in which the request ends, were there no more room
+    is_enough = needed < count
+    if is_enough:
+        count = needed
+    if count > 0:
+        closes_s, begins_s, done = begins_s + (count - 1) * each_s, begins_s + count * each_s, count * room
+        before, own = (before - done, own) if before > done else (0.0, own - (done - before))
+        lead_s += count * gain_s
+    if not is_enough:
+        room = steps.room(lead_s)
+    if before + own <= room:
+        return closes_s, begins_s, before, own, room
+    closes_s, begins_s = begins_s, begins_s + steps.one_s(room)
+    before, own = (before - room, own) if before > room else (0.0, own - (room - before))
+    return closes_s, begins_s, before, own, 0.0
 
 
 def _while_led(
@@ -336,6 +370,7 @@ def steps_of(worker: WorkerLoad, work: Work, pairs_each: float, num_tokens: floa
     return Steps(
         shared_s=shared_s,
         beside_s=room_s,
+        least_s=shared_s / MIN_SHARE,
         count=count,
         budget=budget if budget > 1.0 else 1.0,
         enough=enough_rows(model, shared_s) - count,

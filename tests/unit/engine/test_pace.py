@@ -170,7 +170,7 @@ def test_what_a_step_leaves_of_its_room_is_lent_to_the_next_one_until_somebody_j
     assert pacer.lead_s == 0.0
 
 
-def test_a_late_decode_lends_nothing_though_prompts_get_their_least():
+def test_a_late_decode_is_told_to_be_behind_though_prompts_get_their_least():
     now, sequence = [7.0], decode(0.02)
     pacer = Pacer(lambda: now[0], lambda: MODEL)
     pacer.room([sequence], 2048)
@@ -178,7 +178,10 @@ def test_a_late_decode_lends_nothing_though_prompts_get_their_least():
     room = pacer.room([sequence], 2048)
     assert room.seconds > 0
     pacer.planned(room)
-    assert pacer.lead_s == 0.0
+    assert pacer.lead_s == pytest.approx(AIM * 0.02 - 0.1 - MODEL.decode_s(1, len(sequence.token_ids)))
+    behind_s = pacer.lead_s
+    pacer.joined()
+    assert pacer.lead_s == behind_s, "who joins brings nobody forward"
 
 
 @given(st.integers(1, 150), st.integers(1, 400), boundaries)

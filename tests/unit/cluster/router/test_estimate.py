@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diptych.cluster.router.estimate import NOTHING, DecodeEstimate, Inflow, Work, decode_side, estimate_decode, estimate_prefill, steps_of
 from diptych.cluster.router.policy import WorkerLoad
-from diptych.engine.pace import beside_s, enough_rows
+from diptych.engine.pace import MIN_SHARE, beside_s, enough_rows
 from diptych.messages.steps import StepFeatures, StepModel
 
 FLAT = StepModel(5e-3, 7e-6, 0.0, 12e-6, 0.0, past_first_s=12e-6, past_second_s=4e-6)
@@ -152,11 +152,11 @@ class TestEstimates:
         left_share=st.floats(0.02, 1),
         age_s=st.floats(0, 0.05),
         is_ahead=st.booleans(),
-        lead_s=st.floats(0, 0.05),
+        lead_s=st.floats(-0.2, 0.05),
     )
     def test_a_worker_that_decodes_goes_on_after_its_report(self, decoding, tpot_s, waiting, own, left_share, age_s, is_ahead, lead_s):
         """Against the worker itself, told step by step: with nothing else to do it plans decodes alone, which get ahead of their pace and
-        lend that to prompts, until one has ended and decodes."""
+        lend that to prompts, until one has ended and decodes. While they are behind, prompts get their least share."""
         message_s, decode_s, told_s = 1e-3, FLAT.decode_s(decoding, 0), lead_s
         enough = enough_rows(FLAT, decode_s) - decoding
         now, queue, came = -message_s - age_s, [float(waiting), 0.0], False
@@ -164,14 +164,15 @@ class TestEstimates:
         ends = [now + first_s, now + first_s + decode_s] if is_ahead else [now + first_s]
         while sum(queue) > 1e-9 or not came:
             while len(ends) < 2 and (sum(queue) > 1e-9 or not came):
-                room_s = beside_s(decode_s, tpot_s) + lead_s
+                room_s = max(beside_s(decode_s, tpot_s) + lead_s, decode_s / MIN_SHARE)
                 most = max(1.0, min(2048 - decoding, tokens_within(FLAT, room_s, 0, decoding)))
                 first = min(queue[0], most)
                 count = min(sum(queue), max(first, min(most, enough)) if 0 < queue[0] == first else most)
                 queue = [queue[0] - first, queue[1] - (count - first)]
                 prompts_s = FLAT.prefill_s(count, 0, decoding)
                 has_joined = 0 < count < 2048 - decoding or (first > 0 and queue[0] == 0)
-                lead_s = 0.0 if has_joined else max(0.0, lead_s + beside_s(decode_s, tpot_s) - prompts_s)
+                lead_s += beside_s(decode_s, tpot_s) - prompts_s
+                lead_s = min(lead_s, 0.0) if has_joined else lead_s
                 ends.append(max(ends[-1], now) + decode_s + prompts_s)
             if not came and message_s <= ends[0]:
                 now, queue[1], came = message_s, own, True
