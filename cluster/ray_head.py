@@ -27,6 +27,7 @@ TERM_GRACE_S = 1.0                            # Ray's own way down may take long
 KILL_TIMEOUT_S = 8.0
 KILL_PERIOD_S = 0.5
 OBJECT_STORE_BYTES = 80 << 20                 # Ray's smallest that works well; nothing of ours goes through it
+SERVES_AS_OTHERS_DO = {"RAY_worker_niceness": "0"}           # by default Ray's processes give way to every other on their host
 
 
 class Head(Struct, frozen=True):
@@ -64,7 +65,7 @@ def start_head(num_cpus: int | None = None, begun: Callable[[Head], None] = lamb
     log = (folder / "head.log").open("wb")
     process = subprocess.Popen(
         _command(folder, num_cpus or os.cpu_count() or 1),
-        env=_clean_environment() | head_environment(folder),
+        env=_clean_environment() | SERVES_AS_OTHERS_DO | head_environment(folder),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

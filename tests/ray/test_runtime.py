@@ -1,5 +1,6 @@
 """What the runtime makes of members' answers. Ray carries them; the members are played."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -48,6 +49,10 @@ class Member:
             self.heard.append(msgspec.msgpack.decode(encoded, type=Membership).version)
 
 
+def _niceness() -> int:
+    return os.nice(0)
+
+
 def _raise(error: Exception) -> None:
     raise error
 
@@ -71,6 +76,13 @@ def poll(runtime: "RayRuntime", now_s: float) -> list[object]:
         ray.wait([process.answer])
         events += runtime.poll(now_s)
     return events
+
+
+def test_what_runs_here_gives_way_to_nobody(ray_head: str) -> None:
+    join(Record("nice", ray_head, None))
+    import ray
+
+    assert ray.get(ray.remote(_niceness).options(num_cpus=0).remote(), timeout=60) == _niceness()
 
 
 def test_room_is_reserved_once_for_all_lives_of_a_place(ray_head: str) -> None:
