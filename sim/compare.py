@@ -7,8 +7,10 @@ or with --long Poisson arrivals of long prompts.
 """
 
 import json
+import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -60,9 +62,15 @@ def compare(
 ) -> None:
     """Attainment of each policy over rising rates, until it is hopeless, and its goodput."""
     console = Console(stderr=True, width=TABLE_WIDTH)
+    if trace is not None and long:
+        raise typer.BadParameter("--long is a workload of its own: leave out --trace or it")
+    for path in (json_path, png):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.absolute().parent} to write {path.name} into")
     workloads = _stretches(trace, LONG if long else BURST, skip, requests, stretches)
     objectives, name = Objectives(ttft_ms / 1e3, tpot_ms / 1e3), name or (trace.name if trace else workloads[0].source)
     case = Case(name, workloads, objectives, _numbers(rates), warm_s)
+    _require_counted(case)
     contenders = _contenders(workers, policies.split(","), plants.split(","))
     contenders = [replace(c, decode_step_tokens=decode_step_tokens, num_gateways=gateways, machine=_known(machine)) for c in contenders]
     with ProcessPoolExecutor(processes) as pool:
@@ -117,6 +125,8 @@ def _curve(case: Case, contender: Contender) -> list[Point]:
 def _stretches(trace: Path | None, recipe: Recipe, skip: int, requests: int, count: int) -> tuple[Workload, ...]:
     try:
         whole = generate(replace(recipe, num_requests=skip + count * requests)) if trace is None else read_trace(trace)
+        if skip >= len(whole):
+            raise typer.BadParameter(f"{whole.source} holds {len(whole)} requests: nothing is left after {skip}")
         if count > 1 and (held := (len(whole) - skip) // count) < requests:
             raise typer.BadParameter(f"{whole.source} holds {count} stretches of {held} requests, not of {requests}")
         starts = [skip + i * (len(whole) - skip) // count for i in range(count)]
@@ -145,9 +155,18 @@ def _numbers(text: str) -> tuple[float, ...]:
         rates = tuple(float(each) for each in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"rates must be numbers with commas between, not {text!r}") from None
-    if not rates or min(rates) <= 0 or list(rates) != sorted(rates):
-        raise typer.BadParameter(f"rates must be positive and rising, not {text!r}")
+    if not all(0 < rate < math.inf for rate in rates) or any(later <= rate for rate, later in pairwise(rates)):
+        raise typer.BadParameter(f"rates must be positive, finite and rising, not {text!r}")
     return rates
+
+
+def _require_counted(case: Case) -> None:
+    """Of each stretch, at each rate: where nothing is counted nothing is kept, and that would pass for a result."""
+    for rate in case.rates:
+        for stretch in case.stretches:
+            if (span_s := stretch.at_rate(rate).span_s) <= case.warm_s:
+                text = f"at {rate:g}/s all of {len(stretch)} requests come within {span_s:.2f} s"
+                raise typer.BadParameter(f"{text}, and are not counted before --warm-s, {case.warm_s:g} s")
 
 
 if __name__ == "__main__":
