@@ -17,6 +17,7 @@ workers convert what they send. Relative paths are relative to the file. Whateve
 wrong is a SpecError, one line for each key, with the key's path: `pools.decode.workers: must be >= 1, not 0`.
 """
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -234,8 +235,9 @@ def _impossible(spec: Spec) -> list[str]:
     if spec.router.processes > 1 and spec.router.port == 0:
         found.append(f"router.port: must be a fixed port, since {spec.router.processes} processes share it")
     found.extend(f"transfer.transports: {problem}" for problem in what_is_wrong(spec.transports, spec.model.device))
-    if (allowed := spec.security.requests_per_minute) is not None and allowed < spec.router.processes:
-        found.append(f"security.requests_per_minute: must be >= {spec.router.processes}, not {allowed}: the gateways share it out")
+    for name in ("requests_per_minute", "tokens_per_minute"):
+        if spec.router.processes > (allowed := getattr(spec.security, name) or math.inf):
+            found += [f"security.{name}: must be >= {spec.router.processes}, not {allowed}: the gateways share it out"]
     if spec.hosts is Hosts.ANY and spec.pools.prefill is not None and "ucx" not in spec.transports:
         named = ", ".join(spec.transports)
         found.append(f"hosts: any: transfer.transports must name ucx, not only {named}: nothing else reaches other hosts")

@@ -40,7 +40,7 @@ def _header_s(exchange: Exchange, name: str) -> float | None:
     if text is None:
         return None
     try:
-        ms = float(text)
+        ms = math.nan if "_" in text else float(text)            # which Python's own numbers may have
     except ValueError:
         ms = math.nan
     if not LEAST_OBJECTIVE_MS <= ms < math.inf:

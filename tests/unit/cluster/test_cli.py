@@ -220,7 +220,7 @@ def a_status(**changes: object) -> DeploymentStatus:
 def test_the_view_shows_states_loads_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
     Console(width=200).print(deployment_view(a_status()))
     text = capsys.readouterr().out
-    for shown in ("decode-0", "ready", "1m01s", "4 / 64", "failed", "ModelError: no [weights]", "http://127.0.0.1:80"):
+    for shown in ("decode-0", "ready", "1m01s", "4/64", "failed", "ModelError: no [weights]", "http://127.0.0.1:80"):
         assert shown in text
 
 

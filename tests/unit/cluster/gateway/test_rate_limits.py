@@ -212,6 +212,7 @@ def test_gateways_share_what_the_spec_gives():
     }
     config = gateway_config(parse_spec(tree, Path()), PlaceName(PlaceKind.GATEWAY, 0))
     assert config.rate_limits == RateLimits(25.0, None)
-    tree["security"] = {"requests_per_minute": 3}
-    with pytest.raises(SpecError, match="requests_per_minute: must be >= 4, not 3"):
-        parse_spec(tree, Path())
+    for name in ("requests_per_minute", "tokens_per_minute"):
+        tree["security"] = {name: 3}
+        with pytest.raises(SpecError, match=f"security.{name}: must be >= 4, not 3"):
+            parse_spec(tree, Path())

@@ -54,7 +54,7 @@ async def test_a_class_has_its_own_objectives_and_a_request_too(tmp_path):
         assert [(round(request.ttft_slo_s, 6), request.tpot_slo_s) for request in first] == [(0.2, 0.01), (0.2, 0.035), (5.0, None)]
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "fast", ""])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "fast", "", "1_000"])
 @in_loop
 async def test_an_objective_that_is_none_is_a_400(tmp_path, value):
     async with House(tmp_path) as house:
