@@ -54,6 +54,6 @@ def test_what_a_busy_deployment_tells_fits_into_eighty_columns() -> None:
         console.print(deployment_view(DeploymentStatus("a", Phase.READY, "m", "goodput", "", None, 1, 1.0, (worker, gateway))))
     text = capture.get()
     assert "…" not in text
-    for told in ("restarts", "24/1024", "12.3%", "tokens out", "123456", "12345", "default 120000/135000", "65.4 / 1234.5 ms", "by shm"):
+    for told in ("restarts", "24/1024", "12.3%", "tokens out", "123456", "12345", "default 120000/135000", "65.4 / 1234.5 ms", "0.54 GB/s"):
         assert told in text
     assert "last error" not in text, "there is none"
