@@ -40,7 +40,8 @@ class Work(Struct, frozen=True, gc=False):
     waited_s: float = 0.0                     # at its gateway
     fills_in: bool = False                    # batch work: it meets other batch work, too
     left_free_s: float = math.inf             # a token's time that others are to find possible where this request decodes
-    mean_outputs: float = FIRST_OUTPUTS_GUESS # of others' answers
+    mean_outputs: float = FIRST_OUTPUTS_GUESS # of all answers of its class
+    due_s: float | None = None                # in queues; None: when its first token is
 
 
 class Inflow(Struct, frozen=True, gc=False):
@@ -154,7 +155,7 @@ def estimate_prefill(worker: WorkerLoad, work: Work, num_cached: int, now: float
     sent = worker.num_sent_tokens + unseen
     ahead, num_ahead = waiting - worker.num_sent_tokens, 1
     if worker.queue and worker.reported_at is not None:
-        ahead, num_ahead = _ahead(worker, ahead, work.ttft_slack_s + now - worker.reported_at)
+        ahead, num_ahead = _ahead(worker, ahead, _due_s(work) + now - worker.reported_at)
     pairs_each = (attended_pairs(num_cached, work.num_tokens - num_cached) + worker.prefill_pairs) / (own + waiting)
     steps = steps_of(worker, work, pairs_each, ahead + sent + own)
     most = steps.room()
@@ -302,10 +303,7 @@ def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> Dec
     model, (count, context, most) = worker.step_model, _met(worker, work)
     own_context = work.num_tokens + work.num_outputs / 2
     known, life_s = most - count, work.mean_outputs * model.decode_s(count, context)
-    place_s, place_spread_s = 0.0, 0.0
-    if worker.max_sequences and (num_before := most + 1.0 - worker.max_sequences) > 0.0:
-        each_s = life_s / (1.0 - min(worker.prefill_share, MAX_PREFILL_SHARE)) / worker.max_sequences
-        place_s, place_spread_s = num_before * each_s, math.sqrt(num_before) * each_s          # as events of a Poisson process
+    place_s, place_spread_s = _place(worker, work, most, life_s) if worker.max_sequences and most >= worker.max_sequences else (0.0, 0.0)
     return DecodeSide(
         model=model,
         num_decoding=count,
@@ -322,6 +320,20 @@ def decode_side(worker: WorkerLoad, work: Work, inflow: Inflow = NOTHING) -> Dec
         place_s=place_s,
         place_spread_s=place_spread_s,
     )
+
+
+def _place(worker: WorkerLoad, work: Work, most: float, life_s: float) -> tuple[float, float]:
+    """Of a worker whose places are taken: until one is the request's, and the standard deviation, as of events of a Poisson process. Those
+    that wait and are due later come later (of a long queue, as many as it has groups)."""
+    num_before = most + 1.0 - worker.max_sequences - sum([due_s > _due_s(work) for due_s, _ in worker.queue])
+    if num_before < 1.0:
+        num_before = 1.0
+    each_s = life_s / (1.0 - min(worker.prefill_share, MAX_PREFILL_SHARE)) / worker.max_sequences
+    return num_before * each_s, math.sqrt(num_before) * each_s
+
+
+def _due_s(work: Work) -> float:
+    return work.ttft_slack_s if work.due_s is None else work.due_s
 
 
 def _waits(worker: WorkerLoad) -> float:

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from msgspec import Struct, structs
 
 from ...engine.pace import AIM, beside_s
-from ...engine.urgency import NO_OBJECTIVE_S
+from ...engine.urgency import NO_OBJECTIVE_S, due_in_s
 from ...messages.requests import Route, ServiceClass, WorkerRef
 from .estimate import (
     FIRST_OUTPUTS_GUESS,
@@ -401,7 +401,8 @@ def _work(request: RoutingRequest, view: ClusterView, now: float) -> Work:
     slack_s = math.inf if request.objectives.ttft_s is None else request.objectives.ttft_s - waited_s
     tpot_s = math.inf if request.objectives.tpot_s is None else request.objectives.tpot_s
     is_batch = request.service_class is ServiceClass.BATCH
-    return Work(len(request.token_ids), expected if expected > 1 else 1.0, slack_s, tpot_s, waited_s, is_batch, mean_outputs=mean)
+    due_s = due_in_s(request.service_class, slack_s, waited_s)
+    return Work(len(request.token_ids), expected if expected > 1 else 1.0, slack_s, tpot_s, waited_s, is_batch, math.inf, mean, due_s)
 
 
 def _hashes(request: RoutingRequest, view: ClusterView) -> list[int]:

@@ -77,3 +77,25 @@ def test_nothing_is_left_free_for_who_could_not_be_served_anyway():
     router.choose(asked, cluster, 2.0)
     router.choose(msgspec.structs.replace(asked, objectives=Objectives(0.4, 0.004)), cluster, 3.0)
     assert isinstance(router.choose(REQUEST, busy, 4.0), Queue), "nor does it undo what is left free for others"
+
+
+@pytest.mark.parametrize("max_sequences", [0, 8])
+def test_priority_is_predicted_to_pass_what_is_due_after_it(max_sequences):
+    """In its worker's queue, of prompts and for places in steps, it stands where a default request would that came a second earlier."""
+    waiting = load("d0", waiting=8000, decoding=8, queue=tuple((due_s, 2000) for due_s in (-0.9, 0.1, 0.2, 0.3)))
+    cluster = view([], [msgspec.structs.replace(waiting, max_sequences=max_sequences)])
+    early, late, batch = (
+        policy().explain(msgspec.structs.replace(REQUEST, service_class=kind), cluster, 0.0).predictions[0]
+        for kind in (PRIORITY, ServiceClass.DEFAULT, BATCH)
+    )
+    assert early.ttft_s < 0.75 * late.ttft_s
+    assert batch.ttft_s >= late.ttft_s
+    head_start = msgspec.structs.replace(REQUEST, objectives=Objectives(0.4, 0.02), arrived_at=-1.0, may_be_late=True)
+    assert policy().explain(head_start, cluster, 0.0).predictions[0].ttft_s == pytest.approx(early.ttft_s)
+
+
+def test_what_was_promised_no_first_token_passes_what_is_due_later_still():
+    cluster = view([], [load("d0", waiting=4000, queue=((20.0, 4000),))])
+    asked = msgspec.structs.replace(REQUEST, objectives=Objectives())
+    alone = policy().explain(REQUEST, view([], [load("d0")]), 0.0).predictions[0]
+    assert policy().explain(asked, cluster, 0.0).predictions[0].ttft_s == pytest.approx(alone.ttft_s, rel=0.2)
