@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from diptych.engine import replica as replica_module
 from diptych.engine.config import EngineConfig, ReceiverPool, WorkerConfig
-from diptych.engine.idle_refresh import REST_S, IdleRefresh
+from diptych.engine.idle_refresh import IDLE_SHARE, IdleRefresh
 from diptych.engine.replica import build_replica, fingerprint
 from diptych.engine.step_watch import StepWatch
 from diptych.kvtransfer.layout import KVLayout
@@ -107,14 +107,14 @@ def test_what_does_not_fit_is_refused_with_its_numbers(folder: Path, changes: di
 @pytest.mark.parametrize("tp", [1, 2])
 def test_an_idle_replica_measures_a_step_in_all_its_ranks(folder: Path, tp: int) -> None:
     replica = build_replica(config(folder, tp=tp, num_blocks=None, kv_memory_bytes=8 * BLOCK_BYTES))
-    steps, ahead = StepWatch(StepModel(0.09, 0.0, 0.0, 0.0, 0.0)), [0.0]
+    steps, ahead = StepWatch(StepModel(0.24, 0.0, 0.0, 0.0, 0.0)), [0.0]
     refresh = IdleRefresh(replica.engine, steps, lambda: time.monotonic() + ahead[0])
     for rank in replica.pool.ranks:
         rank.tensor.fill_(math.nan)
     for _ in range(3):                                         # kinds of steps
-        ahead[0] += REST_S
+        ahead[0] += IDLE_SHARE * 10.0                          # longer than any of its rests, also after slow steps
         refresh.look(time.monotonic() + ahead[0])
-    assert 0 < steps.model.step_s(StepFeatures(0, 0, 1, 17)) < 0.05
+    assert 0 < steps.model.step_s(StepFeatures(0, 0, 1, 17)) < 0.2
     assert all((~torch.isnan(rank.tensor)).any() for rank in replica.pool.ranks), "each has computed its part"
     assert replica.engine.pool.num_free == replica.pool.num_blocks
     replica.close()
