@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..cluster.bench.command import in_a_folder
 from ..cluster.bench.errors import WorkloadError
 from ..cluster.bench.generator import Arrivals, Lengths, Recipe, generate
 from ..cluster.bench.traces import read_trace
@@ -57,16 +58,13 @@ def compare(
     gateways: Annotated[int, typer.Option(min=1)] = 4,
     machine: Annotated[str, typer.Option(help=f"Of {', '.join(MACHINES)}")] = "vllm-h200",
     processes: Annotated[int, typer.Option(min=1)] = 1,
-    json_path: Annotated[Path | None, typer.Option("--json")] = None,
-    png: Annotated[Path | None, typer.Option()] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", callback=in_a_folder)] = None,
+    png: Annotated[Path | None, typer.Option(callback=in_a_folder)] = None,
 ) -> None:
     """Attainment of each policy over rising rates, until it is hopeless, and its goodput."""
     console = Console(stderr=True, width=TABLE_WIDTH)
     if trace is not None and long:
         raise typer.BadParameter("--long is a workload of its own: leave out --trace or it")
-    for path in (json_path, png):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise typer.BadParameter(f"there is no folder {path.absolute().parent} to write {path.name} into")
     workloads = _stretches(trace, LONG if long else BURST, skip, requests, stretches)
     objectives, name = Objectives(ttft_ms / 1e3, tpot_ms / 1e3), name or (trace.name if trace else workloads[0].source)
     case = Case(name, workloads, objectives, _numbers(rates), warm_s)

@@ -66,14 +66,14 @@ objective_option = partial(typer.Option, rich_help_panel="Objective")
 prompt_option = partial(typer.Option, rich_help_panel="Prompts")
 
 
-def _in_a_folder(path: Path | str | None) -> Path | str | None:
+def in_a_folder(path: Path | str | None) -> Path | str | None:
     """Told before anything is measured, not when it is to be written."""
     if path is not None and str(path) != "-" and not (folder := Path(path).absolute().parent).is_dir():
         raise typer.BadParameter(f"there is no folder {folder}")
     return path
 
 
-report_option = partial(typer.Option, rich_help_panel="Report", callback=_in_a_folder)
+report_option = partial(typer.Option, rich_help_panel="Report", callback=in_a_folder)
 
 
 @app.command()
